@@ -1,0 +1,85 @@
+# Each of `make test`, `make bench` and `make lint` does all the set-up a fresh machine needs (a virtual environment, torch,
+# the other packages, the native build) and then its job; what is up to date is not done again.
+#
+#   make test      the test suite                    make sanitize  the CPU kernels under ASan and UBSan
+#   make bench     the quick benchmarks              make wheel     a wheel in dist/
+#   make lint      ruff, mypy, clang-format          make build     only the native libraries, after an edit
+#
+# PYTHON chooses the interpreter of the environment, TORCH the torch that is installed into it. The build's own switches
+# (PYCORE_CUDA, PYCORE_DEBUG, PYCORE_SANITIZE, PYCORE_LAUNCHER, MAX_JOBS, CXX) are environment variables.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip
+ARGS ?=
+
+.PHONY: test bench lint build wheel sanitize schemas setup clean
+.DELETE_ON_ERROR:
+
+test: build
+	$(VENV)/bin/python -m pytest -q tests $(ARGS)
+
+bench: build
+	$(VENV)/bin/python -m bench.run --quick $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy pycore
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Ninja decides what is out of date.
+build: setup
+	$(VENV)/bin/python setup.py -q build_ext --inplace
+
+wheel: setup
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls -l dist
+
+schemas: build
+	$(VENV)/bin/python tests/test_schemas.py --update
+
+clean:
+	rm -rf build dist *.egg-info pycore/*.so pycore/build_info.json
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+# torch comes first and by itself, so that nothing else chooses its version; the build then uses that torch
+# (--no-build-isolation) and needs its tools in the environment.
+
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+	$(PIP) install --quiet "setuptools>=64" wheel ninja "pybind11>=2.13" "$(TORCH)"
+	$(PIP) install --quiet --no-build-isolation --editable ".[bench,dev,examples]" "$(TORCH)"
+	touch $@
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
+# Every tests/native/<name>.cpp is a program of its own, linked with all of csrc/cpu and run on each instruction set this
+# machine has. A program returns 0 when all is well.
+
+SAN := build/sanitize
+SAN_FLAGS := -std=c++17 -O1 -g -march=x86-64 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
+             -fno-omit-frame-pointer -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc/include -pthread
+SAN_OBJECTS := $(patsubst csrc/cpu/%.cpp,$(SAN)/cpu/%.o,$(wildcard csrc/cpu/*.cpp))
+SAN_PROGRAMS := $(patsubst tests/native/%.cpp,$(SAN)/%,$(wildcard tests/native/*.cpp))
+CXX ?= g++
+
+sanitize: $(SAN_PROGRAMS)
+	@for isa in $$($(SAN)/cpu_isa --list); do for program in $(SAN_PROGRAMS); do \
+	  echo "$$(basename $$program) on $$isa"; PYCORE_CPU_ISA=$$isa $$program || exit 1; done; done
+
+$(SAN)/cpu/%.o: csrc/cpu/%.cpp
+	@mkdir -p $(dir $@)
+	$(CXX) $(SAN_FLAGS) -MMD -c $< -o $@
+
+$(SAN_PROGRAMS): $(SAN)/%: tests/native/%.cpp $(SAN_OBJECTS)
+	$(CXX) $(SAN_FLAGS) -MMD -MF $@.d $< $(SAN_OBJECTS) -o $@
+
+-include $(wildcard $(SAN)/cpu/*.d $(SAN)/*.d)

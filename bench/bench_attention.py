@@ -1,0 +1,182 @@
+"""Attention over causal and Λ schedules beside what torch offers, on random and on real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import inputs, peers
+from bench.case import Case, Options, Outputs, largest_error
+
+SINK, WINDOW = 16, 512
+HEADS, HEAD_DIM = 8, 64
+# Twenty times float32's rounding unit for the forward pass; gradients of float32 SDPA itself are off by a few 1e-6.
+FORWARD_TOLERANCE, BACKWARD_TOLERANCE = 1e-5, 5e-5
+
+
+@dataclass(frozen=True)
+class Work:
+    """Shape and rule of one attention workload; no window means causal."""
+
+    length: int
+    sink: int | None = SINK
+    window: int | None = WINDOW
+    backward: bool = False
+    source: str = "random"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def flops(self) -> float:
+        """4 D per kept pair forward (two products), 10 D more backward (five)."""
+        pairs = peers.kept_pairs(self.length, self.sink, self.window)
+        return (14.0 if self.backward else 4.0) * HEAD_DIM * pairs * HEADS
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """query, key, value and, for backward, the gradient of the output."""
+        tensors = inputs.attention_inputs(self.source, HEADS, self.length, HEAD_DIM, gradient=self.backward)
+        tensors = tuple(tensor.to(self.device, self.dtype) for tensor in tensors)
+        for tensor in tensors[:3]:
+            tensor.requires_grad_(self.backward)
+        return tensors
+
+
+def _contender(work: Work, make: Callable[..., Callable[[], torch.Tensor]]) -> Callable[[Any], Callable[[], Outputs]]:
+    """Turns make(query, key, value) -> call into a contender that also runs backward where the work asks for it."""
+
+    def prepare(tensors: tuple[torch.Tensor, ...]) -> Callable[[], Outputs]:
+        query, key, value = tensors[:3]
+        attend = make(query, key, value)
+
+        def forward() -> Outputs:
+            with torch.no_grad():
+                return (attend(),)
+
+        def forward_and_backward() -> Outputs:
+            output = attend()
+            return (output.detach(), *torch.autograd.grad(output, (query, key, value), tensors[3]))
+
+        return forward_and_backward if work.backward else forward
+
+    return prepare
+
+
+def _pycore(work: Work) -> Callable[..., Callable[[], torch.Tensor]]:
+    def make(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        from pycore import ops
+
+        if work.window is None:
+            return lambda: ops.attention(query, key, value)
+        return lambda: ops.lambda_attention(query, key, value, sink_size=work.sink, window_size=work.window)
+
+    return make
+
+
+def _check(work: Work) -> Callable[[Any], Callable[[Outputs], float]]:
+    """Compares with float64: every row up to 8192, three stretches of rows beyond."""
+    stretches = list(range(0, work.length, peers.CHUNK))
+    if work.length > 8192:
+        stretches = [stretches[0], stretches[len(stretches) // 2], stretches[-1]]
+
+    def check(tensors: tuple[torch.Tensor, ...]) -> Callable[[Outputs], float]:
+        query, key, value = tensors[:3]
+        with torch.set_grad_enabled(work.backward):
+            output = peers.reference(query, key, value, work.sink, work.window, stretches)
+        expected = [output.detach()]
+        if work.backward:
+            gradients = torch.autograd.grad(output, (query, key, value), tensors[3].double())
+            expected += [gradient.double() for gradient in gradients]
+        rows = torch.cat([torch.arange(start, min(start + peers.CHUNK, work.length)) for start in stretches])
+
+        def error(outputs: Outputs) -> float:
+            chosen = outputs if len(rows) == work.length else [output[:, :, rows] for output in outputs]
+            return largest_error(chosen, expected)
+
+        return error
+
+    return check
+
+
+def _case(name: str, group: str, work: Work, peer_names: Iterable[str], **more: Any) -> Case:
+    makers: dict[str, Callable[..., Callable[[], torch.Tensor]]] = {
+        "masked SDPA": lambda q, k, v: peers.masked_sdpa(q, k, v, work.sink, work.window),
+        "chunked SDPA": lambda q, k, v: peers.chunked_sdpa(q, k, v, work.sink, work.window),
+        "SDPA is_causal": peers.causal_sdpa,
+        "compiled FlexAttention": lambda q, k, v: peers.compiled_flex(q, k, v, work.sink, work.window),
+    }
+    contenders = {"pycore": _contender(work, _pycore(work))}
+    contenders |= {peer: _contender(work, makers[peer]) for peer in peer_names}
+    return Case(
+        name=name,
+        group=group,
+        inputs=work.inputs,
+        contenders=contenders,
+        check=_check(work),
+        tolerance=BACKWARD_TOLERANCE if work.backward else FORWARD_TOLERANCE,
+        flops=work.flops,
+        device=work.device,
+        **more,
+    )
+
+
+def cases(options: Options) -> Iterable[Case]:
+    """Rows 1 to 3 of the design's table, then sweeps over length and window."""
+    device = options.device
+    main = "Λ forward"
+    yield _case(
+        "Λ forward, L 8192",
+        main,
+        Work(8192, device=device),
+        ("masked SDPA", "compiled FlexAttention", "chunked SDPA"),
+        targets={"masked SDPA": 15.0, "compiled FlexAttention": 3.0, "chunked SDPA": 1.7},
+        memory=("pycore", "masked SDPA", "compiled FlexAttention", "chunked SDPA"),
+    )
+    for source in inputs.real_sources():
+        yield _case(
+            f"Λ forward, L 8192, {source}", main, Work(8192, source=source, device=device), ("masked SDPA", "chunked SDPA")
+        )
+    yield _case(
+        "causal forward, L 8192",
+        "causal forward",
+        Work(8192, None, None, device=device),
+        ("SDPA is_causal",) if options.quick else ("SDPA is_causal", "compiled FlexAttention"),
+        targets={"SDPA is_causal": 1.0},
+        memory=("pycore", "SDPA is_causal"),
+    )
+    yield _case(
+        "Λ forward and backward, L 4096",
+        "Λ forward and backward",
+        Work(4096, backward=True, device=device),
+        ("masked SDPA", "chunked SDPA"),
+        targets={"masked SDPA": 6.0, "chunked SDPA": 2.0},
+        memory=("pycore", "masked SDPA", "chunked SDPA"),
+    )
+    lengths = (1024, 4096, 16384, 131072) if options.quick else tuple(2**power for power in range(10, 18))
+    for length in lengths:
+        affordable = ["chunked SDPA"] if length <= (16384 if options.quick else 131072) else []
+        if length <= (4096 if options.quick else 16384):
+            affordable.append("masked SDPA")
+        yield _case(
+            f"length {length}",
+            "time against length (Λ forward)",
+            Work(length, device=device),
+            affordable,
+            axis=("length", float(length)),
+            memory=("pycore",),
+        )
+    windows = (64, 512, 4096) if options.quick else (64, 128, 256, 512, 1024, 2048, 4096)
+    for window in windows:
+        yield _case(
+            f"window {window}",
+            "time against window (Λ forward, L 8192)",
+            Work(8192, window=window, device=device),
+            ("chunked SDPA",) if options.quick else ("chunked SDPA", "masked SDPA"),
+            axis=("window", float(window)),
+        )
+
+
+def bench_attention(case: Case, measure_case: Callable[[Case], None]) -> None:
+    measure_case(case)

@@ -1,0 +1,76 @@
+"""What one benchmark is: a workload, the contenders that do it, and how their results are checked."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Outputs = Sequence[torch.Tensor]
+# Takes the inputs, does what a user would do once (masks, compilation), returns what is timed.
+Prepare = Callable[[Any], Callable[[], Outputs]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What cases(options) may depend on."""
+
+    quick: bool = True
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload. The first contender is the subject; the others are its peers.
+
+    Attributes:
+        name: unique in its file; shown in the table.
+        group: cases of one group make one block of the table, and one plot when they carry an axis.
+        inputs: makes the inputs, the same every time; called once per process, outside every measurement.
+        contenders: name -> Prepare.
+        check: takes the inputs, computes the reference once, and returns a function from a contender's outputs to its
+            error (largest absolute error over the reference's largest absolute value).
+        tolerance: largest error at which a contender's time counts.
+        flops: useful floating-point operations, by the convention in bench/README.md; 0 if the notion does not apply.
+        axis: ("length", 8192.0) for a point of a sweep.
+        targets: peer -> least ratio peer / subject that design asks for, shown beside the measured one.
+        memory: contenders whose peak memory is measured (in a process of its own).
+        device: "cpu" or "cuda".
+    """
+
+    name: str
+    group: str
+    inputs: Callable[[], Any]
+    contenders: Mapping[str, Prepare]
+    check: Callable[[Any], Callable[[Outputs], float]]
+    tolerance: float
+    flops: float = 0.0
+    axis: tuple[str, float] | None = None
+    targets: Mapping[str, float] = field(default_factory=dict)
+    memory: Sequence[str] = ()
+    device: str = "cpu"
+
+
+def stems() -> list[str]:
+    """Names of all benchmark modules: bench_<stem>.py in this folder."""
+    return sorted(path.stem for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
+
+
+def load(stem: str, options: Options) -> list[Case]:
+    """The cases of one benchmark module."""
+    return list(importlib.import_module(f"bench.{stem}").cases(options))
+
+
+def largest_error(outputs: Outputs, reference: Outputs) -> float:
+    """Largest |output - reference| / max|reference| over pairs of tensors; inf for NaN or a wrong shape."""
+    worst = 0.0
+    for output, expected in zip(outputs, reference, strict=True):
+        if output.shape != expected.shape:
+            return float("inf")
+        error = (output.double() - expected).abs().max() / expected.abs().max()
+        worst = max(worst, error.item() if torch.isfinite(error) else float("inf"))
+    return worst

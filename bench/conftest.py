@@ -1,0 +1,42 @@
+"""pytest side of the suite: options, one test per case, and the records that bench.run turns into a report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench import measure
+from bench.case import Case, Options
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pycore benchmarks")
+    group.addoption("--full", action="store_true", help="all lengths and more rounds (default: quick)")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the cases to run")
+    group.addoption("--only", default="", help="cases whose name contains this text")
+    group.addoption("--peers-only", action="store_true", help="time the peers where the subject cannot run")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        config = metafunc.config
+        options = Options(quick=not config.getoption("--full"), device=config.getoption("--device"))
+        cases = [case for case in metafunc.module.cases(options) if config.getoption("--only") in case.name]
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.fixture
+def measure_case(benchmark: Any, request: pytest.FixtureRequest) -> Any:
+    """Call it with the case: checks, times, and hands the record to the session."""
+
+    def run(case: Case) -> None:
+        config = request.config
+        benchmark.group = case.group
+        effort = measure.FULL if config.getoption("--full") else measure.QUICK
+        record = measure.run_case(case, benchmark, effort, config.getoption("--peers-only"))
+        record["stem"] = request.module.__name__.rpartition(".")[2]
+        benchmark.extra_info["record"] = record
+        request.node.user_properties.append(("record", record))
+
+    return run

@@ -1,0 +1,150 @@
+"""Timing of one case: contenders take turns, so that noise on the machine hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.case import Case, Outputs
+
+# Worker threads of the previous contender's pool may spin for a few milliseconds after its last parallel region.
+SETTLE_SECONDS = 0.01
+L2_BYTES = 128 * 2**20  # more than any GPU's last-level cache
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: seconds of timed work per contender, and the number of rounds that must and may fit."""
+
+    seconds: float
+    least: int
+    most: int
+
+
+QUICK = Effort(seconds=2.5, least=3, most=11)
+FULL = Effort(seconds=12.0, least=5, most=31)
+
+
+class Timer:
+    """Runs one contender once and keeps its seconds."""
+
+    def __init__(self, call: Callable[[], Any], device: str) -> None:
+        self.call = call
+        self.device = device
+        self.seconds: list[float] = []
+
+    def __call__(self) -> Any:
+        if self.device == "cuda":
+            seconds, result = cuda_seconds(self.call)
+        else:
+            time.sleep(SETTLE_SECONDS)
+            start = time.perf_counter()
+            result = self.call()
+            seconds = time.perf_counter() - start
+        self.seconds.append(seconds)
+        return result
+
+
+def cuda_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Device time of one call by events, from a cold L2 cache."""
+    torch.empty(L2_BYTES, dtype=torch.int8, device="cuda").zero_()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    result = work()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3, result
+
+
+def rounds_for(seconds: float, effort: Effort) -> int:
+    """Rounds that fit the effort for a contender that takes `seconds`."""
+    return max(effort.least, min(effort.most, int(effort.seconds / max(seconds, 1e-9))))
+
+
+def turn(round_index: int, rounds: int, total: int) -> bool:
+    """Whether a contender with `rounds` rounds takes part in this one of `total`, spread evenly."""
+    return (round_index + 1) * rounds // total > round_index * rounds // total
+
+
+def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = False) -> dict[str, Any]:
+    """Checks and times every contender of a case and returns its record.
+
+    The subject is timed by pytest-benchmark's pedantic mode; each of its rounds is preceded, outside the clock, by the
+    turns of its peers and one matrix product, the machine's limit at that moment.
+
+    Raises:
+        AssertionError: a contender's output is off by more than the tolerance, or the subject cannot run.
+    """
+    inputs = case.inputs()
+    check = case.check(inputs)
+    subject = next(iter(case.contenders))
+    timers: dict[str, Timer] = {}
+    errors: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+    for name, prepare in case.contenders.items():
+        try:
+            timer = Timer(prepare(inputs), case.device)
+            outputs: Outputs = timer()
+        except Exception as error:
+            if name == subject and not peers_only:
+                raise
+            # A peer that this machine lacks (no compiler, no memory) is named in the results; it does not stop the run.
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            skipped[name] = f"{type(error).__name__}: {reason}"[:200]
+            continue
+        errors[name] = check(outputs)
+        del outputs
+        assert errors[name] <= case.tolerance, (
+            f"{case.name}: {name} is off by {errors[name]:.2e} of the largest output, allowed {case.tolerance:.2e}"
+        )
+        timers[name] = timer
+    assert timers, f"{case.name}: no contender could run: {skipped}"
+    if subject not in timers:
+        subject = next(iter(timers))
+    if case.device == "cpu" and case.flops:
+        timers["(gemm)"] = Timer(machine.sgemm(), "cpu")
+        timers["(gemm)"]()
+    for timer in timers.values():
+        timer()  # the first call may have compiled or grown pools; the second one says how many rounds fit
+    rounds = {name: rounds_for(timer.seconds[-1], effort) for name, timer in timers.items()}
+    total = max(rounds.values())
+    rounds[subject] = total
+    for timer in timers.values():
+        timer.seconds.clear()
+    state = {"round": 0}
+
+    def peers_turn() -> None:
+        for name, timer in timers.items():
+            if name != subject and turn(state["round"], rounds[name], total):
+                timer()
+        state["round"] += 1
+
+    gc.collect()
+    gc.disable()
+    try:
+        benchmark.pedantic(timers[subject], setup=peers_turn, rounds=total)
+    finally:
+        gc.enable()
+    gemm = timers.pop("(gemm)", None)
+    return {
+        "name": case.name,
+        "group": case.group,
+        "device": case.device,
+        "axis": list(case.axis) if case.axis else None,
+        "flops": case.flops,
+        "tolerance": case.tolerance,
+        "targets": dict(case.targets),
+        "subject": subject,
+        "gemm_ms": [round(s * 1e3, 4) for s in gemm.seconds] if gemm else None,
+        "results": {
+            name: {"error": errors[name], "ms": [round(s * 1e3, 4) for s in timer.seconds]}
+            for name, timer in timers.items()
+        },
+        "skipped": skipped,
+    }

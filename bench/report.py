@@ -1,0 +1,291 @@
+"""Tables and plots from the JSON of one run.
+
+    python -m bench.report bench/results/X.json             the terminal table and the plots again
+    python -m bench.report --readme bench/results/X.json    writes the results table into README.md, between its markers
+    python -m bench.report --check                          exit status 1 unless README.md holds exactly that table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+END_MARKER = "<!-- bench:end -->"
+_START = re.compile(r"<!-- bench:start(?: (?P<source>\S+))? -->")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one case: times in milliseconds, None where a notion does not apply."""
+
+    group: str
+    case: str
+    contender: str
+    median: float
+    low: float
+    high: float
+    rounds: int
+    ratio: float | None
+    target: float | None
+    gflops: float | None
+    share: float | None
+    peak_mb: float | None
+    error: float
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; of one value, that value thrice."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def rows(run: Mapping[str, Any]) -> list[Row]:
+    """Every measured contender of a run, in the order of the cases."""
+    gemm_everywhere = run["limits"].get("gemm_gflops")
+    found = []
+    for case in run["cases"]:
+        gemm = gemm_everywhere
+        if case.get("gemm_ms"):
+            gemm = run["gemm_flops"] / statistics.median(case["gemm_ms"]) / 1e6
+        subject = case["subject"]
+        subject_median = statistics.median(case["results"][subject]["ms"])
+        for name, result in case["results"].items():
+            low, median, high = quartiles(result["ms"])
+            gflops = case["flops"] / median / 1e6 if case["flops"] else None
+            peak = result.get("peak_bytes")
+            found.append(
+                Row(
+                    group=case["group"],
+                    case=case["name"],
+                    contender=name,
+                    median=median,
+                    low=low,
+                    high=high,
+                    rounds=len(result["ms"]),
+                    ratio=None if name == subject else median / subject_median,
+                    target=case["targets"].get(name),
+                    gflops=gflops,
+                    share=gflops / gemm if gflops and gemm else None,
+                    peak_mb=None if peak is None else peak / 2**20,
+                    error=result["error"],
+                )
+            )
+    return found
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three significant digits without an exponent; an empty string for None."""
+    if value is None:
+        return ""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:.0f}{unit}"
+    return f"{value:.{2 if abs(value) < 10 else 1}f}{unit}"
+
+
+_COLUMNS = ("contender", "median ms", "quartiles", "n", "ratio", "target", "GFLOP/s", "of GEMM", "peak MB", "error")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.contender,
+        number(row.median),
+        f"{number(row.low)}–{number(row.high)}",
+        str(row.rounds),
+        number(row.ratio, "×"),
+        f"≥ {row.target:g}×" if row.target else "",
+        number(row.gflops),
+        "" if row.share is None else f"{row.share:.0%}",
+        "" if row.peak_mb is None else number(row.peak_mb),
+        f"{row.error:.0e}",
+    )
+
+
+def text_table(run: Mapping[str, Any]) -> str:
+    """The table for a terminal: one block per group, one line per contender."""
+    all_rows = rows(run)
+    name_width = max([len(row.case) for row in all_rows] + [4])
+    body = [_cells(row) for row in all_rows]
+    widths = [max(len(line[i]) for line in [_COLUMNS, *body]) for i in range(len(_COLUMNS))]
+    header = f"  {'case':<{name_width}}  " + _aligned(_COLUMNS, widths)
+    lines = [machine_line(run), limits_line(run), "", header]
+    group = case = None
+    for row, cells in zip(all_rows, body, strict=True):
+        if row.group != group:
+            lines += ["", row.group]
+            group, case = row.group, None
+        lines.append(f"  {row.case if row.case != case else '':<{name_width}}  " + _aligned(cells, widths))
+        case = row.case
+    lines += ["", *footnotes(run)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = f"{cells[0]:<{widths[0]}}"
+    return "  ".join([first, *(f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))])
+
+
+def machine_line(run: Mapping[str, Any]) -> str:
+    """One sentence on where and when a run was made."""
+    machine = run["machine"]
+    parts = [f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"]
+    if machine.get("gpu"):
+        parts.insert(0, f"{machine['gpu']}, CUDA {machine['cuda']}")
+    if machine.get("pycore_isa"):
+        parts.append(f"pycore on {machine['pycore_isa']}")
+    parts.append(f"torch {machine['torch']} on {machine['torch_isa']}")
+    if machine.get("commit"):
+        parts.append(f"commit {machine['commit']}")
+    return ", ".join([*parts, machine["date"]]) + (" (quick run)" if run["quick"] else "")
+
+
+def limits_line(run: Mapping[str, Any]) -> str:
+    """One sentence on the machine's limits in the same run."""
+    names = {
+        "gemm_gflops": "float32 GEMM {} GFLOP/s",
+        "gemm_bf16_gflops": "bfloat16 GEMM {} GFLOP/s",
+        "fma_gflops": "FMA {} GFLOP/s",
+        "read_gbs": "memory read {} GB/s",
+        "copy_gbs": "memory copy {} GB/s",
+    }
+    found = [text.format(f"{run['limits'][key]:.0f}") for key, text in names.items() if run["limits"].get(key)]
+    return "Limits in this run: " + ", ".join(found)
+
+
+def footnotes(run: Mapping[str, Any]) -> list[str]:
+    """What the table does not show: peers that could not run, failed cases, and how cost grows along a sweep."""
+    notes = []
+    for case in run["cases"]:
+        notes += [f"{case['name']}: {name} left out ({reason})" for name, reason in case["skipped"].items()]
+    notes += [f"FAILED {failure}" for failure in run.get("failures", [])]
+    for group, axis, points in _sweeps(run):
+        subject = points[0][1]["subject"]
+        chosen = [(x, statistics.median(case["results"][subject]["ms"])) for x, case in points if x >= 4096]
+        if axis == "length" and len(chosen) > 1:
+            (x0, t0), (x1, t1) = chosen[0], chosen[-1]
+            notes.append(f"{group}: {subject} takes {t1 / x1 / (t0 / x0):.2f}× the time per token at {x1:.0f} as at {x0:.0f}")
+    return notes
+
+
+def _sweeps(run: Mapping[str, Any]) -> Iterable[tuple[str, str, list[tuple[float, Mapping[str, Any]]]]]:
+    groups: dict[tuple[str, str], list[tuple[float, Mapping[str, Any]]]] = {}
+    for case in run["cases"]:
+        if case.get("axis"):
+            axis, x = case["axis"]
+            groups.setdefault((case["group"], axis), []).append((x, case))
+    for (group, axis), points in groups.items():
+        if len(points) > 1:
+            yield group, axis, sorted(points, key=lambda point: point[0])
+
+
+def plots(run: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
+    """Writes one PNG per sweep, time against its axis; none without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+    for group, axis, points in _sweeps(run):
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        names = dict.fromkeys(name for _, case in points for name in case["results"])
+        for name in names:
+            line = [(x, quartiles(case["results"][name]["ms"])) for x, case in points if name in case["results"]]
+            xs = [x for x, _ in line]
+            axes.plot(xs, [middle for _, (_, middle, _) in line], marker="o", label=name)
+            axes.fill_between(xs, [low for _, (low, _, _) in line], [high for _, (_, _, high) in line], alpha=0.2)
+        axes.set(xscale="log", yscale="log", xlabel=f"{axis} (tokens)", ylabel="milliseconds", title=group)
+        axes.set_xscale("log", base=2)
+        axes.grid(True, which="both", alpha=0.3)
+        axes.legend()
+        figure.supxlabel(machine_line(run), fontsize=6)
+        path = folder / f"{stem}-{axis}.png"
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+def markdown(run: Mapping[str, Any]) -> str:
+    """The results table of README.md: every case that is not a point of a sweep."""
+    sweeps = {case["name"] for case in run["cases"] if case.get("axis")}
+    lines = [
+        f"{machine_line(run)}. {limits_line(run)}.",
+        "",
+        "| work | contender | median ms | quartiles | over pycore | GFLOP/s | of GEMM | peak memory MB |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    case = None
+    for row in rows(run):
+        if row.case in sweeps:
+            continue
+        _, median, spread, _, ratio, _, gflops, share, peak, _ = _cells(row)
+        first = row.case if row.case != case else ""
+        lines.append(f"| {first} | {row.contender} | {median} | {spread} | {ratio} | {gflops} | {share} | {peak} |")
+        case = row.case
+    notes = [note for note in footnotes(run) if not note.startswith("FAILED")]
+    return "\n".join([*lines, *(["", *[f"- {note}" for note in notes]] if notes else [])])
+
+
+def insert(document: str, table: str, source: str) -> str:
+    """The document with the table between its markers, the start marker naming the source.
+
+    Raises:
+        ValueError: the document lacks one of the markers.
+    """
+    start = _START.search(document)
+    if start is None or END_MARKER not in document[start.end() :]:
+        raise ValueError(f"no line <!-- bench:start --> followed by a line {END_MARKER}")
+    end = document.index(END_MARKER, start.end())
+    return f"{document[: start.start()]}<!-- bench:start {source} -->\n{table}\n{document[end:]}"
+
+
+def source_of(document: str) -> str | None:
+    """Path of the results file that a document's start marker names."""
+    start = _START.search(document)
+    return start.group("source") if start else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=pathlib.Path, help="JSON file of a run")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--readme", action="store_true", help="write the table into the document")
+    action.add_argument("--check", action="store_true", help="compare the document with its table")
+    parser.add_argument("--document", type=pathlib.Path, default=ROOT / "README.md")
+    options = parser.parse_args(arguments)
+    if not (options.readme or options.check):
+        if options.results is None:
+            parser.error("name the JSON file of a run")
+        run = json.loads(options.results.read_text())
+        print(text_table(run))
+        for path in plots(run, options.results.parent, options.results.stem):
+            print(path)
+        return 0
+    document = options.document.read_text()
+    source = options.results.resolve().relative_to(ROOT).as_posix() if options.results else source_of(document)
+    if source is None:
+        parser.error(f"{options.document.name} names no results file; run --readme with one")
+    updated = insert(document, markdown(json.loads((ROOT / source).read_text())), source)
+    if options.readme:
+        options.document.write_text(updated)
+        return 0
+    if updated != document:
+        print(f"{options.document.name} is not what {source} says; run: python -m bench.report --readme {source}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on AVX2 + FMA: the shared vector kernels with eight lanes.
+#include "attention_kernels.h"
+#include "attention_rows.h"
+
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,lzcnt,popcnt")
+
+namespace pycore {
+namespace avx2 {
+namespace {
+
+#include "simd_avx2.h"
+// (in this order)
+#include "tile_product.inl.h"
+// (in this order)
+#include "attention_tiles.inl.h"
+// (in this order)
+#include "attention_forward.inl.h"
+// (in this order)
+#include "attention_backward.inl.h"
+
+}  // namespace
+
+const AttentionKernels attention_float = {kForwardRows,     kBackwardRows, forward_scratch, forward,
+                                          backward_scratch, delta,         grad_query,      grad_key_value};
+
+}  // namespace avx2
+}  // namespace pycore
+
+#pragma GCC pop_options

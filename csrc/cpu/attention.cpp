@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on the CPU: picks the instruction set, cuts the work into items and hands them to threads. Nothing here
+// decides a bit of the result: every reduction is cut by position inside the kernels.
+#include "attention_kernels.h"
+
+#include <pycore/cpu_isa.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace pycore {
+namespace {
+
+const AttentionKernels* kernels_for(DType dtype) {
+  if (dtype == DType::kFloat64) return &scalar::attention_double;
+  if (dtype != DType::kFloat32) return nullptr;
+  switch (cpu_isa()) {
+    case CpuIsa::kAvx512: return &avx512::attention_float;
+    case CpuIsa::kAvx2: return &avx2::attention_float;
+    case CpuIsa::kScalar: break;
+  }
+  return &scalar::attention_float;
+}
+
+constexpr Status kNoKernel = {StatusCode::kUnsupported, "attention has no CPU kernel for this dtype"};
+
+int64_t tiles(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
+
+int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+// Query rows past query_lengths[b] keep no key.
+void clear_rows(const AttentionParams& params, int64_t b, int64_t from) {
+  const int64_t size = element_size(params.dtype), rows = params.query_length - from;
+  for (int64_t h = 0; h < params.heads && rows > 0; ++h) {
+    const int64_t row = (b * params.heads + h) * params.query_length + from;
+    std::memset(static_cast<char*>(params.out) + row * params.value_dim * size, 0, rows * params.value_dim * size);
+    for (int64_t i = row; i < row + rows; ++i) {
+      if (params.dtype == DType::kFloat64) {
+        static_cast<double*>(params.lse)[i] = -std::numeric_limits<double>::infinity();
+      } else {
+        static_cast<float*>(params.lse)[i] = -std::numeric_limits<float>::infinity();
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t attention_forward_scratch(const AttentionParams& params, int64_t threads) {
+  const AttentionKernels* kernels = kernels_for(params.dtype);
+  return kernels ? threads * kernels->forward_scratch(params) : 0;
+}
+
+Status attention_forward(const AttentionParams& params, const Parallel& parallel, void* scratch) {
+  const AttentionKernels* kernels = kernels_for(params.dtype);
+  if (!kernels) return kNoKernel;
+  if (params.batch * params.heads * params.query_length == 0) return {};
+  const int64_t slot_bytes = kernels->forward_scratch(params);
+  // Few queries: the heads that share a key head share its tiles too.
+  const int64_t group = params.heads / params.kv_heads;
+  const int64_t count = std::min(params.query_length, kernels->forward_rows);
+  const int64_t tile_heads = std::clamp<int64_t>(kernels->forward_rows / count, 1, group);
+  const int64_t head_tiles = tiles(group, tile_heads);
+  const int64_t query_tiles = tiles(params.query_length, count);
+  const int64_t items = query_tiles * params.batch * params.kv_heads * head_tiles;
+  for_each_item(parallel, items, [&](int64_t slot, int64_t item) {
+    QueryTile tile;
+    // Under a causal schedule the last queries cost most: first come, first served.
+    const int64_t query_tile = query_tiles - 1 - item / (params.batch * params.kv_heads * head_tiles);
+    const int64_t rest = item % (params.batch * params.kv_heads * head_tiles);
+    tile.batch = rest / (params.kv_heads * head_tiles);
+    tile.kv_head = rest / head_tiles % params.kv_heads;
+    const int64_t head_in_group = rest % head_tiles * tile_heads;
+    tile.head = tile.kv_head * group + head_in_group;
+    tile.heads = std::min(tile_heads, group - head_in_group);
+    tile.first = query_tile * count;
+    const RowMap map = row_map(params, tile.batch);
+    tile.count = std::min(count, map.queries - tile.first);
+    if (tile.count > 0) kernels->forward(params, map, tile, static_cast<char*>(scratch) + slot * slot_bytes);
+  });
+  if (params.query_lengths) {
+    for (int64_t b = 0; b < params.batch; ++b) clear_rows(params, b, params.query_lengths[b]);
+  }
+  return {};
+}
+
+int64_t attention_backward_scratch(const AttentionBackwardParams& params, int64_t threads) {
+  const AttentionKernels* kernels = kernels_for(params.forward.dtype);
+  return kernels ? threads * kernels->backward_scratch(params) : 0;
+}
+
+Status attention_backward(const AttentionBackwardParams& params, const Parallel& parallel, void* scratch) {
+  const AttentionParams& forward = params.forward;
+  const AttentionKernels* kernels = kernels_for(forward.dtype);
+  if (!kernels) return kNoKernel;
+  const int64_t slot_bytes = kernels->backward_scratch(params);
+  const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * slot_bytes; };
+  const int64_t size = element_size(forward.dtype);
+  const int64_t group = forward.kv_heads ? forward.heads / forward.kv_heads : 0;
+  const int64_t query_tiles = tiles(forward.query_length, kernels->backward_rows);
+  const int64_t pairs = forward.batch * forward.kv_heads;
+
+  for_each_item(parallel, forward.batch * forward.heads, [&](int64_t, int64_t item) {
+    const int64_t b = item / forward.heads, h = item % forward.heads;
+    const int64_t query_bytes = forward.query_length * forward.head_dim * size;
+    std::memset(static_cast<char*>(params.grad_query) + item * query_bytes, 0, query_bytes);
+    if (h % group == 0) {
+      const int64_t pair = b * forward.kv_heads + h / group, rows = forward.key_length * size;
+      std::memset(static_cast<char*>(params.grad_key) + pair * rows * forward.head_dim, 0, rows * forward.head_dim);
+      std::memset(static_cast<char*>(params.grad_value) + pair * rows * forward.value_dim, 0, rows * forward.value_dim);
+    }
+    const RowMap map = row_map(forward, b);
+    kernels->delta(params, b, h, 0, std::min(map.queries, forward.query_length));
+  });
+
+  int64_t key_tiles = 0;
+  for (int64_t b = 0; b < forward.batch; ++b) {
+    key_tiles = std::max(key_tiles, tiles(row_map(forward, b).positions(), kKeyTile));
+  }
+  // One pass (5 products a tile) keeps a key head on one thread; two passes (7 products) share it out. Both add the
+  // same numbers in the same order, so the choice is a matter of time alone.
+  const int64_t threads = std::max<int64_t>(parallel.threads, 1);
+  const bool one_pass = tiles(pairs, threads) * threads * 5 <= pairs * 8;
+  if (one_pass) {
+    for_each_item(parallel, pairs, [&](int64_t slot, int64_t pair) {
+      const int64_t b = pair / forward.kv_heads, kv_head = pair % forward.kv_heads;
+      const RowMap map = row_map(forward, b);
+      for (int64_t tile = 0; tile * kKeyTile < map.positions(); ++tile) {
+        kernels->grad_key_value(params, map, b, kv_head, tile, {true, true}, slot_scratch(slot));
+      }
+    });
+    return {};
+  }
+  for_each_item(parallel, forward.batch * forward.heads * query_tiles, [&](int64_t slot, int64_t item) {
+    QueryTile tile;
+    tile.batch = item / (forward.heads * query_tiles);
+    tile.head = item / query_tiles % forward.heads;
+    tile.kv_head = tile.head / group;
+    tile.first = (query_tiles - 1 - item % query_tiles) * kernels->backward_rows;
+    const RowMap map = row_map(forward, tile.batch);
+    tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
+    if (tile.count > 0) kernels->grad_query(params, map, tile, slot_scratch(slot));
+  });
+  for_each_item(parallel, pairs * key_tiles, [&](int64_t slot, int64_t item) {
+    const int64_t pair = item % pairs, b = pair / forward.kv_heads;
+    const RowMap map = row_map(forward, b);
+    const int64_t tile = item / pairs;
+    if (tile * kKeyTile >= map.positions()) return;
+    kernels->grad_key_value(params, map, b, pair % forward.kv_heads, tile, {false, true}, slot_scratch(slot));
+  });
+  return {};
+}
+
+}  // namespace pycore

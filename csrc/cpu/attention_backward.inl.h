@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward pass in vectors. One step takes up to kBackwardRows queries of a head against one key tile:
+//   p = 2^(s - lse),  g = grad_out v^T,  ds = p (g - delta) scale
+//   grad_query += ds k,  grad_key += ds^T q,  grad_value += p^T grad_out
+// Steps run in a fixed order (keys ascending for a query, heads then queries ascending for a key) and every gradient
+// is one chain of FMAs along it, so that one pass and two passes, and any number of threads, give the same bits.
+// With rotation, ds k and ds^T q are taken in the tile's rotated frame and turned back before they are added.
+// Include after attention_forward.inl.h.
+
+constexpr int64_t kBackwardRows = 64;
+
+struct BackwardBuffers {
+  // The key tile.
+  float* key_columns = nullptr;    // [padded D, 64] as in the forward pass
+  float* key_far = nullptr;        // [padded D, 64]
+  float* value_columns = nullptr;  // [padded Dv, 64]
+  float* key_rows = nullptr;       // [64, padded D] rotated
+  float* key_copy = nullptr;       // [64, padded D] unrotated, where the rows themselves will not do
+  float* grad_key = nullptr;       // [64, padded D]
+  float* grad_key_far = nullptr;   // [64, padded D]
+  float* grad_value = nullptr;     // [64, padded Dv]
+  // The queries.
+  float* query = nullptr;          // [64, padded D] rotated for the tile, or a copy
+  float* query_far = nullptr;      // [64, padded D] rotated by the limit
+  float* grad_query = nullptr;     // [6, padded D] in the rotated frame
+  float* weights = nullptr;        // [64, 64] p
+  float* grad_scores = nullptr;    // [64, 64] ds
+  float* scores_far = nullptr;     // [6, 64]
+
+  int64_t bind(const AttentionParams& params, void* memory) {
+    const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
+    const bool rope = params.rope_cos != nullptr;
+    Scratch scratch{static_cast<char*>(memory)};
+    key_columns = scratch.take(d * kKeyTile);
+    value_columns = scratch.take(dv * kKeyTile);
+    key_copy = scratch.take(kKeyTile * d);
+    grad_key = scratch.take(kKeyTile * d);
+    grad_value = scratch.take(kKeyTile * dv);
+    weights = scratch.take(kBackwardRows * kKeyTile);
+    grad_scores = scratch.take(kBackwardRows * kKeyTile);
+    query = scratch.take(kBackwardRows * d);
+    if (rope) {
+      key_far = scratch.take(d * kKeyTile);
+      key_rows = scratch.take(kKeyTile * d);
+      grad_key_far = scratch.take(kKeyTile * d);
+      query_far = scratch.take(kBackwardRows * d);
+      grad_query = scratch.take(kProductRows * d);
+      scores_far = scratch.take(kProductRows * kKeyTile);
+    }
+    return scratch.used;
+  }
+};
+
+// Row-major keys for grad_query, beside what the forward pass loads.
+struct BackwardTile {
+  int64_t tile;
+  uint64_t present;
+  const float* key;  // unrotated
+  int64_t key_stride;
+};
+
+PYCORE_INLINE BackwardTile load_backward_tile(const AttentionParams& params, const RowMap& map, int64_t b,
+                                              int64_t kv_head, int64_t tile, const BackwardBuffers& buffers) {
+  BackwardTile loaded;
+  loaded.tile = tile;
+  loaded.present = map.present_bits(tile);
+  if (loaded.present == 0) return loaded;
+  TileRows keys, values, rotated;
+  tile_rows(params.key, params.key_strides, map, b, kv_head, tile, loaded.present, &keys);
+  tile_rows(params.value, params.value_strides, map, b, kv_head, tile, loaded.present, &values);
+  loaded.key = matrix_rows(keys, loaded.present, map.contiguous(tile), params.key_strides.row, params.head_dim,
+                           buffers.key_copy, &loaded.key_stride);
+  transpose_rows(values, params.value_dim, buffers.value_columns);
+  if (params.rope_cos) {
+    rotate_rows(params, keys, padded(params.head_dim), buffers.key_rows, &rotated);
+    transpose_rows(rotated, params.head_dim, buffers.key_columns);
+    if (params.distance_limit < map.positions()) transpose_rows(keys, params.head_dim, buffers.key_far);
+  } else {
+    transpose_rows(keys, params.head_dim, buffers.key_columns);
+  }
+  return loaded;
+}
+
+// Bit r of out[c] is bit c of in[r].
+PYCORE_INLINE void transpose_bits(const uint64_t* in, int64_t rows, uint64_t* out) {
+  for (int64_t c = 0; c < kKeyTile; ++c) out[c] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (uint64_t bits = in[r]; bits; bits &= bits - 1) out[__builtin_ctzll(bits)] |= uint64_t{1} << r;
+  }
+}
+
+// grad[c] += sum over kept rows r of A[r][c] B[r], for the tile's 64 keys.
+PYCORE_INLINE void accumulate_columns(const uint64_t* row_bits, int64_t rows, const float* a, const float* b,
+                                      int64_t b_row, int64_t n, float* grad, int64_t grad_row) {
+  uint64_t columns[kKeyTile], all = ~uint64_t{0}, any = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    all &= row_bits[r];
+    any |= row_bits[r];
+  }
+  if (any == 0) return;
+  const bool full = all == ~uint64_t{0};
+  if (!full) transpose_bits(row_bits, rows, columns);
+  for (int64_t c = 0; c < kKeyTile; c += kProductRows) {
+    const int64_t count = kKeyTile - c < kProductRows ? kKeyTile - c : kProductRows;
+    BlockKeeps keeps;
+    for (int m = 0; m < count; ++m) keeps.set(m, full ? bit_range(0, rows) : columns[c + m]);
+    accumulate_kept<true>(count, keeps, a + c, kKeyTile, b, b_row, n, grad + c * grad_row, grad_row);
+  }
+}
+
+// Rows first..first+count-1 of head h against the loaded tile.
+__attribute__((noinline)) void backward_step(const AttentionBackwardParams& params, const RowMap& map, int64_t b,
+                                             int64_t h, int64_t first, int64_t count, const BackwardTile& loaded,
+                                             BackwardParts parts, const BackwardBuffers& buffers) {
+  const AttentionParams& forward = params.forward;
+  const int64_t d = padded(forward.head_dim), dv = padded(forward.value_dim), tile = loaded.tile;
+  const int64_t base = tile * kKeyTile, p_first = map.query_position(first);
+  const bool rope = forward.rope_cos != nullptr;
+  uint64_t near_bits[kBackwardRows], far[kBackwardRows], kept[kBackwardRows];
+  uint64_t any_near = 0, any_far = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    kept[r] = forward.schedule.keep_bits(p_first + r, tile) & loaded.present;
+    const uint64_t beyond = far_bits(forward, p_first + r, tile);
+    far[r] = kept[r] & beyond;
+    near_bits[r] = kept[r] & ~beyond;
+    any_near |= near_bits[r];
+    any_far |= far[r];
+  }
+  if (!(any_near | any_far)) return;
+
+  const float* queries = row_of<float>(forward.query, forward.query_strides, b, h, first);
+  int64_t query_stride = forward.query_strides.row;
+  const float* query_near = queries;
+  int64_t near_stride = query_stride;
+  if (rope) {
+    for (int64_t r = 0; r < count; ++r) {
+      const float* query = queries + r * query_stride;
+      if (near_bits[r]) rotate(forward, query, p_first + r - base, buffers.query + r * d);
+      if (far[r]) rotate(forward, query, forward.distance_limit, buffers.query_far + r * d);
+    }
+    query_near = buffers.query;
+    near_stride = d;
+  }
+  const float* grad_out = row_of<float>(params.grad_out, params.grad_out_strides, b, h, first);
+  const int64_t grad_out_stride = params.grad_out_strides.row;
+  const int64_t index = row_index(forward, b, h, first);
+  const float* lse = static_cast<const float*>(forward.lse) + index;
+  const float* delta = static_cast<const float*>(params.delta) + index;
+  const Vec scale2 = Vec::broadcast(static_cast<float>(forward.scale) * kLog2E);
+  const Vec scale = Vec::broadcast(static_cast<float>(forward.scale));
+
+  for (int64_t row = 0; row < count; row += kProductRows) {
+    const int64_t rows = count - row < kProductRows ? count - row : kProductRows;
+    BlockKeeps keeps, keeps_near, keeps_far;
+    for (int m = 0; m < rows; ++m) {
+      keeps.set(m, kept[row + m]);
+      keeps_near.set(m, near_bits[row + m]);
+      keeps_far.set(m, far[row + m]);
+    }
+    if (keeps.any == 0) continue;
+    const int64_t begin = keeps.first() / Vec::kWidth * Vec::kWidth, end = round_up(keeps.end(), Vec::kWidth);
+    float* weights = buffers.weights + row * kKeyTile;
+    float* grad_scores = buffers.grad_scores + row * kKeyTile;
+    if (keeps_near.any) {
+      tile_product<false>(rows, forward.head_dim, query_near + row * near_stride, near_stride, buffers.key_columns,
+                          kKeyTile, begin, end, StoreBlock{weights, kKeyTile});
+    }
+    if (keeps_far.any) {
+      float* scores = keeps_near.any ? buffers.scores_far : weights;
+      tile_product<false>(rows, forward.head_dim, buffers.query_far + row * d, d, buffers.key_far, kKeyTile, begin, end,
+                          StoreBlock{scores, kKeyTile});
+      for (int m = 0; m < rows && keeps_near.any; ++m) {
+        for (int64_t c = begin; c < end; c += Vec::kWidth) {
+          const int64_t at = m * kKeyTile + c;
+          Vec::load(scores + at).select(far[row + m] >> c, Vec::load(weights + at)).store(weights + at);
+        }
+      }
+    }
+    tile_product<false>(rows, forward.value_dim, grad_out + row * grad_out_stride, grad_out_stride,
+                        buffers.value_columns, kKeyTile, begin, end, StoreBlock{grad_scores, kKeyTile});
+    for (int m = 0; m < rows; ++m) {
+      const Vec row_lse = Vec::broadcast(lse[row + m] * kLog2E), row_delta = Vec::broadcast(delta[row + m]);
+      for (int64_t c = begin; c < end; c += Vec::kWidth) {
+        // Columns that are not kept may hold anything here; accumulate_kept never reads them.
+        const Vec p = (Vec::load(weights + m * kKeyTile + c) * scale2 - row_lse).exp2();
+        p.store(weights + m * kKeyTile + c);
+        (p * (Vec::load(grad_scores + m * kKeyTile + c) - row_delta) * scale).store(grad_scores + m * kKeyTile + c);
+      }
+    }
+    if (!parts.query) continue;
+    float* grad_query = static_cast<float*>(params.grad_query) + (index + row) * forward.head_dim;
+    if (!rope) {
+      accumulate_kept<false>(rows, keeps, grad_scores, kKeyTile, loaded.key, loaded.key_stride, forward.head_dim,
+                             grad_query, forward.head_dim);
+      continue;
+    }
+    const auto add_turned_back = [&](const BlockKeeps& part, const float* key, int64_t key_stride, bool is_far) {
+      zero_rows(buffers.grad_query, rows * d);
+      accumulate_kept<false>(rows, part, grad_scores, kKeyTile, key, key_stride, forward.head_dim, buffers.grad_query,
+                             d);
+      for (int m = 0; m < rows; ++m) {
+        if (part.bits[m] == 0) continue;
+        float* turned = buffers.grad_query + m * d;
+        rotate(forward, turned, is_far ? -forward.distance_limit : base - (p_first + row + m), turned);
+        float* out = grad_query + m * forward.head_dim;
+        int64_t at = 0;
+        for (; at + Vec::kWidth <= forward.head_dim; at += Vec::kWidth) {
+          (Vec::load(out + at) + Vec::load(turned + at)).store(out + at);
+        }
+        const int64_t left = forward.head_dim - at;
+        if (left > 0) (Vec::load_first(out + at, left) + Vec::load(turned + at)).store_first(out + at, left);
+      }
+    };
+    if (keeps_near.any) add_turned_back(keeps_near, buffers.key_rows, d, false);
+    if (keeps_far.any) add_turned_back(keeps_far, loaded.key, loaded.key_stride, true);
+  }
+
+  if (!parts.key_value) return;
+  accumulate_columns(kept, count, buffers.weights, grad_out, grad_out_stride, forward.value_dim, buffers.grad_value, dv);
+  if (any_near) {
+    accumulate_columns(near_bits, count, buffers.grad_scores, query_near, near_stride, forward.head_dim,
+                       buffers.grad_key, d);
+  }
+  if (any_far) {
+    accumulate_columns(far, count, buffers.grad_scores, buffers.query_far, d, forward.head_dim, buffers.grad_key_far,
+                       d);
+  }
+}
+
+void delta(const AttentionBackwardParams& params, int64_t b, int64_t h, int64_t first, int64_t count) {
+  const int64_t n = params.forward.value_dim;
+  for (int64_t i = first; i < first + count; ++i) {
+    const int64_t row = row_index(params.forward, b, h, i);
+    const float* grad_out = row_of<float>(params.grad_out, params.grad_out_strides, b, h, i);
+    const float* out = static_cast<const float*>(params.forward.out) + row * n;
+    Vec sum = Vec::zero();
+    for (int64_t c = 0; c < n; c += Vec::kWidth) {
+      const int64_t lanes = n - c < Vec::kWidth ? n - c : Vec::kWidth;
+      sum = Vec::fma(Vec::load_first(grad_out + c, lanes), Vec::load_first(out + c, lanes), sum);
+    }
+    static_cast<float*>(params.delta)[row] =
+        sum.reduce_add() - (params.grad_lse ? static_cast<const float*>(params.grad_lse)[row] : 0.0f);
+  }
+}
+
+void grad_query(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& queries, void* memory) {
+  const AttentionParams& forward = params.forward;
+  BackwardBuffers buffers;
+  buffers.bind(forward, memory);
+  const int64_t p_lo = map.query_position(queries.first), p_hi = p_lo + queries.count - 1;
+  const int64_t tiles = (map.positions() + kKeyTile - 1) / kKeyTile;
+  for (int64_t tile = forward.schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
+       tile = forward.schedule.next_tile(p_lo, p_hi, tile + 1)) {
+    if (forward.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
+    const BackwardTile loaded = load_backward_tile(forward, map, queries.batch, queries.kv_head, tile, buffers);
+    if (loaded.present == 0) continue;
+    backward_step(params, map, queries.batch, queries.head, queries.first, queries.count, loaded, {true, false},
+                  buffers);
+  }
+}
+
+void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, int64_t b, int64_t kv_head, int64_t tile,
+                    BackwardParts parts, void* memory) {
+  const AttentionParams& forward = params.forward;
+  BackwardBuffers buffers;
+  buffers.bind(forward, memory);
+  const int64_t d = padded(forward.head_dim), dv = padded(forward.value_dim);
+  const int64_t group = forward.heads / forward.kv_heads;
+  const bool rope = forward.rope_cos != nullptr;
+  const BackwardTile loaded = load_backward_tile(forward, map, b, kv_head, tile, buffers);
+  if (loaded.present == 0) return;
+  zero_rows(buffers.grad_key, kKeyTile * d);
+  zero_rows(buffers.grad_value, kKeyTile * dv);
+  if (rope) zero_rows(buffers.grad_key_far, kKeyTile * d);
+
+  int64_t lo, hi;
+  forward.schedule.query_range(tile, &lo, &hi);
+  const int64_t p0 = map.query_position(0);
+  const int64_t first = lo > p0 ? lo - p0 : 0;
+  const int64_t last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    for (int64_t i = first; i <= last; i += kBackwardRows) {
+      const int64_t count = last - i + 1 < kBackwardRows ? last - i + 1 : kBackwardRows;
+      backward_step(params, map, b, h, i, count, loaded, parts, buffers);
+    }
+  }
+  for (int64_t c = 0; c < kKeyTile; ++c) {
+    if (!(loaded.present >> c & 1)) continue;
+    const int64_t row = key_row_index(forward, b, kv_head, map.key_row(tile * kKeyTile + c));
+    float* key = buffers.grad_key + c * d;
+    if (rope) {
+      rotate(forward, key, -c, key);
+      for (int64_t at = 0; at < d; at += Vec::kWidth) {
+        (Vec::load(key + at) + Vec::load(buffers.grad_key_far + c * d + at)).store(key + at);
+      }
+    }
+    copy_row(key, forward.head_dim, static_cast<float*>(params.grad_key) + row * forward.head_dim);
+    copy_row(buffers.grad_value + c * dv, forward.value_dim,
+             static_cast<float*>(params.grad_value) + row * forward.value_dim);
+  }
+}
+
+int64_t backward_scratch(const AttentionBackwardParams& params) {
+  BackwardBuffers buffers;
+  return buffers.bind(params.forward, nullptr);
+}

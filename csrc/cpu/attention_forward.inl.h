@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward pass in vectors. A tile of query rows walks its key tiles in order; for each tile, blocks of
+// kProductRows rows do scores, softmax and values back to back, so that a block's scores live in L1. The softmax is in
+// base 2 (scale * log2 e folded into one factor).
+//
+// Floors for one block against one full tile, D channels: 2 * 6 * 64 * D FMAs (1536 cycles at D = 64 with 16 FMA lanes
+// a cycle) against 6 * 64 exponentials (about 20 instructions a vector); the tile's own bytes are shared by all blocks.
+// Include after attention_tiles.inl.h.
+
+constexpr int64_t kForwardRows = 96;
+constexpr float kNegativeInfinity = -__builtin_inff();
+
+struct ForwardBuffers {
+  float* query = nullptr;         // [rows, padded D] unrotated
+  float* query_far = nullptr;     // [rows, padded D] rotated by the distance limit
+  float* query_block = nullptr;   // [6, padded D] a block rotated for one tile
+  float* key_columns = nullptr;   // [padded D, 64] keys, rotated by place in the tile
+  float* key_far = nullptr;       // [padded D, 64] keys, unrotated
+  float* key_rows = nullptr;      // [64, padded D] rotated rows on their way to key_columns
+  float* value_rows = nullptr;    // [64, padded Dv]
+  float* scores = nullptr;        // [6, 64]
+  float* scores_far = nullptr;    // [6, 64]
+  float* max = nullptr;           // [rows] of the open segment; base-2 logits
+  float* sum = nullptr;           // [rows, width] of the open segment, by lane
+  float* accumulator = nullptr;   // [rows, padded Dv] of the open segment
+  float* total_max = nullptr;     // the segments merged so far
+  float* total_sum = nullptr;     // [rows]
+  float* total = nullptr;         // [rows, padded Dv]
+
+  int64_t bind(const AttentionParams& params, void* memory) {
+    const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
+    const bool rope = params.rope_cos != nullptr;
+    Scratch scratch{static_cast<char*>(memory)};
+    query = scratch.take(kForwardRows * d);
+    key_columns = scratch.take(d * kKeyTile);
+    value_rows = scratch.take(kKeyTile * dv);
+    scores = scratch.take(kProductRows * kKeyTile);
+    max = scratch.take(kForwardRows);
+    sum = scratch.take(kForwardRows * Vec::kWidth);
+    accumulator = scratch.take(kForwardRows * dv);
+    total_max = scratch.take(kForwardRows);
+    total_sum = scratch.take(kForwardRows);
+    total = scratch.take(kForwardRows * dv);
+    if (rope) {
+      query_far = scratch.take(kForwardRows * d);
+      query_block = scratch.take(kProductRows * d);
+      key_far = scratch.take(d * kKeyTile);
+      key_rows = scratch.take(kKeyTile * d);
+      scores_far = scratch.take(kProductRows * kKeyTile);
+    }
+    return scratch.used;
+  }
+};
+
+// One vector of 2^(x - shift) for the whole row, the same function the weights use.
+PYCORE_INLINE float exp2_of(float x) {
+  float lanes[Vec::kWidth];
+  Vec::broadcast(x).exp2().store(lanes);
+  return lanes[0];
+}
+
+PYCORE_INLINE void scale_row(float* row, int64_t n, Vec factor) {
+  for (int64_t d = 0; d < n; d += Vec::kWidth) (Vec::load(row + d) * factor).store(row + d);
+}
+
+// Scores of one row in place -> weights 2^(s - max), columns begin..end-1 (whole vectors). Rescales the row's open
+// segment when its maximum grows.
+PYCORE_INLINE void softmax_row(float* scores, int64_t begin, int64_t end, uint64_t kept, bool masked, Vec scale,
+                               float* max, float* sum, float* accumulator, int64_t dv) {
+  Vec row_max = Vec::broadcast(kNegativeInfinity);
+  for (int64_t c = begin; c < end; c += Vec::kWidth) {
+    Vec x = Vec::load(scores + c) * scale;
+    if (masked) x = x.select(kept >> c, Vec::broadcast(kNegativeInfinity));
+    x.store(scores + c);
+    row_max = Vec::max(row_max, x);
+  }
+  const float tile_max = row_max.reduce_max(), old_max = *max;
+  if (!(tile_max <= old_max)) {
+    const Vec factor = Vec::broadcast(exp2_of(old_max - tile_max));
+    scale_row(accumulator, dv, factor);
+    (Vec::load(sum) * factor).store(sum);
+    *max = tile_max;
+  } else if (old_max == kNegativeInfinity) {
+    for (int64_t c = begin; c < end; c += Vec::kWidth) Vec::zero().store(scores + c);
+    return;
+  }
+  const Vec shift = Vec::broadcast(*max);
+  Vec row_sum = Vec::load(sum);
+  for (int64_t c = begin; c < end; c += Vec::kWidth) {
+    const Vec weight = (Vec::load(scores + c) - shift).exp2();
+    weight.store(scores + c);
+    row_sum = row_sum + weight;
+  }
+  row_sum.store(sum);
+}
+
+// The open segment joins the total, and a new one opens.
+PYCORE_INLINE void merge_segment(const ForwardBuffers& buffers, int64_t rows, int64_t dv) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float max = buffers.max[r];
+    if (max == kNegativeInfinity) continue;
+    float* accumulator = buffers.accumulator + r * dv;
+    float* total = buffers.total + r * dv;
+    const float sum = Vec::load(buffers.sum + r * Vec::kWidth).reduce_add();
+    const float total_max = buffers.total_max[r];
+    if (total_max == kNegativeInfinity) {
+      buffers.total_max[r] = max;
+      buffers.total_sum[r] = sum;
+      copy_row(accumulator, dv, total);
+    } else {
+      const float new_max = max > total_max ? max : total_max;
+      const Vec old_factor = Vec::broadcast(exp2_of(total_max - new_max));
+      const Vec factor = Vec::broadcast(exp2_of(max - new_max));
+      float lanes[Vec::kWidth];
+      Vec::fma(Vec::broadcast(sum), factor, Vec::broadcast(buffers.total_sum[r]) * old_factor).store(lanes);
+      buffers.total_sum[r] = lanes[0];
+      buffers.total_max[r] = new_max;
+      for (int64_t d = 0; d < dv; d += Vec::kWidth) {
+        Vec::fma(Vec::load(accumulator + d), factor, Vec::load(total + d) * old_factor).store(total + d);
+      }
+    }
+    buffers.max[r] = kNegativeInfinity;
+    Vec::zero().store(buffers.sum + r * Vec::kWidth);
+    zero_rows(accumulator, dv);
+  }
+}
+
+// One key tile, loaded for every block of the query tile.
+struct LoadedTile {
+  int64_t tile;
+  uint64_t present;
+  bool near, far;  // whether some pair is within, or beyond, the distance limit
+  const float* value;
+  int64_t value_stride;
+};
+
+PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
+                                 const LoadedTile& loaded, const ForwardBuffers& buffers, int64_t row, int64_t rows) {
+  const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
+  BlockKeeps keeps;
+  uint64_t far[kProductRows];
+  uint64_t any_far = 0, any_near = 0;
+  for (int m = 0; m < rows; ++m) {
+    const int64_t p = map.query_position(queries.first + (row + m) % queries.count);
+    keeps.set(m, params.schedule.keep_bits(p, loaded.tile) & loaded.present);
+    far[m] = loaded.far ? far_bits(params, p, loaded.tile) : 0;
+    any_far |= keeps.bits[m] & far[m];
+    any_near |= keeps.bits[m] & ~far[m];
+  }
+  if (keeps.any == 0) return;
+  const int64_t begin = keeps.first() / Vec::kWidth * Vec::kWidth, end = round_up(keeps.end(), Vec::kWidth);
+  const float* query = buffers.query + row * d;
+  if (any_near) {
+    if (params.rope_cos) {
+      for (int m = 0; m < rows; ++m) {
+        const int64_t p = map.query_position(queries.first + (row + m) % queries.count);
+        rotate(params, query + m * d, p - loaded.tile * kKeyTile, buffers.query_block + m * d);
+      }
+      query = buffers.query_block;
+    }
+    tile_product<false>(rows, params.head_dim, query, d, buffers.key_columns, kKeyTile, begin, end,
+                        StoreBlock{buffers.scores, kKeyTile});
+  }
+  if (any_far) {
+    float* scores = any_near ? buffers.scores_far : buffers.scores;
+    tile_product<false>(rows, params.head_dim, buffers.query_far + row * d, d, buffers.key_far, kKeyTile, begin, end,
+                        StoreBlock{scores, kKeyTile});
+    for (int m = 0; m < rows && any_near; ++m) {
+      float* near_scores = buffers.scores + m * kKeyTile;
+      for (int64_t c = begin; c < end; c += Vec::kWidth) {
+        Vec::load(scores + m * kKeyTile + c).select(far[m] >> c, Vec::load(near_scores + c)).store(near_scores + c);
+      }
+    }
+  }
+  const Vec scale = Vec::broadcast(static_cast<float>(params.scale) * kLog2E);
+  const uint64_t columns = bit_range(begin, end);
+  for (int m = 0; m < rows; ++m) {
+    const bool masked = (keeps.bits[m] & columns) != columns;
+    softmax_row(buffers.scores + m * kKeyTile, begin, end, keeps.bits[m], masked, scale, buffers.max + row + m,
+                buffers.sum + (row + m) * Vec::kWidth, buffers.accumulator + (row + m) * dv, dv);
+  }
+  accumulate_kept<false>(rows, keeps, buffers.scores, kKeyTile, loaded.value, loaded.value_stride, params.value_dim,
+                         buffers.accumulator + row * dv, dv);
+}
+
+void forward(const AttentionParams& params, const RowMap& map, const QueryTile& queries, void* memory) {
+  ForwardBuffers buffers;
+  buffers.bind(params, memory);
+  const int64_t d = padded(params.head_dim), dv = padded(params.value_dim), rows = queries.rows();
+  const int64_t p_lo = map.query_position(queries.first), p_hi = p_lo + queries.count - 1;
+  const bool rope = params.rope_cos != nullptr;
+  const bool reaches_far = rope && params.distance_limit < p_hi;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t h = queries.head + r / queries.count, i = queries.first + r % queries.count;
+    const float* query = row_of<float>(params.query, params.query_strides, queries.batch, h, i);
+    copy_row(query, params.head_dim, buffers.query + r * d);
+    if (reaches_far) rotate(params, query, params.distance_limit, buffers.query_far + r * d);
+    buffers.max[r] = buffers.total_max[r] = kNegativeInfinity;
+    buffers.total_sum[r] = 0;
+  }
+  zero_rows(buffers.sum, rows * Vec::kWidth);
+  zero_rows(buffers.accumulator, rows * dv);
+  zero_rows(buffers.total, rows * dv);
+
+  const int64_t tiles = (map.positions() + kKeyTile - 1) / kKeyTile;
+  int64_t open_segment = 0;
+  for (int64_t tile = params.schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
+       tile = params.schedule.next_tile(p_lo, p_hi, tile + 1)) {
+    LoadedTile loaded;
+    loaded.tile = tile;
+    loaded.present = map.present_bits(tile);
+    if (loaded.present == 0 || params.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
+    if (tile / kSegmentTiles != open_segment) {
+      merge_segment(buffers, rows, dv);
+      open_segment = tile / kSegmentTiles;
+    }
+    const int64_t base = tile * kKeyTile;
+    loaded.far = reaches_far && p_hi - base > params.distance_limit;
+    loaded.near = !loaded.far || p_lo - (base + kKeyTile - 1) <= params.distance_limit;
+    TileRows keys, values, rotated;
+    tile_rows(params.key, params.key_strides, map, queries.batch, queries.kv_head, tile, loaded.present, &keys);
+    tile_rows(params.value, params.value_strides, map, queries.batch, queries.kv_head, tile, loaded.present, &values);
+    if (loaded.far) transpose_rows(keys, params.head_dim, buffers.key_far);
+    if (loaded.near) {
+      if (rope) rotate_rows(params, keys, d, buffers.key_rows, &rotated);
+      transpose_rows(rope ? rotated : keys, params.head_dim, buffers.key_columns);
+    }
+    loaded.value = matrix_rows(values, loaded.present, map.contiguous(tile), params.value_strides.row,
+                               params.value_dim, buffers.value_rows, &loaded.value_stride);
+    for (int64_t row = 0; row < rows; row += kProductRows) {
+      forward_block(params, map, queries, loaded, buffers, row, rows - row < kProductRows ? rows - row : kProductRows);
+    }
+  }
+  merge_segment(buffers, rows, dv);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t index =
+        row_index(params, queries.batch, queries.head + r / queries.count, queries.first + r % queries.count);
+    const float sum = buffers.total_sum[r];
+    // A row that kept no key has sum 0 and an accumulator of zeros; NaN goes through.
+    scale_row(buffers.total + r * dv, dv, Vec::broadcast(sum == 0 ? 0.0f : 1.0f / sum));
+    copy_row(buffers.total + r * dv, params.value_dim, static_cast<float*>(params.out) + index * params.value_dim);
+    static_cast<float*>(params.lse)[index] =
+        static_cast<float>(buffers.total_max[r] * kLn2 + __builtin_log(static_cast<double>(sum)));
+  }
+}
+
+int64_t forward_scratch(const AttentionParams& params) {
+  ForwardBuffers buffers;
+  return buffers.bind(params, nullptr);
+}

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// What attention.cpp asks of an instruction set: one tile of work at a time.
+#pragma once
+
+#include <pycore/attention.h>
+
+#include <cstdint>
+
+namespace pycore {
+
+// Rows of queries computed together: `count` consecutive query rows of each of `heads` heads that share a key head.
+struct QueryTile {
+  int64_t batch = 0;
+  int64_t kv_head = 0;
+  int64_t head = 0;   // the first of `heads` consecutive query heads
+  int64_t heads = 1;
+  int64_t first = 0;  // query row
+  int64_t count = 0;
+
+  int64_t rows() const { return heads * count; }
+};
+
+// Which gradients a backward call is to produce.
+struct BackwardParts {
+  bool query = true;
+  bool key_value = true;
+};
+
+struct AttentionKernels {
+  int64_t forward_rows;   // most rows a QueryTile may have in the forward pass
+  int64_t backward_rows;  // most query rows (of one head) in a backward step
+  int64_t (*forward_scratch)(const AttentionParams& params);  // bytes a thread
+  void (*forward)(const AttentionParams& params, const RowMap& map, const QueryTile& tile, void* scratch);
+  int64_t (*backward_scratch)(const AttentionBackwardParams& params);
+  // Rows first..first+count-1 of a head: delta = sum(grad_out * out) - grad_lse.
+  void (*delta)(const AttentionBackwardParams& params, int64_t batch, int64_t head, int64_t first, int64_t count);
+  // grad_query of one tile of one head, over all its key tiles in order. grad_query holds zeros.
+  void (*grad_query)(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& tile, void* scratch);
+  // grad_key and grad_value of one key tile, over the group's heads and their queries in order; with parts.query
+  // it adds this key tile's share to grad_query as well (key tiles must then come in order, from one thread).
+  void (*grad_key_value)(const AttentionBackwardParams& params, const RowMap& map, int64_t batch, int64_t kv_head,
+                         int64_t key_tile, BackwardParts parts, void* scratch);
+};
+
+namespace scalar {
+extern const AttentionKernels attention_float;
+extern const AttentionKernels attention_double;
+}  // namespace scalar
+namespace avx2 {
+extern const AttentionKernels attention_float;
+}
+namespace avx512 {
+extern const AttentionKernels attention_float;
+}
+
+}  // namespace pycore

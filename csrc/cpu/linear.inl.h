@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// The linear kernels on the tile product. Include after tile_product.inl.h, in the same target region and anonymous
+// namespace. A product's columns lie in panels of kPanel: the weight transposed (forward), the weight (grad_x) or x
+// (grad_weight), copied so that the product reads one stream. Copies go to scratch that stays in the second cache.
+
+constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
+constexpr int64_t kFewRows = kProductRows;  // with so few rows a panel is read once: its depth goes through in slices
+constexpr int64_t kSlice = 64;              // that stay in the first cache
+constexpr int64_t kBorrowedRows = 24;       // fewer rows than this do not pay for a copy of the weight in grad_x
+
+// What a thread has to write on, in floats.
+struct LinearScratch {
+  float panel[kLinearBlock * kLinearColumns];  // [depth][kPanel], or for grad_weight kLinearColumns / kPanel of them
+  float rows[kLinearBlock * kWeightRows];      // rows of A: [kProductRows][kLinearBlock], or [depth][kWeightRows]
+  float chain[kFewRows * kPanel];              // unfinished chains
+};
+
+// Adds a block's chains to the sum. Between the slices of a block the chains rest in `chain`.
+struct BlockSum {
+  float* out;
+  int64_t out_row;
+  const float* bias;  // added after the last block; null before it
+  float* chain;       // [rows][kPanel]
+  bool resume, rest, first_block;
+
+  PYCORE_INLINE Vec start(int m, int64_t n) const { return resume ? Vec::load(chain + m * kPanel + n) : Vec::zero(); }
+  PYCORE_INLINE Vec start_first(int m, int64_t n, int64_t) const { return start(m, n); }
+  PYCORE_INLINE void finish(int m, int64_t n, Vec x) const {
+    if (rest) return x.store(chain + m * kPanel + n);
+    if (!first_block) x = Vec::load(out + m * out_row + n) + x;
+    if (bias) x = x + Vec::load(bias + n);
+    x.store(out + m * out_row + n);
+  }
+  PYCORE_INLINE void finish_first(int m, int64_t n, int64_t count, Vec x) const {
+    if (rest) return x.store(chain + m * kPanel + n);
+    if (!first_block) x = Vec::load_first(out + m * out_row + n, count) + x;
+    if (bias) x = x + Vec::load_first(bias + n, count);
+    x.store_first(out + m * out_row + n, count);
+  }
+};
+
+PYCORE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// panel[k][i] = rows[i][k], with zeros in the lanes past `count`.
+inline void pack_transposed(const float* rows, int64_t row_stride, int64_t count, int64_t depth, float* panel) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const float* group = rows + i * row_stride;
+    const int64_t group_rows = smaller(kWidth, count - i);
+    for (int64_t k = 0; k < depth; k += kWidth) {
+      const int64_t ks = smaller(kWidth, depth - k);
+      Vec square[kWidth];
+      if (group_rows == kWidth && ks == kWidth) {
+        for (int j = 0; j < kWidth; ++j) square[j] = Vec::load(group + j * row_stride + k);
+      } else {
+        for (int j = 0; j < kWidth; ++j) {
+          square[j] = j < group_rows ? Vec::load_first(group + j * row_stride + k, ks) : Vec::zero();
+        }
+      }
+      transpose(square);
+      for (int j = 0; j < ks; ++j) square[j].store(panel + (k + j) * kPanel + i);
+    }
+  }
+}
+
+// One row of a panel.
+PYCORE_INLINE void copy_columns(const float* from, int64_t count, float* to) {
+  int64_t n = 0;
+  for (; n + Vec::kWidth <= count; n += Vec::kWidth) Vec::load(from + n).store(to + n);
+  if (n < count) Vec::load_first(from + n, count - n).store_first(to + n, count - n);
+}
+
+// Rows of A as the tile product wants them: one stride. Rows of several strides are gathered.
+struct RowTile {
+  const float* data;
+  int64_t stride;
+};
+PYCORE_INLINE RowTile row_tile(const RowView& view, int64_t row, int64_t count, int64_t k, int64_t depth, float* rows) {
+  if (view.uniform()) return {static_cast<const float*>(view.data) + row * view.row_stride() + k, view.row_stride()};
+  for (int64_t i = 0; i < count; ++i) copy_columns(view.row<float>(row + i) + k, depth, rows + i * kLinearBlock);
+  return {rows, kLinearBlock};
+}
+
+// out[rows][columns of a panel] += A B over one slice or block of the depth; BlockSum says which.
+inline void multiply_rows(const RowView& view, Range rows, int64_t k, int64_t depth, const float* panel,
+                          int64_t panel_row, int64_t width, BlockSum sum, float* gathered) {
+  float* const out = sum.out;
+  for (int64_t row = rows.begin; row < rows.end; row += kProductRows) {
+    const int64_t count = smaller(kProductRows, rows.end - row);
+    const RowTile tile = row_tile(view, row, count, k, depth, gathered);
+    sum.out = out + (row - rows.begin) * sum.out_row;
+    tile_product<false>(count, depth, tile.data, tile.stride, panel, panel_row, 0, width, sum);
+  }
+}
+
+void linear_forward_item(const LinearParams& params, Range rows, Range columns, void* memory) {
+  LinearScratch* scratch = static_cast<LinearScratch*>(memory);
+  const float* weight = static_cast<const float*>(params.weight);
+  const float* bias = static_cast<const float*>(params.bias);
+  const int64_t depth = params.in_features;
+  const int64_t slice = rows.count() <= kFewRows ? kSlice : kLinearBlock;
+  for (int64_t n = columns.begin; n < columns.end; n += kPanel) {
+    const int64_t width = smaller(kPanel, columns.end - n);
+    int64_t k = 0;
+    do {
+      const int64_t end = smaller(k + slice, depth);
+      const bool block_ends = end == depth || end % kLinearBlock == 0;
+      pack_transposed(weight + n * params.weight_stride + k, params.weight_stride, width, end - k, scratch->panel);
+      const BlockSum sum = {static_cast<float*>(params.out) + rows.begin * params.out_features + n,
+                            params.out_features,
+                            bias && end == depth ? bias + n : nullptr,
+                            scratch->chain,
+                            k % kLinearBlock != 0,
+                            !block_ends,
+                            k < kLinearBlock};
+      multiply_rows(params.x, rows, k, end - k, scratch->panel, kPanel, width, sum, scratch->rows);
+      k = end;
+    } while (k < depth);
+  }
+}
+
+void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range columns, void* memory) {
+  LinearScratch* scratch = static_cast<LinearScratch*>(memory);
+  const int64_t depth = params.out_features;
+  for (int64_t column = columns.begin; column < columns.end; column += kPanel) {
+    const int64_t width = smaller(kPanel, columns.end - column);
+    int64_t n = 0;
+    do {
+      const int64_t end = smaller(n + kLinearBlock, depth);
+      const float* weight = static_cast<const float*>(params.weight) + n * params.weight_stride + column;
+      const bool copy = rows.count() >= kBorrowedRows;
+      for (int64_t i = 0; copy && i < end - n; ++i) {
+        copy_columns(weight + i * params.weight_stride, width, scratch->panel + i * kPanel);
+      }
+      const BlockSum sum = {static_cast<float*>(params.grad_x) + rows.begin * params.in_features + column,
+                            params.in_features,
+                            nullptr,
+                            nullptr,
+                            false,
+                            false,
+                            n == 0};
+      multiply_rows(params.grad_out, rows, n, end - n, copy ? scratch->panel : weight,
+                    copy ? kPanel : params.weight_stride, width, sum, scratch->rows);
+      n = end;
+    } while (n < depth);
+  }
+}
+
+void linear_grad_weight_item(const LinearBackwardParams& params, Range outs, Range columns, void* memory) {
+  LinearScratch* scratch = static_cast<LinearScratch*>(memory);
+  int64_t row = 0;
+  do {
+    const int64_t end = smaller(row + kLinearBlock, params.x.rows), depth = end - row;
+    for (int64_t r = 0; r < depth; ++r) {
+      copy_columns(params.grad_out.row<float>(row + r) + outs.begin, outs.count(), scratch->rows + r * kWeightRows);
+      const float* x = params.x.row<float>(row + r);
+      for (int64_t column = columns.begin, p = 0; column < columns.end; column += kPanel, ++p) {
+        copy_columns(x + column, smaller(kPanel, columns.end - column), scratch->panel + (p * kLinearBlock + r) * kPanel);
+      }
+    }
+    for (int64_t column = columns.begin, p = 0; column < columns.end; column += kPanel, ++p) {
+      const float* panel = scratch->panel + p * kLinearBlock * kPanel;
+      for (int64_t n = outs.begin; n < outs.end; n += kProductRows) {
+        const BlockSum sum = {static_cast<float*>(params.grad_weight) + n * params.in_features + column,
+                              params.in_features,
+                              nullptr,
+                              nullptr,
+                              false,
+                              false,
+                              row == 0};
+        tile_product<true>(smaller(kProductRows, outs.end - n), depth, scratch->rows + (n - outs.begin), kWeightRows,
+                           panel, kPanel, 0, smaller(kPanel, columns.end - column), sum);
+      }
+    }
+    row = end;
+  } while (row < params.x.rows);
+}
+
+void linear_grad_bias_item(const LinearBackwardParams& params, Range outs) {
+  float* const out = static_cast<float*>(params.grad_bias);
+  for (int64_t n = outs.begin; n < outs.end; n += Vec::kWidth) {
+    const int64_t count = smaller(Vec::kWidth, outs.end - n);
+    Vec total = Vec::zero();
+    for (int64_t block = 0; block < params.x.rows; block += kLinearBlock) {
+      const int64_t end = smaller(block + kLinearBlock, params.x.rows);
+      Vec chain = Vec::zero();
+      for (int64_t row = block; row < end; ++row) {
+        chain = chain + Vec::load_first(params.grad_out.row<float>(row) + n, count);
+      }
+      total = block == 0 ? chain : total + chain;
+    }
+    total.store_first(out + n, count);
+  }
+}

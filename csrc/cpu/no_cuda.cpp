@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launchers of a library built without CUDA: each says so.
+#ifndef PYCORE_WITH_CUDA
+
+#include <pycore/attention.h>
+
+namespace pycore {
+namespace {
+constexpr Status kNoCuda = {StatusCode::kUnsupported,
+                            "this build of pycore has no CUDA kernels; rebuild it with PYCORE_CUDA=on where nvcc is"};
+}  // namespace
+
+Status launch_attention_forward(const AttentionParams&, void*) { return kNoCuda; }
+
+}  // namespace pycore
+
+#endif  // PYCORE_WITH_CUDA

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vec: eight float32 lanes on AVX2 + FMA. Include inside a target region and an anonymous namespace (see
+// attention.avx2.cpp); simd_avx512.h is the same interface with sixteen lanes.
+
+#define PYCORE_INLINE inline __attribute__((always_inline))
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  static constexpr int kProductColumns = 2;  // vectors per tile-product block: 6 x 2 accumulators of 16 registers
+  __m256 v;
+
+  static PYCORE_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+  static PYCORE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static PYCORE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  PYCORE_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+
+  // The first `count` lanes, 0 <= count <= 8; the others are zero and their memory is not touched.
+  static PYCORE_INLINE __m256i first(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static PYCORE_INLINE Vec load_first(const float* p, int64_t count) { return {_mm256_maskload_ps(p, first(count))}; }
+  PYCORE_INLINE void store_first(float* p, int64_t count) const { _mm256_maskstore_ps(p, first(count), v); }
+
+  friend PYCORE_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend PYCORE_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend PYCORE_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  static PYCORE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }    // a b + c
+  static PYCORE_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
+  static PYCORE_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+
+  // Lane i is this lane if bit i of `bits` is set, else `other`'s.
+  PYCORE_INLINE Vec select(uint64_t bits, Vec other) const {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits & 0xff)), lane);
+    return {_mm256_blendv_ps(other.v, v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)))};
+  }
+
+  // 2^x for x <= 127; exactly zero below -125. The polynomial is within 1 ulp on [-1/2, 1/2].
+  PYCORE_INLINE Vec exp2() const {
+    const __m256 n = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 f = _mm256_sub_ps(v, n);
+    __m256 y = _mm256_set1_ps(1.5353362e-4f);
+    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.3398874e-3f));
+    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(9.6184373e-3f));
+    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(5.5503324e-2f));
+    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(2.4022648e-1f));
+    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(6.9314720e-1f));
+    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.0f));
+    const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
+    const __m256 above = _mm256_cmp_ps(v, _mm256_set1_ps(-125.0f), _CMP_NLT_UQ);  // true for NaN, which stays NaN
+    return {_mm256_and_ps(_mm256_castsi256_ps(scaled), above)};
+  }
+
+  PYCORE_INLINE float reduce_max() const {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  PYCORE_INLINE float reduce_add() const {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+};
+
+// rows[i] (lane j) becomes column: rows[j] (lane i).
+PYCORE_INLINE void transpose(Vec (&rows)[Vec::kWidth]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
+    a[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
+  }
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    rows[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over any schedule: softmax(scale * q k^T, on the kept pairs) v, with rotary embedding applied inside.
+//
+// Positions. Of batch row b the keys are rows key_starts[b] <= r < key_lengths[b]. Key r has position
+// j = r - key_starts[b], plus key_offset[b] (tokens evicted) for rows past the sinks. Query row i < query_lengths[b]
+// has position p = (key_lengths - key_starts + key_offset)[b] - query_lengths[b] + i: bottom-right alignment.
+// A row that keeps no key gives zeros and lse = -inf.
+//
+// Rotary embedding. The pair (x, y) of a query at distance d from a key is rotated by d' = min(d, distance_limit),
+// relative to the key tile: for d <= limit the query is rotated by p - base and the key by j - base, with base the
+// tile's first position; beyond the limit the query is rotated by `limit` and the key not at all. So a table needs
+// only the largest distance plus a tile.
+#pragma once
+
+#include <pycore/export.h>
+#include <pycore/parallel.h>
+#include <pycore/status.h>
+#include <pycore/tensor_view.h>
+#include <pycore/tile_schedule.h>
+
+#include <cstdint>
+
+namespace pycore {
+
+// Strides in elements of [batch, heads, length, channel]; the channel stride is 1.
+struct AttentionStrides {
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+struct AttentionParams {
+  DType dtype = DType::kFloat32;  // of query, key, value and out
+  int64_t batch = 0, heads = 0, kv_heads = 0;
+  int64_t query_length = 0, key_length = 0;
+  int64_t head_dim = 0, value_dim = 0;
+
+  const void* query = nullptr;  // [batch, heads, query_length, head_dim]
+  const void* key = nullptr;    // [batch, kv_heads, key_length, head_dim]
+  const void* value = nullptr;  // [batch, kv_heads, key_length, value_dim]
+  AttentionStrides query_strides, key_strides, value_strides;
+  void* out = nullptr;  // [batch, heads, query_length, value_dim], contiguous
+  void* lse = nullptr;  // [batch, heads, query_length], contiguous; float32 (float64 for float64), natural log
+
+  TileSchedule schedule;
+  double scale = 1.0;
+
+  const void* rope_cos = nullptr;  // [rope_rows, rope_dim / 2], row stride rope_stride; float32 (float64 for float64)
+  const void* rope_sin = nullptr;
+  int64_t rope_rows = 0, rope_dim = 0, rope_stride = 0;
+  bool rope_interleaved = false;   // pairs (2i, 2i + 1) instead of (i, i + rope_dim / 2)
+  int64_t distance_limit = kFar;
+
+  const int64_t* key_starts = nullptr;     // [batch] or null: 0
+  const int64_t* key_lengths = nullptr;    // [batch] or null: key_length
+  const int64_t* key_offset = nullptr;     // [batch] or null: 0
+  const int64_t* query_lengths = nullptr;  // [batch] or null: query_length
+};
+
+struct AttentionBackwardParams {
+  AttentionParams forward;          // out and lse hold the forward pass's results
+  const void* grad_out = nullptr;   // [batch, heads, query_length, value_dim]
+  AttentionStrides grad_out_strides;
+  const void* grad_lse = nullptr;   // [batch, heads, query_length], contiguous, or null
+  void* delta = nullptr;            // [batch, heads, query_length], scratch of lse's dtype
+  void* grad_query = nullptr;       // contiguous, like query
+  void* grad_key = nullptr;         // contiguous, like key
+  void* grad_value = nullptr;       // contiguous, like value
+};
+
+// How the rows of one batch row map to positions.
+struct RowMap {
+  int64_t start = 0;    // first valid key row
+  int64_t keys = 0;     // valid key rows
+  int64_t sinks = 0;    // of which this many stand before the gap left by eviction
+  int64_t offset = 0;   // evicted tokens
+  int64_t queries = 0;  // valid query rows
+
+  PYCORE_HOST_DEVICE int64_t positions() const { return keys + offset; }
+  PYCORE_HOST_DEVICE int64_t query_position(int64_t i) const { return positions() - queries + i; }
+  // The row of a position that is present.
+  PYCORE_HOST_DEVICE int64_t key_row(int64_t j) const { return start + (j < sinks ? j : j - offset); }
+  PYCORE_HOST_DEVICE uint64_t present_bits(int64_t tile) const {
+    const int64_t base = tile * kKeyTile;
+    if (offset == 0) return tile_bits(base, 0, keys);
+    return tile_bits(base, 0, sinks) | tile_bits(base, sinks + offset, keys + offset);
+  }
+  // True if the tile's present positions lie in consecutive rows.
+  PYCORE_HOST_DEVICE bool contiguous(int64_t tile) const {
+    const int64_t base = tile * kKeyTile;
+    return offset == 0 || base >= sinks || base + kKeyTile <= sinks;
+  }
+};
+
+PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t b) {
+  RowMap map;
+  map.start = params.key_starts ? params.key_starts[b] : 0;
+  const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
+  map.keys = end > map.start ? end - map.start : 0;
+  map.offset = params.key_offset ? params.key_offset[b] : 0;
+  map.sinks = params.schedule.sink_size < map.keys ? params.schedule.sink_size : map.keys;
+  map.queries = params.query_lengths ? params.query_lengths[b] : params.query_length;
+  return map;
+}
+
+// CPU. `scratch` holds attention_*_scratch(params, threads) bytes, 64-byte aligned.
+PYCORE_API int64_t attention_forward_scratch(const AttentionParams& params, int64_t threads);
+PYCORE_API Status attention_forward(const AttentionParams& params, const Parallel& parallel, void* scratch);
+PYCORE_API int64_t attention_backward_scratch(const AttentionBackwardParams& params, int64_t threads);
+PYCORE_API Status attention_backward(const AttentionBackwardParams& params, const Parallel& parallel, void* scratch);
+
+// CUDA: every pointer is a device pointer.
+PYCORE_API Status launch_attention_forward(const AttentionParams& params, void* stream);
+
+}  // namespace pycore

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both faces check before an attention kernel sees anything, and the parameters it then gets. Throws
+// std::invalid_argument (checks.h). Kernels do not include this.
+#pragma once
+
+#include <pycore/attention.h>
+#include <pycore/checks.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+namespace pycore {
+
+struct AttentionArgs {
+  std::string op;  // the public function called; it opens every message
+  TensorView query, key, value;
+  TensorView rope_cos, rope_sin;                               // not defined(): no rotation
+  TensorView key_starts, key_lengths, key_offset, query_lengths;  // not defined(): defaults
+  std::string schedule;                                        // "full", "causal" or "lambda"
+  std::vector<int64_t> schedule_args;                          // lambda: sink_size, window_size
+  bool interleaved = false;
+  int64_t distance_limit = -1;  // -1: none
+  double scale = 1.0;
+};
+
+namespace detail {
+
+inline void check_4d(const std::string& op, const char* name, const TensorView& view) {
+  check_value(view.dims == 4, op, name, " has ", view.dims, " dimensions and must have 4: [batch, heads, length, head_dim]");
+  check_value(view.strides[3] == 1 || view.shape[3] <= 1, op, name, "'s last dimension has stride ", view.strides[3],
+              " and must be contiguous");
+}
+
+inline void check_same(const std::string& op, const char* name, const TensorView& view, const TensorView& query) {
+  check_value(view.dtype == query.dtype, op, name, " is ", dtype_name(view.dtype), " and must be ",
+              dtype_name(query.dtype), " like query");
+  check_value(view.device == query.device && view.device_index == query.device_index, op, name,
+              " is on another device than query");
+}
+
+inline TileSchedule schedule_of(const AttentionArgs& args) {
+  TileSchedule schedule;
+  if (args.schedule == "full" || args.schedule == "causal") {
+    schedule.kind = args.schedule == "full" ? ScheduleKind::kFull : ScheduleKind::kCausal;
+    check_value(args.schedule_args.empty(), args.op, "schedule \"", args.schedule, "\" has ", args.schedule_args.size(),
+                " numbers and takes none");
+    return schedule;
+  }
+  check_value(args.schedule == "lambda", args.op, "schedule is \"", args.schedule,
+              "\" and must be \"full\", \"causal\" or \"lambda\"");
+  check_value(args.schedule_args.size() == 2, args.op, "schedule \"lambda\" has ", args.schedule_args.size(),
+              " numbers and takes 2: sink_size and window_size");
+  schedule.kind = ScheduleKind::kLambda;
+  check_value(args.schedule_args[0] >= 0, args.op, "sink_size is ", args.schedule_args[0], " and must be at least 0");
+  check_value(args.schedule_args[1] >= 1, args.op, "window_size is ", args.schedule_args[1], " and must be at least 1");
+  schedule.sink_size = std::min(args.schedule_args[0], kFar);
+  schedule.window_size = std::min(args.schedule_args[1], kFar);
+  return schedule;
+}
+
+inline const int64_t* check_lengths(const AttentionArgs& args, const char* name, const TensorView& view, int64_t batch) {
+  if (!view.defined()) return nullptr;
+  check_value(view.dtype == DType::kInt64, args.op, name, " is ", dtype_name(view.dtype), " and must be int64");
+  check_value(view.dims == 1 && view.shape[0] == batch, args.op, name, " has shape ", shape_text(view),
+              " and must be [batch], here [", batch, "]");
+  check_value(view.strides[0] == 1 || batch <= 1, args.op, name, " must be contiguous");
+  check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
+              " is on another device than query");
+  return view.as<const int64_t>();
+}
+
+// Values of the length arguments; on the CPU, where reading them costs nothing.
+inline void check_length_values(const AttentionArgs& args, const AttentionParams& params) {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    const int64_t start = params.key_starts ? params.key_starts[b] : 0;
+    const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
+    const int64_t offset = params.key_offset ? params.key_offset[b] : 0;
+    const int64_t queries = params.query_lengths ? params.query_lengths[b] : params.query_length;
+    check_value(end >= 0 && end <= params.key_length, args.op, "key_lengths[", b, "] is ", end,
+                " and must be between 0 and key's length, ", params.key_length);
+    check_value(start >= 0 && start <= end, args.op, "key_starts[", b, "] is ", start,
+                " and must be between 0 and key_lengths[", b, "], ", end);
+    check_value(offset >= 0 && offset < kFar, args.op, "key_offset[", b, "] is ", offset, " and must be at least 0");
+    check_value(queries >= 0 && queries <= params.query_length, args.op, "query_lengths[", b, "] is ", queries,
+                " and must be between 0 and query's length, ", params.query_length);
+  }
+}
+
+inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
+  const TensorView& cosine = args.rope_cos;
+  const TensorView& sine = args.rope_sin;
+  check_value(cosine.defined() == sine.defined(), args.op, "rope must hold both tables, cos and sin");
+  if (!cosine.defined()) return;
+  const DType table = args.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  for (const TensorView* view : {&cosine, &sine}) {
+    const char* name = view == &cosine ? "rope's cos" : "rope's sin";
+    check_value(view->dims == 2, args.op, name, " has ", view->dims, " dimensions and must have 2: [n, R / 2]");
+    check_value(view->dtype == table, args.op, name, " is ", dtype_name(view->dtype), " and must be ",
+                dtype_name(table));
+    check_value(view->strides[1] == 1 || view->shape[1] <= 1, args.op, name, "'s last dimension must be contiguous");
+    check_value(view->device == args.query.device && view->device_index == args.query.device_index, args.op, name,
+                " is on another device than query");
+  }
+  check_value(cosine.shape[0] == sine.shape[0] && cosine.shape[1] == sine.shape[1] &&
+                  (cosine.strides[0] == sine.strides[0] || cosine.shape[0] <= 1),
+              args.op, "rope's cos has shape ", shape_text(cosine), " and sin ", shape_text(sine),
+              "; both must have the same shape and strides");
+  check_value(2 * cosine.shape[1] <= params->head_dim, args.op, "rope rotates ", 2 * cosine.shape[1],
+              " channels and must rotate at most head_dim, ", params->head_dim);
+  params->rope_cos = cosine.data;
+  params->rope_sin = sine.data;
+  params->rope_rows = cosine.shape[0];
+  params->rope_dim = 2 * cosine.shape[1];
+  params->rope_stride = cosine.strides[0];
+  params->rope_interleaved = args.interleaved;
+
+  int64_t positions = 0;
+  if (args.query.device == Device::kCpu) {
+    for (int64_t b = 0; b < params->batch; ++b) positions = std::max(positions, row_map(*params, b).positions());
+  } else if (!params->key_offset) {
+    positions = params->key_length;
+  }
+  if (params->batch * params->heads * params->query_length == 0) return;
+  // Without a causal bound a query may also stand before its keys, at any distance.
+  const int64_t needed = params->schedule.kind == ScheduleKind::kFull
+                             ? std::max(positions, params->query_length)
+                             : std::min(positions, params->distance_limit + kKeyTile);
+  check_value(params->rope_rows >= needed, args.op, "rope has ", params->rope_rows, " rows and must have ", needed,
+              " (the largest distance, ", std::max<int64_t>(std::min(positions - 1, params->distance_limit), 0),
+              ", and a tile of ", kKeyTile, ")");
+}
+
+}  // namespace detail
+
+// Everything but out and lse, which the face allocates afterwards.
+inline AttentionParams attention_params(const AttentionArgs& args) {
+  const std::string& op = args.op;
+  const TensorView& query = args.query;
+  check_value(query.dtype == DType::kFloat32 || query.dtype == DType::kFloat64, op, "query is ",
+              dtype_name(query.dtype), " and must be float32 or float64");
+  check_value(query.device != Device::kOther, op, "query must be on the CPU or on a CUDA device");
+  detail::check_4d(op, "query", query);
+  detail::check_4d(op, "key", args.key);
+  detail::check_4d(op, "value", args.value);
+  detail::check_same(op, "key", args.key, query);
+  detail::check_same(op, "value", args.value, query);
+
+  AttentionParams params;
+  params.dtype = query.dtype;
+  params.batch = query.shape[0];
+  params.heads = query.shape[1];
+  params.query_length = query.shape[2];
+  params.head_dim = query.shape[3];
+  params.kv_heads = args.key.shape[1];
+  params.key_length = args.key.shape[2];
+  params.value_dim = args.value.shape[3];
+  check_value(params.head_dim >= 1, op, "query has head_dim 0 and must have at least 1");
+  check_value(args.key.shape[0] == params.batch, op, "key has batch ", args.key.shape[0], " and query has ",
+              params.batch, "; they must be equal");
+  check_value(args.key.shape[3] == params.head_dim, op, "key has head_dim ", args.key.shape[3], " and query has ",
+              params.head_dim, "; they must be equal");
+  check_value(params.heads == 0 || (params.kv_heads > 0 && params.heads % params.kv_heads == 0), op, "key has ",
+              params.kv_heads, " heads, which does not divide query's ", params.heads);
+  for (int i = 0; i < 3; ++i) {
+    check_value(args.value.shape[i] == args.key.shape[i], op, "value has shape ", shape_text(args.value),
+                " and key has ", shape_text(args.key), "; their first three dimensions must be equal");
+  }
+  const auto strides = [](const TensorView& view) {
+    return AttentionStrides{view.strides[0], view.strides[1], view.strides[2]};
+  };
+  params.query = query.data;
+  params.key = args.key.data;
+  params.value = args.value.data;
+  params.query_strides = strides(query);
+  params.key_strides = strides(args.key);
+  params.value_strides = strides(args.value);
+
+  params.schedule = detail::schedule_of(args);
+  check_value(std::isfinite(args.scale), op, "scale is ", args.scale, " and must be finite");
+  params.scale = args.scale;
+  check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
+  params.distance_limit = args.distance_limit < 0 ? kFar : std::min(args.distance_limit, kFar);
+  check_value(params.schedule.kind != ScheduleKind::kLambda || params.distance_limit >= params.schedule.window_size, op,
+              "distance_limit is ", params.distance_limit, " and must be at least window_size, ",
+              params.schedule.window_size);
+
+  params.key_starts = detail::check_lengths(args, "key_starts", args.key_starts, params.batch);
+  params.key_lengths = detail::check_lengths(args, "key_lengths", args.key_lengths, params.batch);
+  params.key_offset = detail::check_lengths(args, "key_offset", args.key_offset, params.batch);
+  params.query_lengths = detail::check_lengths(args, "query_lengths", args.query_lengths, params.batch);
+  if (query.device == Device::kCpu) detail::check_length_values(args, params);
+  detail::check_rope(args, &params);
+  return params;
+}
+
+// grad_out and grad_lse against what the forward pass returned.
+inline AttentionBackwardParams attention_backward_params(const AttentionArgs& args, const TensorView& grad_out,
+                                                         const TensorView& grad_lse, const TensorView& out,
+                                                         const TensorView& lse) {
+  AttentionBackwardParams params;
+  params.forward = attention_params(args);
+  const AttentionParams& forward = params.forward;
+  const std::string& op = args.op;
+  const auto check_like_out = [&](const char* name, const TensorView& view, bool contiguous) {
+    detail::check_4d(op, name, view);
+    detail::check_same(op, name, view, args.query);
+    const int64_t shape[4] = {forward.batch, forward.heads, forward.query_length, forward.value_dim};
+    check_value(std::equal(shape, shape + 4, view.shape), op, name, " has shape ", shape_text(view),
+                " and must have the output's");
+    const bool dense = view.count() == 0 ||
+                       ((shape[2] == 1 || view.strides[2] == shape[3]) &&
+                        (shape[1] == 1 || view.strides[1] == shape[2] * shape[3]) &&
+                        (shape[0] == 1 || view.strides[0] == shape[1] * shape[2] * shape[3]));
+    check_value(!contiguous || dense, op, name, " must be contiguous");
+  };
+  const auto check_like_lse = [&](const char* name, const TensorView& view) {
+    check_value(view.dims == 3 && view.shape[0] == forward.batch && view.shape[1] == forward.heads &&
+                    view.shape[2] == forward.query_length,
+                op, name, " has shape ", shape_text(view), " and must be [batch, heads, query length]");
+    check_value(view.dtype == args.query.dtype, op, name, " is ", dtype_name(view.dtype), " and must be ",
+                dtype_name(args.query.dtype));
+    check_value(view.count() == 0 || ((view.shape[2] == 1 || view.strides[2] == 1) &&
+                                      (view.shape[1] == 1 || view.strides[1] == view.shape[2]) &&
+                                      (view.shape[0] == 1 || view.strides[0] == view.shape[1] * view.shape[2])),
+                op, name, " must be contiguous");
+  };
+  check_like_out("grad_out", grad_out, false);
+  check_like_out("out", out, true);
+  check_like_lse("lse", lse);
+  params.forward.out = out.data;
+  params.forward.lse = lse.data;
+  params.grad_out = grad_out.data;
+  params.grad_out_strides = {grad_out.strides[0], grad_out.strides[1], grad_out.strides[2]};
+  if (grad_lse.defined()) {
+    check_like_lse("grad_lse", grad_lse);
+    params.grad_lse = grad_lse.data;
+  }
+  return params;
+}
+
+}  // namespace pycore

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Row-invariant linear layers and RMS normalisation: a row's result has the same bits whatever rows, batch or threads
+// it is computed with, because every sum has one fixed order.
+//
+// Linear: out[r][n] = sum over k of x[r][k] weight[n][k], + bias[n]. The sum is cut into blocks of kLinearBlock terms;
+// a block is one chain of FMAs over k ascending that starts at zero, and the blocks are added in order, then the bias.
+// The gradient of x is the same sum over n, the gradient of weight the same sum over the rows. The instruction sets
+// cut the work differently and agree bit for bit.
+//
+// RMS norm: out[r][c] = x[r][c] / sqrt(mean over c of x[r][c]^2 + eps) * weight[c]. Lane l < kNormLanes of a sum holds
+// the FMA chain over channels c = l mod kNormLanes, ascending; lanes are added l + (l + 32), then 16, 8, 4, 2, 1.
+#pragma once
+
+#include <pycore/export.h>
+#include <pycore/parallel.h>
+#include <pycore/row_view.h>
+#include <pycore/status.h>
+#include <pycore/tensor_view.h>
+
+#include <cstdint>
+
+namespace pycore {
+
+inline constexpr int64_t kLinearBlock = 256;
+inline constexpr int64_t kNormLanes = 64;
+inline constexpr int64_t kNormRowBlock = 64;  // rows per FMA chain in the gradient of the norm's weight
+
+struct LinearParams {
+  DType dtype = DType::kFloat32;  // of everything; float32 or float64
+  int64_t in_features = 0, out_features = 0;
+  RowView x;                      // [rows, in_features]
+  const void* weight = nullptr;   // [out_features, in_features], row stride weight_stride
+  int64_t weight_stride = 0;
+  const void* bias = nullptr;     // [out_features] contiguous, or null
+  void* out = nullptr;            // [rows, out_features], contiguous
+};
+
+struct LinearBackwardParams {
+  DType dtype = DType::kFloat32;
+  int64_t in_features = 0, out_features = 0;
+  RowView grad_out;               // [rows, out_features]
+  RowView x;                      // [rows, in_features]
+  const void* weight = nullptr;   // [out_features, in_features], row stride weight_stride
+  int64_t weight_stride = 0;
+  void* grad_x = nullptr;         // [rows, in_features], contiguous; each of the three may be null
+  void* grad_weight = nullptr;    // [out_features, in_features], contiguous
+  void* grad_bias = nullptr;      // [out_features]
+};
+
+struct RmsNormParams {
+  DType dtype = DType::kFloat32;  // of everything; float32 or float64
+  int64_t channels = 0;
+  RowView x;                      // [rows, channels]
+  const void* weight = nullptr;   // [channels] contiguous, or null: ones
+  double eps = 1e-6;
+  void* out = nullptr;            // [rows, channels], contiguous
+};
+
+struct RmsNormBackwardParams {
+  DType dtype = DType::kFloat32;
+  int64_t channels = 0;
+  RowView grad_out, x;            // [rows, channels]
+  const void* weight = nullptr;   // [channels] contiguous, or null
+  double eps = 1e-6;
+  void* grad_x = nullptr;         // [rows, channels], contiguous, or null
+  void* grad_weight = nullptr;    // [channels], or null
+};
+
+// CPU. `scratch` holds …_scratch(params, threads) bytes, 64-byte aligned; it may be null where that is zero.
+PYCORE_API int64_t linear_forward_scratch(const LinearParams& params, int64_t threads);
+PYCORE_API Status linear_forward(const LinearParams& params, const Parallel& parallel, void* scratch);
+PYCORE_API int64_t linear_backward_scratch(const LinearBackwardParams& params, int64_t threads);
+PYCORE_API Status linear_backward(const LinearBackwardParams& params, const Parallel& parallel, void* scratch);
+
+PYCORE_API Status rms_norm_forward(const RmsNormParams& params, const Parallel& parallel);
+PYCORE_API int64_t rms_norm_backward_scratch(const RmsNormBackwardParams& params, int64_t threads);
+PYCORE_API Status rms_norm_backward(const RmsNormBackwardParams& params, const Parallel& parallel, void* scratch);
+
+}  // namespace pycore

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// pycore.native: the kernels without torch, and what the build and the machine are.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pycore/cpu_isa.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace pycore::python {
+namespace {
+
+std::string cpu_isa_in_use() {
+  if (const char* error = cpu_isa_error()) throw std::invalid_argument(error);
+  return cpu_isa_name(cpu_isa());
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (CpuIsa isa : {CpuIsa::kScalar, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+    if (isa <= cpu_isa_available()) names.emplace_back(cpu_isa_name(isa));
+  }
+  return names;
+}
+
+void set_cpu_isa_by_name(const std::string& name) {
+  CpuIsa isa;
+  if (!parse_cpu_isa(name.c_str(), &isa)) {
+    throw std::invalid_argument("set_cpu_isa: name is '" + name + "' and must be scalar, avx2 or avx512");
+  }
+  if (!set_cpu_isa(isa)) {
+    throw std::invalid_argument("set_cpu_isa: name is '" + name + "', but this machine has " +
+                                cpu_isa_name(cpu_isa_available()) + " at most");
+  }
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = "g++ " + std::to_string(__GNUC__) + "." + std::to_string(__GNUC_MINOR__) + "." +
+                     std::to_string(__GNUC_PATCHLEVEL__);
+  info["python"] = PY_VERSION;
+#ifdef PYCORE_WITH_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(native, m) {
+  m.doc() = "pycore's kernels for NumPy arrays and DLPack tensors, without torch.";
+  m.def("cpu_isa", &cpu_isa_in_use, "The instruction set the CPU kernels use: 'scalar', 'avx2' or 'avx512'.");
+  m.def("set_cpu_isa", &set_cpu_isa_by_name, py::arg("name"),
+        "Lowers (or restores) the instruction set for this process; ValueError if the machine does not have it.");
+  m.def("available_isas", &available_isas, "The instruction sets this machine can run, slowest first.");
+  m.def("build_info", &build_info, "What this library was compiled with; pycore.build_info() says more.");
+  if (register_attention != nullptr) register_attention(m);
+  if (register_linear != nullptr) register_linear(m);
+}
+
+}  // namespace pycore::python

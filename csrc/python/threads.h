@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// The `threads=` argument of pycore.native: a team of std::threads for one call. Where torch is at work its own pool
+// is used instead (csrc/torch/tensor.h).
+#pragma once
+
+#include <pycore/checks.h>
+#include <pycore/parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace pycore::python {
+
+// `threads` slots, or one for each processor this process may run on.
+inline Parallel thread_parallel(std::optional<int64_t> threads, const char* op) {
+  check_value(threads.value_or(1) >= 1, op, "threads is ", threads.value_or(1), " and must be at least 1");
+  Parallel parallel;
+  parallel.threads = threads.value_or(std::max(1u, std::thread::hardware_concurrency()));
+  parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
+    std::vector<std::thread> team;
+    team.reserve(static_cast<size_t>(slots - 1));
+    int64_t started = 1;  // slot 0 is the calling thread's
+    try {
+      for (; started < slots; ++started) team.emplace_back(body, argument, started);
+    } catch (const std::system_error&) {
+      // The system gives no more threads: the calling thread takes the remaining slots itself.
+    }
+    body(argument, 0);
+    for (int64_t slot = started; slot < slots; ++slot) body(argument, slot);
+    for (std::thread& thread : team) thread.join();
+  };
+  return parallel;
+}
+
+}  // namespace pycore::python

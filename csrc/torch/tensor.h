@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every op of the torch face needs: torch's tensors as views, torch's threads, and a Status as an exception.
+#pragma once
+
+#include <pycore/parallel.h>
+#include <pycore/status.h>
+#include <pycore/tensor_view.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace pycore {
+
+inline DType dtype_of(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Int: return DType::kInt32;
+    case ScalarType::Long: return DType::kInt64;
+    case ScalarType::Byte: return DType::kUInt8;
+    case ScalarType::UInt16: return DType::kUInt16;
+    case ScalarType::Bool: return DType::kBool;
+    default: return DType::kOther;
+  }
+}
+
+// The view of a tensor, which must outlive it. A view is always defined: what no kernel could take is refused here.
+inline TensorView view(const torch::stable::Tensor& tensor, const char* op, const char* argument) {
+  TensorView view;
+  view.dtype = dtype_of(tensor.scalar_type());
+  if (view.dtype == DType::kOther) {
+    throw std::invalid_argument(std::string(op) + ": " + argument + " has dtype " +
+                                torch::headeronly::toString(tensor.scalar_type()) + ", which no kernel takes");
+  }
+  view.dims = static_cast<int32_t>(tensor.dim());
+  if (view.dims > kMaxDims) {
+    throw std::invalid_argument(std::string(op) + ": " + argument + " has " + std::to_string(view.dims) +
+                                " dimensions and may have " + std::to_string(kMaxDims));
+  }
+  view.data = tensor.data_ptr();
+  view.device = tensor.is_cpu() ? Device::kCpu : tensor.is_cuda() ? Device::kCuda : Device::kOther;
+  view.device_index = view.device == Device::kCpu ? 0 : tensor.get_device_index();
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  for (int32_t i = 0; i < view.dims; ++i) {
+    view.shape[i] = sizes[i];
+    view.strides[i] = strides[i];
+  }
+  return view;
+}
+
+// An absent tensor gives a view that is not defined().
+inline TensorView view(const std::optional<torch::stable::Tensor>& tensor, const char* op, const char* argument) {
+  return tensor.has_value() ? view(*tensor, op, argument) : TensorView{};
+}
+
+// torch's own thread pool, with as many slots as torch.set_num_threads allows. Inside one of torch's parallel regions
+// parallel_for runs everything on the calling thread, so nesting is safe.
+inline Parallel torch_parallel() {
+  Parallel parallel;
+  parallel.threads = torch::stable::get_num_threads();
+  parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
+    torch::stable::parallel_for(0, slots, 1, [body, argument](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) body(argument, slot);
+    });
+  };
+  return parallel;
+}
+
+// A kernel's Status as a RuntimeError. What the caller did wrong was a ValueError before any kernel ran.
+inline void throw_if(const Status& status, const char* op) {
+  if (!status.ok()) throw std::runtime_error(std::string(op) + ": " + status.message);
+}
+
+}  // namespace pycore

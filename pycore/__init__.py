@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention, quantization and coding kernels for long-context and compressed-context models.
+
+Three names: `pycore-kernels` is the distribution (what pip installs), `pycore` is this package, and `torch.ops.pycore`
+is the namespace of its ops in torch. The kernels themselves are in `libpycore.so`, with two faces: `pycore._C`
+registers them with torch, and `pycore.native` offers them for NumPy arrays and DLPack tensors.
+
+Importing pycore loads neither torch nor a native library; each submodule is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pycore._load import build_info, cpu_isa
+
+if TYPE_CHECKING:
+    from pycore import models, native, nn, ops, reference, schedules
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "build_info", "cpu_isa", "models", "native", "nn", "ops", "reference", "schedules"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "native":
+        from pycore import _load
+
+        return _load.native()
+    if name in __all__:
+        return importlib.import_module(f"pycore.{name}")
+    raise AttributeError(f"module 'pycore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A byte-level decoder whose logits are the same bits in a batch or alone, for a prefix or the whole text.
+
+Every reduction over channels or keys is one of pycore's ops (``rms_norm``, ``invariant_linear``, ``attention``), whose
+rows do not depend on what they are computed with. What is left to torch is element-wise (the residual sum and the
+squared ReLU) or a lookup, and therefore exact. So the logits of position i depend on bytes 0..i and on nothing else,
+to the last bit, which is what an arithmetic coder needs of a model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pycore import ops
+from pycore.positions import rope_tables
+from pycore.schedules import Causal, Lambda, Schedule
+
+BOS = 256
+VOCABULARY = 257  # 256 bytes and BOS
+
+# Attention rotates relative to a tile of keys, so a rotary table is this much longer than the largest distance.
+_TILE = 64
+
+
+@dataclass(frozen=True)
+class BytelmConfig:
+    """Shape of a :class:`Bytelm`. The default has 0.43 million parameters.
+
+    Attributes:
+        layers: pairs of attention and feed-forward block.
+        dim: width of the residual stream.
+        heads: query heads; ``dim / heads`` channels each, an even number because RoPE rotates pairs.
+        kv_heads: key and value heads, which divide ``heads``.
+        mlp_ratio: hidden channels of a feed-forward block, as a multiple of ``dim``.
+        theta: base of the rotary frequencies.
+        max_distance: largest distance between a query and a key that the rotary table serves. Text may be longer
+            where ``distance_limit`` cuts distances off.
+        norm_eps: added to the mean square in the norms.
+    """
+
+    layers: int = 2
+    dim: int = 128
+    heads: int = 4
+    kv_heads: int = 4
+    mlp_ratio: int = 4
+    theta: float = 10000.0
+    max_distance: int = 4096
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "dim", "heads", "kv_heads", "mlp_ratio", "max_distance"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BytelmConfig: {name} is {getattr(self, name)} and must be at least 1")
+        if self.dim % self.heads != 0 or (self.dim // self.heads) % 2 != 0:
+            raise ValueError(f"BytelmConfig: heads is {self.heads} and must cut dim {self.dim} into even parts")
+        if self.heads % self.kv_heads != 0:
+            raise ValueError(f"BytelmConfig: kv_heads is {self.kv_heads} and must divide heads {self.heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.heads
+
+
+class Projection(nn.Module):
+    """``x W^T`` without bias, row by row the same bits: ``[..., inputs]`` to ``[..., outputs]``."""
+
+    def __init__(self, inputs: int, outputs: int, *, gain: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) * (gain / math.sqrt(inputs)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.invariant_linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square of the last dimension, times a learned weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Projections around one call of :func:`pycore.ops.attention`.
+
+    Keys stay un-rotated: the op rotates by distance, which is what a distance limit and an evicting cache need.
+    """
+
+    def __init__(self, config: BytelmConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_dim = config.kv_heads * config.head_dim
+        self.query = Projection(config.dim, config.dim)
+        self.key = Projection(config.dim, kv_dim)
+        self.value = Projection(config.dim, kv_dim)
+        self.out = Projection(config.dim, config.dim, gain=1.0 / math.sqrt(2 * config.layers))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention is given: query, key and value of the normed input, ``[batch, heads, length, head_dim]``."""
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        return query, key, value
+
+    def forward(self, x: Tensor, attend: dict[str, Any]) -> Tensor:
+        """x: ``[batch, length, dim]``; ``attend``: further arguments of the attention op."""
+        mixed: Tensor = ops.attention(*self.project(x), **attend)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two projections with a squared ReLU between them; its square is exact enough to be the same bits everywhere."""
+
+    def __init__(self, config: BytelmConfig) -> None:
+        super().__init__()
+        hidden = config.mlp_ratio * config.dim
+        self.into = Projection(config.dim, hidden)
+        self.out = Projection(hidden, config.dim, gain=1.0 / math.sqrt(2 * config.layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(functional.relu(self.into(x)).square())
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normed before and added to the residual stream after."""
+
+    def __init__(self, config: BytelmConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = SelfAttention(config)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, attend: dict[str, Any]) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), attend)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Bytelm(nn.Module):
+    """Byte-level decoder with rotary positions; the embedding is also the output projection.
+
+    Example:
+        >>> model = Bytelm()
+        >>> logits = model(tokens_from_bytes(b"import ")[None])                    # [1, 8, 257]
+        >>> far = model(tokens, schedule=Lambda(sink_size=4, window_size=128))     # any length, linear cost
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: BytelmConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or BytelmConfig()
+        # Small, because it is the output projection too: the logits start near zero.
+        self.embedding = nn.Parameter(torch.randn(VOCABULARY, config.dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        cos, sin = rope_tables(config.max_distance + 1 + _TILE, config.head_dim, theta=config.theta)
+        # A function of the configuration, so not part of a checkpoint.
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def attention_arguments(self, length: int, schedule: Schedule, distance_limit: int | None) -> dict[str, Any]:
+        """What every layer tells the attention op: which pairs to keep and how they see their distance."""
+        if distance_limit is None and isinstance(schedule, Lambda):
+            distance_limit = schedule.window_size
+        longest = length - 1 if distance_limit is None else min(length - 1, distance_limit)
+        if longest > self.config.max_distance:
+            raise ValueError(
+                f"Bytelm: tokens has length {length}, whose distances exceed the configuration's max_distance "
+                f"{self.config.max_distance}; raise it or pass a distance_limit"
+            )
+        return {"schedule": schedule, "distance_limit": distance_limit, "rope": (self.rope_cos, self.rope_sin)}
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
+        distance_limit: int | None = None,
+    ) -> Tensor:
+        """Logits of the token that follows each position.
+
+        Args:
+            tokens: int64 ``[batch, length]``, bytes and :data:`BOS`.
+            schedule: which keys a query attends to, from :mod:`pycore.schedules`.
+            distance_limit: distances beyond it are seen as it. None stands for the window with ``Lambda``, as in
+                LM-Infinite, and for no limit elsewhere.
+
+        Returns:
+            Logits, ``[batch, length, 257]``.
+
+        Raises:
+            TypeError: tokens is not int64.
+            ValueError: tokens is not a matrix, or its distances are longer than the rotary table.
+            IndexError: a token is not in 0..256.
+        """
+        if tokens.dtype != torch.int64:
+            raise TypeError(f"Bytelm: tokens has dtype {tokens.dtype} and must have torch.int64")
+        if tokens.dim() != 2:
+            raise ValueError(f"Bytelm: tokens has {tokens.dim()} dimensions and must have 2, [batch, length]")
+        attend = self.attention_arguments(tokens.shape[1], schedule, distance_limit)
+        x = functional.embedding(tokens, self.embedding)
+        for block in self.blocks:
+            x = block(x, attend)
+        return ops.invariant_linear(self.norm(x), self.embedding)
+
+    @property
+    def parameter_count(self) -> int:
+        """Learned numbers, the shared embedding counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def tokens_from_bytes(data: bytes, *, bos: bool = True) -> Tensor:
+    """int64 ``[len(data) + bos]``: the bytes, with :data:`BOS` in front, which every text starts with in training."""
+    return torch.tensor([BOS, *data] if bos else list(data), dtype=torch.int64)

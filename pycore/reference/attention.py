@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over any schedule in plain torch: every score is materialised. Meant for reading and for tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pycore.schedules import Causal, Full, Lambda, Schedule
+
+__all__ = ["attention", "keep_mask"]
+
+
+def keep_mask(schedule: Schedule, p: Tensor, j: Tensor) -> Tensor:
+    """Whether a query at position p [n, 1] attends to a key at position j [1, m]: bool [n, m]."""
+    d = p - j
+    if isinstance(schedule, Full):
+        return torch.ones_like(d, dtype=torch.bool)
+    if isinstance(schedule, Causal):
+        return d >= 0
+    if isinstance(schedule, Lambda):
+        return (d >= 0) & ((d < schedule.window_size) | (j < schedule.sink_size))
+    raise TypeError(f"schedule is {schedule!r} and must be one of pycore.schedules")
+
+
+def _rotated_scores(q: Tensor, k: Tensor, d: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """<q rotated by d, k> for q [n, D], k [m, D] and distances d [n, m]."""
+    cos, sin = (table.to(q.dtype) for table in rope)
+    r = 2 * cos.shape[1]
+    if interleaved:
+        q1, q2, k1, k2 = q[:, 0:r:2], q[:, 1:r:2], k[:, 0:r:2], k[:, 1:r:2]
+    else:
+        q1, q2, k1, k2 = q[:, : r // 2], q[:, r // 2 : r], k[:, : r // 2], k[:, r // 2 : r]
+    scores = q[:, r:] @ k[:, r:].T
+    for pair in range(r // 2):
+        same = torch.outer(q1[:, pair], k1[:, pair]) + torch.outer(q2[:, pair], k2[:, pair])
+        crossed = torch.outer(q1[:, pair], k2[:, pair]) - torch.outer(q2[:, pair], k1[:, pair])
+        scores = scores + cos[d.abs(), pair] * same + sin[d.abs(), pair] * d.sign() * crossed
+    return scores
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    schedule: Schedule | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    interleaved: bool = False,
+    distance_limit: int | None = None,
+    scale: float | None = None,
+    key_starts: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_offset: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`pycore.ops.attention` as formulas: softmax(scale * <rotated q, k>, over the kept keys) v, and its lse.
+
+    Args and shapes are those of `pycore.ops.attention`. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]).
+    """
+    schedule = Causal() if schedule is None else schedule
+    batch, heads, query_length, head_dim = query.shape
+    group = heads // key.shape[1] if heads else 1
+    scale = head_dim**-0.5 if scale is None else scale
+    sinks = schedule.sink_size if isinstance(schedule, Lambda) else 0
+    out = query.new_zeros(batch, heads, query_length, value.shape[3])
+    lse = query.new_full((batch, heads, query_length), -torch.inf)
+    outs, lses = [], []
+    for b in range(batch):
+        start = 0 if key_starts is None else int(key_starts[b])
+        end = key.shape[2] if key_lengths is None else int(key_lengths[b])
+        offset = 0 if key_offset is None else int(key_offset[b])
+        queries = query_length if query_lengths is None else int(query_lengths[b])
+        rows = torch.arange(end - start)
+        j = torch.where(rows < sinks, rows, rows + offset)[None, :]
+        p = (end - start + offset - queries + torch.arange(queries))[:, None]
+        keep = keep_mask(schedule, p, j)
+        d = p - j if distance_limit is None else (p - j).clamp(max=distance_limit)
+        for h in range(heads):
+            q, k, v = query[b, h, :queries], key[b, h // group, start:end], value[b, h // group, start:end]
+            scores = scale * (q @ k.T if rope is None else _rotated_scores(q, k, d * keep, rope, interleaved))
+            row_lse = scores.masked_fill(~keep, -torch.inf).logsumexp(dim=1)
+            weights = torch.where(keep, (scores - row_lse[:, None]).exp(), 0)
+            outs.append(torch.cat([torch.where(keep.any(1, keepdim=True), weights @ v, 0), out[b, h, queries:]]))
+            lses.append(torch.cat([row_lse, lse[b, h, queries:]]))
+    if not outs:
+        return out, lse
+    return torch.stack(outs).view_as(out), torch.stack(lses).view_as(lse)

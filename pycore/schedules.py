@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules: which keys each query of an attention op attends to.
+
+A query stands at position p, a key at position j, and d = p - j. A schedule is a small frozen value; the kernels see
+its `kind` and its numbers (csrc/include/pycore/tile_schedule.h).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = ["Causal", "Full", "Lambda", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The base of all schedules."""
+
+    kind: ClassVar[str] = ""
+
+    @property
+    def args(self) -> list[int]:
+        """The numbers of this schedule, in the order the kernels take them."""
+        return []
+
+
+@dataclass(frozen=True)
+class Full(Schedule):
+    """Every query attends to every key."""
+
+    kind: ClassVar[str] = "full"
+
+
+@dataclass(frozen=True)
+class Causal(Schedule):
+    """d >= 0: a query attends to its own position and everything before it."""
+
+    kind: ClassVar[str] = "causal"
+
+
+@dataclass(frozen=True)
+class Lambda(Schedule):
+    """d >= 0 and (d < window_size or j < sink_size): the Λ mask of LM-Infinite.
+
+    Args:
+        sink_size: tokens kept from the start of the sequence, at least 0.
+        window_size: newest tokens kept, the query's own among them, at least 1.
+
+    Source: Han et al., "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", section 3.
+    """
+
+    sink_size: int
+    window_size: int
+
+    kind: ClassVar[str] = "lambda"
+
+    @property
+    def args(self) -> list[int]:
+        return [self.sink_size, self.window_size]

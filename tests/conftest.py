@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds, the `cuda` marker, and the `isa` fixture, which runs a test once on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import pycore
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """The facts a failure report needs first."""
+    cuda = pycore.build_info()["cuda"] or "no CUDA"
+    return f"pycore: {', '.join(pycore.native.available_isas())} available, {pycore.cpu_isa()} in use; built with {cuda}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none, or where the build has no CUDA kernels."""
+    if not torch.cuda.is_available():
+        reason = "no CUDA device"
+    elif pycore.build_info()["cuda"] is None:
+        reason = "pycore was built without CUDA"
+    else:
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=pycore.native.available_isas(), ids=lambda name: f"isa={name}")
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with the CPU kernels of one instruction set, and gives its name."""
+    before = pycore.native.cpu_isa()
+    pycore.native.set_cpu_isa(request.param)
+    yield request.param
+    pycore.native.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's number of threads after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples run from a shell as a reader would run them, in their quick form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pycore
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(script: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs an example; `path` is searched for modules before anything else."""
+    tested = Path(pycore.__file__).parents[1]  # the pycore of this process, wherever it was found
+    search = [*([str(path)] if path else []), str(tested)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*search, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("out")
+    return out, run("length_extrapolation.py", "--quick", "--no-plot", "--out", str(out))
+
+
+def test_length_extrapolation(quick: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, result = quick
+    assert result.returncode == 0, result.stderr
+    for name in ("vanilla", "window only", "Λ mask, no limit", "limit only", "Λ"):
+        assert any(line.startswith(name + " ") for line in result.stdout.splitlines()), result.stdout
+    written = json.loads((out / "length_extrapolation_quick.json").read_text(encoding="utf-8"))
+    assert written["quick"] and written["threads"] >= 1 and written["torch"] and written["machine"]["cpu"]
+    rows = {row["name"]: row["bits_per_byte"] for row in written["rows"]}
+    assert all(len(bits) == 5 and all(0 < value < 20 for value in bits) for bits in rows.values())
+    # Up to the training length every reading sees the same keys at the same distances.
+    assert len({bits[0] for bits in rows.values()}) == 1
+    assert "training 4/4" in result.stderr and "\r" not in result.stderr
+
+
+def test_length_extrapolation_keeps_its_checkpoint(quick: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, first = quick
+    second = run("length_extrapolation.py", "--quick", "--no-plot", "--out", str(out))
+    assert "reused" in second.stdout and "training" not in second.stderr
+    bits = [[line[:73] for line in result.stdout.splitlines() if line.startswith("Λ")] for result in (first, second)]
+    assert bits[0] == bits[1] != []
+    other = run("length_extrapolation.py", "--quick", "--no-plot", "--out", str(out), "--steps", "2")
+    assert "other settings" in other.stdout and "training 2/2" in other.stderr
+
+
+def test_length_extrapolation_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    checkpoint = tmp_path / "model.pt"
+    result = run("length_extrapolation.py", "--quick", "--out", str(tmp_path), "--checkpoint", str(checkpoint))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "length_extrapolation_quick.png").read_bytes().startswith(b"\x89PNG")
+    assert checkpoint.exists()
+
+
+def test_length_extrapolation_without_matplotlib(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('none here')\n", encoding="utf-8")
+    result = run("length_extrapolation.py", "--quick", "--out", str(tmp_path), path=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "length_extrapolation: the plot needs matplotlib; pip install pycore-kernels[examples], or pass --no-plot\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "--steps is 0 and must be at least 1"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--windows", "100000"], "--windows is 100000 and must be at most"),
+        (["--seed", "-1"], "--seed is -1 and must be in"),
+        (["--fast"], "unrecognized arguments: --fast"),
+        (["--checkpoint", str(EXAMPLES)], f"{EXAMPLES} is not a checkpoint of this example"),
+        (["--out", str(EXAMPLES / "length_extrapolation.py")], "cannot be made a folder"),
+    ],
+)
+def test_length_extrapolation_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
+    out = [] if "--out" in arguments else ["--out", str(tmp_path)]
+    result = run("length_extrapolation.py", "--quick", "--no-plot", *out, *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("length_extrapolation: ") and message in result.stderr
+    assert result.stderr.count("\n") == 1
