@@ -243,6 +243,7 @@ class FreshBuildPy(build_py):
 
 # The extension has no sources: it only tells setuptools that the wheel belongs to one platform and one Python.
 setup(
+    license="Apache-2.0",
     ext_modules=[Extension("pycore.native", sources=[])],
     cmdclass={"build_ext": NinjaBuild, "build_py": FreshBuildPy},
 )

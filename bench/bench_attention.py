@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over causal and Λ schedules beside what torch offers, on random and on real inputs."""
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from bench import inputs, peers
 from bench.case import Case, Options, Outputs, largest_error
 
 SINK, WINDOW = 16, 512
-HEADS, HEAD_DIM = 8, 64
 # Twenty times float32's rounding unit for the forward pass; gradients of float32 SDPA itself are off by a few 1e-6.
 FORWARD_TOLERANCE, BACKWARD_TOLERANCE = 1e-5, 5e-5
 
@@ -25,7 +25,10 @@ class Work:
     sink: int | None = SINK
     window: int | None = WINDOW
     backward: bool = False
-    source: str = "random"
+    rope: bool = False
+    source: str = inputs.RANDOM
+    heads: int = 8
+    head_dim: int = 64
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -33,11 +36,11 @@ class Work:
     def flops(self) -> float:
         """4 D per kept pair forward (two products), 10 D more backward (five)."""
         pairs = peers.kept_pairs(self.length, self.sink, self.window)
-        return (14.0 if self.backward else 4.0) * HEAD_DIM * pairs * HEADS
+        return (14.0 if self.backward else 4.0) * self.head_dim * pairs * self.heads
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """query, key, value and, for backward, the gradient of the output."""
-        tensors = inputs.attention_inputs(self.source, HEADS, self.length, HEAD_DIM, gradient=self.backward)
+        tensors = inputs.attention_inputs(self.source, self.heads, self.length, self.head_dim, self.backward)
         tensors = tuple(tensor.to(self.device, self.dtype) for tensor in tensors)
         for tensor in tensors[:3]:
             tensor.requires_grad_(self.backward)
@@ -67,10 +70,15 @@ def _contender(work: Work, make: Callable[..., Callable[[], torch.Tensor]]) -> C
 def _pycore(work: Work) -> Callable[..., Callable[[], torch.Tensor]]:
     def make(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], torch.Tensor]:
         from pycore import ops
+        from pycore.positions import rope_tables
 
         if work.window is None:
             return lambda: ops.attention(query, key, value)
-        return lambda: ops.lambda_attention(query, key, value, sink_size=work.sink, window_size=work.window)
+        rope = None
+        if work.rope:
+            # Rotations are relative to a tile of 64 keys, so the table ends one tile after the distance limit.
+            rope = rope_tables(work.window + 65, work.head_dim, device=work.device)
+        return lambda: ops.lambda_attention(query, key, value, sink_size=work.sink, window_size=work.window, rope=rope)
 
     return make
 
@@ -84,7 +92,7 @@ def _check(work: Work) -> Callable[[Any], Callable[[Outputs], float]]:
     def check(tensors: tuple[torch.Tensor, ...]) -> Callable[[Outputs], float]:
         query, key, value = tensors[:3]
         with torch.set_grad_enabled(work.backward):
-            output = peers.reference(query, key, value, work.sink, work.window, stretches)
+            output = peers.reference(query, key, value, work.sink, work.window, stretches, work.rope)
         expected = [output.detach()]
         if work.backward:
             gradients = torch.autograd.grad(output, (query, key, value), tensors[3].double())
@@ -104,6 +112,7 @@ def _case(name: str, group: str, work: Work, peer_names: Iterable[str], **more: 
     makers: dict[str, Callable[..., Callable[[], torch.Tensor]]] = {
         "masked SDPA": lambda q, k, v: peers.masked_sdpa(q, k, v, work.sink, work.window),
         "chunked SDPA": lambda q, k, v: peers.chunked_sdpa(q, k, v, work.sink, work.window),
+        "chunked matmul": lambda q, k, v: peers.chunked_rope(q, k, v, work.sink, work.window),
         "SDPA is_causal": peers.causal_sdpa,
         "compiled FlexAttention": lambda q, k, v: peers.compiled_flex(q, k, v, work.sink, work.window),
     }
@@ -131,29 +140,43 @@ def cases(options: Options) -> Iterable[Case]:
         main,
         Work(8192, device=device),
         ("masked SDPA", "compiled FlexAttention", "chunked SDPA"),
-        targets={"masked SDPA": 15.0, "compiled FlexAttention": 3.0, "chunked SDPA": 1.7},
+        targets={"masked SDPA": 15.0, "compiled FlexAttention": 3.0, "chunked SDPA": 1.7} if device == "cpu" else {},
         memory=("pycore", "masked SDPA", "compiled FlexAttention", "chunked SDPA"),
     )
-    for source in inputs.real_sources():
+    named = inputs.text_model()
+    if named is not None:
+        source, model = named
+        heads, head_dim = model.config.heads, model.config.head_dim
         yield _case(
-            f"Λ forward, L 8192, {source}", main, Work(8192, source=source, device=device), ("masked SDPA", "chunked SDPA")
+            f"Λ forward, L 8192, {source}" + ("" if (heads, head_dim) == (8, 64) else f", H{heads} D{head_dim}"),
+            main,
+            Work(8192, source=source, heads=heads, head_dim=head_dim, device=device),
+            ("masked SDPA", "chunked SDPA"),
         )
+    yield _case(
+        "Λ forward, L 8192, RoPE with limit",
+        main,
+        Work(8192, rope=True, device=device),
+        ("chunked matmul",),
+        memory=("pycore", "chunked matmul"),
+    )
     yield _case(
         "causal forward, L 8192",
         "causal forward",
         Work(8192, None, None, device=device),
-        ("SDPA is_causal",) if options.quick else ("SDPA is_causal", "compiled FlexAttention"),
-        targets={"SDPA is_causal": 1.0},
+        ("SDPA is_causal",) if options.quick and device == "cpu" else ("SDPA is_causal", "compiled FlexAttention"),
+        targets={"SDPA is_causal": 1.0} if device == "cpu" else {},
         memory=("pycore", "SDPA is_causal"),
     )
-    yield _case(
-        "Λ forward and backward, L 4096",
-        "Λ forward and backward",
-        Work(4096, backward=True, device=device),
-        ("masked SDPA", "chunked SDPA"),
-        targets={"masked SDPA": 6.0, "chunked SDPA": 2.0},
-        memory=("pycore", "masked SDPA", "chunked SDPA"),
-    )
+    if device == "cpu":  # there is no backward on CUDA yet
+        yield _case(
+            "Λ forward and backward, L 4096",
+            "Λ forward and backward",
+            Work(4096, backward=True),
+            ("masked SDPA", "chunked SDPA"),
+            targets={"masked SDPA": 6.0, "chunked SDPA": 2.0},
+            memory=("pycore", "masked SDPA", "chunked SDPA"),
+        )
     lengths = (1024, 4096, 16384, 131072) if options.quick else tuple(2**power for power in range(10, 18))
     for length in lengths:
         affordable = ["chunked SDPA"] if length <= (16384 if options.quick else 131072) else []

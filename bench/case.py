@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one benchmark is: a workload, the contenders that do it, and how their results are checked."""
 
 from __future__ import annotations

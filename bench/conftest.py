@@ -1,13 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
 """pytest side of the suite: options, one test per case, and the records that bench.run turns into a report."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from bench import measure
 from bench.case import Case, Options
+
+_START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +37,9 @@ def measure_case(benchmark: Any, request: pytest.FixtureRequest) -> Any:
     def run(case: Case) -> None:
         config = request.config
         benchmark.group = case.group
-        effort = measure.FULL if config.getoption("--full") else measure.QUICK
+        late = time.monotonic() - _START > measure.LATE_SECONDS
+        quick = measure.LATE if late else measure.QUICK
+        effort = measure.FULL if config.getoption("--full") else quick
         record = measure.run_case(case, benchmark, effort, config.getoption("--peers-only"))
         record["stem"] = request.module.__name__.rpartition(".")[2]
         benchmark.extra_info["record"] = record

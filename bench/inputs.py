@@ -1,19 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs shared by benchmarks: random ones, and those of a language model reading real text."""
 
 from __future__ import annotations
 
+import functools
+import os
+import pathlib
+import sysconfig
+from typing import Any
+
 import torch
 
 SEED = 20240
+RANDOM = "random"
+_TRAINED = pathlib.Path(__file__).resolve().parent.parent / "examples" / "out" / "bytelm.pt"
 
 
-def real_sources() -> list[str]:
-    """Sources besides "random" that this installation can make."""
-    return []
+@functools.cache
+def text_model() -> tuple[str, Any] | None:
+    """A name for the source, and the byte-level model; None while pycore cannot be imported.
+
+    The model is the one that examples/length_extrapolation.py trained, if it was run here (or PYCORE_BENCH_CHECKPOINT
+    names its checkpoint), else one of 8 heads of 64 channels with fresh weights.
+    """
+    try:
+        from pycore.models.bytelm import Bytelm, BytelmConfig
+    except ImportError:
+        return None
+    checkpoint = pathlib.Path(os.environ.get("PYCORE_BENCH_CHECKPOINT", _TRAINED))
+    torch.manual_seed(SEED)
+    if not checkpoint.exists():
+        return "bytelm (fresh weights) on text", Bytelm(BytelmConfig(dim=512, heads=8, kv_heads=8)).eval()
+    kept = torch.load(checkpoint, weights_only=True)
+    model = Bytelm(BytelmConfig(**kept["settings"]["model"]))
+    model.load_state_dict(kept["state"])
+    return "bytelm (trained) on text", model.eval()
 
 
-def attention_inputs(source: str, heads: int, length: int, head_dim: int, gradient: bool) -> tuple[torch.Tensor, ...]:
-    """query, key, value and, on request, an output gradient: float32 [1, heads, length, head_dim]."""
+def text(length: int) -> bytes:
+    """The first `length` bytes of the standard library's modules, in the order of their names."""
+    data = b""
+    for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        data += path.read_bytes()
+        if len(data) >= length:
+            break
+    return data[:length]
+
+
+def attention_inputs(
+    source: str, heads: int, length: int, head_dim: int, gradient: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """query, key, value and, on request, an output gradient: float32 [1, heads, length, head_dim].
+
+    From a model they are what its last layer gives to attention, un-rotated, with the strides that they have there.
+    """
     generator = torch.Generator().manual_seed(SEED)
     shape = (1, heads, length, head_dim)
-    return tuple(torch.randn(shape, generator=generator) for _ in range(4 if gradient else 3))
+    if source == RANDOM:
+        return tuple(torch.randn(shape, generator=generator) for _ in range(4 if gradient else 3))
+    named = text_model()
+    assert named is not None and named[0] == source, f"inputs: no source is called {source}"
+    model = named[1]
+    from pycore.models.bytelm import tokens_from_bytes
+    from pycore.schedules import Lambda
+
+    tokens = tokens_from_bytes(text(length - 1))[None]
+    with torch.no_grad():
+        attend = model.attention_arguments(length, Lambda(4, 128), None)
+        x = torch.nn.functional.embedding(tokens, model.embedding)
+        for block in model.blocks[:-1]:
+            x = block(x, attend)
+        last = model.blocks[-1]
+        tensors = last.attention.project(last.attention_norm(x))
+    assert tensors[0].shape == shape, f"inputs: {source} has shape {tuple(tensors[0].shape)} and must have {shape}"
+    return (*tensors, torch.randn(shape, generator=generator)) if gradient else tensors

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machine: what it is, and how fast it can be at all, measured without pycore."""
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ float read_sum(const float* data, long vectors) {
 def describe(device: str = "cpu") -> dict[str, Any]:
     """Processor, threads, versions, commit and date; nothing that names the host or its user."""
     info = _cpuinfo()
+    features = info.get("flags", "").split()
     machine: dict[str, Any] = {
         "cpu": info.get("model name", platform.machine()),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "cpu_features": [name for name in ("avx2", "fma", "avx512f", "avx512bw") if name in info.get("flags", "").split()],
+        "cpu_features": [name for name in ("avx2", "fma", "avx512f", "avx512bw") if name in features],
         "torch": torch.__version__,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -118,7 +120,8 @@ def limits(device: str = "cpu", rounds: int = 7) -> dict[str, Any]:
             data = torch.ones(threads, 32 * 2**20)
             vectors = data.shape[1] * 4 // width
             addresses = [row.data_ptr() for row in data]
-            seconds = _median_seconds(lambda: list(pool.map(lambda address: library.read_sum(address, vectors), addresses)), rounds)
+            counts = [vectors] * threads
+            seconds = _median_seconds(lambda: list(pool.map(library.read_sum, addresses, counts)), rounds)
             measured["read_gbs"] = data.numel() * 4 / seconds / 1e9
     else:
         data = torch.ones(threads * 32 * 2**20)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of each contender beyond its inputs and outputs: `python -m bench.memory bench_<stem> [--full]`.
 
 On a CPU it is what the kernel accounts to the process: resident memory that the prepared contender keeps (a mask), plus

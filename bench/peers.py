@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a torch user would write today for causal and Λ attention, and a float64 reference that none of them shares.
 
 Each peer is the fastest form of its idea found in plain torch: masks are built once and not timed, chunks reuse one
@@ -79,6 +80,62 @@ def chunked_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, si
     return call
 
 
+def rope_tables(length: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) in float64, [length, head_dim / 2]: the usual base of 10000, for pairs (i, i + head_dim / 2)."""
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency.float().double()
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rows of x [..., L, D], row i rotated by row i of the tables (or by their only row)."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def chunked_rope(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink: int, window: int) -> Callable:
+    """Λ with rotary positions and the distance limit, as LM-Infinite computes it, in chunks of 256 queries.
+
+    Window keys are rotated; sinks further away than the window all stand at distance `window`, which no mask or score
+    function of SDPA or FlexAttention can say: a second product of the query, rotated to that distance, with the
+    un-rotated sinks joins the same softmax.
+    """
+    length, head_dim = query.shape[2:]
+    cos, sin = (table.to(query.dtype) for table in rope_tables(max(length, window + 1), head_dim, query.device))
+    positions = torch.arange(length, device=query.device)
+    scale = head_dim**-0.5
+    masks: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def mask(start: int, stop: int, low: int) -> torch.Tensor:
+        shape = (stop - start, stop - low, min(start, window + sink))  # what the distances in a chunk depend on
+        if shape not in masks:
+            near = positions[start:stop, None] - positions[None, low:stop]
+            far = positions[start:stop, None] - positions[None, :sink]
+            masks[shape] = torch.cat([(near < 0) | (near >= window), far < window], dim=1)
+        return masks[shape]
+
+    def call() -> torch.Tensor:
+        near_query = rotate(query, cos[:length], sin[:length]) * scale
+        far_query = rotate(query, cos[window], sin[window]) * scale
+        near_key = rotate(key, cos[:length], sin[:length])
+        output = torch.empty_like(query)
+        for start in range(0, length, CHUNK):
+            stop, low = min(start + CHUNK, length), max(start - window + 1, 0)
+            near = near_query[:, :, start:stop] @ near_key[:, :, low:stop].transpose(-1, -2)
+            far = far_query[:, :, start:stop] @ key[:, :, :sink].transpose(-1, -2)
+            scores = torch.cat([near, far], dim=-1).masked_fill_(mask(start, stop, low), float("-inf"))
+            probs = scores.softmax(dim=-1)
+            width = stop - low
+            output[:, :, start:stop] = (
+                probs[..., :width] @ value[:, :, low:stop] + probs[..., width:] @ value[:, :, :sink]
+            )
+        return output
+
+    for start in range(0, length, CHUNK):
+        mask(start, min(start + CHUNK, length), max(start - window + 1, 0))
+    return call
+
+
 def compiled_flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink: int | None = None, window: int | None = None
 ) -> Callable:
@@ -104,18 +161,22 @@ def reference(
     sink: int | None,
     window: int | None,
     starts: list[int],
-    rows: int = CHUNK,
+    rope: bool = False,
 ) -> torch.Tensor:
-    """Attention in float64 for the query rows [start, start + rows) of each start, one after another.
+    """Attention in float64 for the query rows [start, start + CHUNK) of each start, one after another.
+
+    With rope, query and key are rotated by min(distance, window).
 
     Returns:
-        [B, H, len(starts) * rows (fewer at the end of the sequence), D], differentiable.
+        [B, H, len(starts) * CHUNK (fewer at the end of the sequence), D], differentiable.
     """
     scale = query.shape[-1] ** -0.5
     positions = torch.arange(query.shape[2], device=query.device)
+    if rope:
+        cos, sin = rope_tables(max(query.shape[2], window + 1), query.shape[3], query.device)
     parts = []
     for start in starts:
-        stop = min(start + rows, query.shape[2])
+        stop = min(start + CHUNK, query.shape[2])
         if window is None or start - window + 1 <= sink:
             keys = positions[:stop]
         else:
@@ -124,7 +185,15 @@ def reference(
             mask = positions[start:stop, None] >= keys[None, :]
         else:
             mask = lambda_mask(positions[start:stop], keys, sink, window)
-        scores = query[:, :, start:stop].double() @ key[:, :, keys].double().transpose(-1, -2) * scale
+        queries, chosen = query[:, :, start:stop].double(), key[:, :, keys].double()
+        scores = queries @ chosen.transpose(-1, -2)
+        if rope:
+            far = rotate(queries, cos[window], sin[window]) @ chosen.transpose(-1, -2)
+            near = rotate(queries, cos[start:stop], sin[start:stop]) @ rotate(chosen, cos[keys], sin[keys]).transpose(
+                -1, -2
+            )
+            scores = torch.where(positions[start:stop, None] - keys[None, :] >= window, far, near)
+        scores = scores * scale
         probs = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
         parts.append(probs @ value[:, :, keys].double())
     return torch.cat(parts, dim=2)

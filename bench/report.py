@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables and plots from the JSON of one run.
 
-    python -m bench.report bench/results/X.json             the terminal table and the plots again
-    python -m bench.report --readme bench/results/X.json    writes the results table into README.md, between its markers
-    python -m bench.report --check                          exit status 1 unless README.md holds exactly that table
+python -m bench.report bench/results/X.json             the terminal table and the plots again
+python -m bench.report --readme bench/results/X.json    writes the results table into README.md, between its markers
+python -m bench.report --check                          exit status 1 unless README.md holds exactly that table
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def footnotes(run: Mapping[str, Any]) -> list[str]:
         chosen = [(x, statistics.median(case["results"][subject]["ms"])) for x, case in points if x >= 4096]
         if axis == "length" and len(chosen) > 1:
             (x0, t0), (x1, t1) = chosen[0], chosen[-1]
-            notes.append(f"{group}: {subject} takes {t1 / x1 / (t0 / x0):.2f}× the time per token at {x1:.0f} as at {x0:.0f}")
+            times = t1 / x1 / (t0 / x0)
+            notes.append(f"{group}: {subject} takes {times:.2f}× the time per token at {x1:.0f} as at {x0:.0f}")
     return notes
 
 

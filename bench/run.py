@@ -1,9 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the benchmarks and prints one table: `python -m bench.run --quick` (what `make bench` does) or `--full`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import pathlib
 import sys
 import time
@@ -16,6 +19,7 @@ from bench import machine, memory, report
 from bench.case import Options, stems
 
 FOLDER = pathlib.Path(__file__).resolve().parent
+QUICK_SECONDS = 280.0  # on a machine so slow that a quick run takes longer, memory is measured as far as it gets
 
 
 class Collector:
@@ -25,21 +29,29 @@ class Collector:
         self.records: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self.start = time.monotonic()
+        self.stream = os.fdopen(os.dup(2), "w")  # pytest captures what goes to stderr while a test runs
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def say(self, text: str) -> None:
+        print(f"[{self.seconds():4.0f} s] {text}", file=self.stream, flush=True)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         case = getattr(item, "callspec", None)
         name = case.params["case"].name if case and "case" in case.params else item.name
-        print(f"[{time.monotonic() - self.start:4.0f} s] {name}", file=sys.stderr, flush=True)
+        self.say(name)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            reason = report.longrepr.reprcrash.message if hasattr(report.longrepr, "reprcrash") else str(report.longrepr)
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = crash.message if crash else str(report.longrepr)
             self.failures.append(reason.strip().splitlines()[0][:300])
         elif report.when == "call":
             self.records += [value for name, value in report.user_properties if name == "record"]
 
-    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        return ("passed", "", "") if report.passed else None
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:
+        return report.outcome, "", ""  # no dots: the table at the end says what failed
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -71,10 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
     options = Options(quick=not chosen.full, device=chosen.device)
     about = machine.describe(chosen.device)
-    print("measuring the machine's limits", file=sys.stderr, flush=True)
-    limits = machine.limits(chosen.device)
-
     collector = Collector()
+    collector.say("the machine's limits")
+    limits = machine.limits(chosen.device)
     command = ["-c", str(FOLDER / "pytest.ini"), str(FOLDER), "-qq", "--benchmark-quiet", "--no-header", "--no-summary"]
     command += ["-p", "no:warnings", "--tb=short", "--device", chosen.device]
     command += ["--full"] if chosen.full else []
@@ -84,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not collector.failures:
         return int(status)
     if not chosen.no_memory:
-        _add_memory(collector.records, options, chosen)
+        _add_memory(collector, options, chosen)
 
     run = {
         "version": 1,
@@ -103,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{report.text_table(run)}\n\n{path}")
     for plot in drawn:
         print(plot)
-    if not drawn:
+    if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed (pip install 'pycore-kernels[bench]')")
     return 1 if collector.failures else 0
 
@@ -128,15 +139,15 @@ def to_json(run: dict[str, Any]) -> str:
     return text + "\n"
 
 
-def _add_memory(records: list[dict[str, Any]], options: Options, chosen: argparse.Namespace) -> None:
-    by_name = {(record["stem"], record["name"]): record for record in records}
+def _add_memory(collector: Collector, options: Options, chosen: argparse.Namespace) -> None:
+    records = {(record["stem"], record["name"]): record for record in collector.records}
     for stem in stems():
-        if not any(record["stem"] == stem for record in records):
+        if not any(of == stem for of, _ in records):
             continue
-        print(f"[memory] {stem}", file=sys.stderr, flush=True)
-        timeout = 100.0 if options.quick else 900.0
+        collector.say(f"peak memory, {stem}")
+        timeout = max(20.0, QUICK_SECONDS - collector.seconds()) if options.quick else 1800.0
         for measured in memory.measure_stem(stem, options, timeout, chosen.only, chosen.threads):
-            record = by_name.get((stem, measured["case"]))
+            record = records.get((stem, measured["case"]))
             if record and measured["contender"] in record["results"]:
                 record["results"][measured["contender"]]["peak_bytes"] = measured["bytes"]
 

@@ -237,7 +237,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure_class() -> Any:
-    """The Figure of matplotlib, which needs no display. Imported here because everything but the plot does without it."""
+    """The Figure of matplotlib, which needs no display. Imported late: everything but the plot does without it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,4 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# The types of the pybind11 module (csrc/python). Arrays are NumPy arrays or DLPack tensors.
+from collections.abc import Sequence
+from typing import Any
+
 def cpu_isa() -> str: ...
 def set_cpu_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...
 def build_info() -> dict[str, object]: ...
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    rope_cos: Any = None,
+    rope_sin: Any = None,
+    key_starts: Any = None,
+    key_lengths: Any = None,
+    key_offset: Any = None,
+    query_lengths: Any = None,
+    schedule: str = "causal",
+    schedule_args: Sequence[int] = [],
+    interleaved: bool = False,
+    distance_limit: int | None = None,
+    scale: float | None = None,
+    out: Any = None,
+    lse: Any = None,
+    threads: int | None = None,
+    stream: int = 0,
+) -> tuple[Any, Any]: ...
+def attention_backward(
+    grad_out: Any,
+    grad_lse: Any,
+    out: Any,
+    lse: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    rope_cos: Any = None,
+    rope_sin: Any = None,
+    key_starts: Any = None,
+    key_lengths: Any = None,
+    key_offset: Any = None,
+    query_lengths: Any = None,
+    schedule: str = "causal",
+    schedule_args: Sequence[int] = [],
+    interleaved: bool = False,
+    distance_limit: int | None = None,
+    scale: float | None = None,
+    grad_query: Any = None,
+    grad_key: Any = None,
+    grad_value: Any = None,
+    threads: int | None = None,
+    stream: int = 0,
+) -> tuple[Any, Any, Any]: ...

@@ -15,8 +15,8 @@ import pycore
 
 def pytest_report_header(config: pytest.Config) -> str:
     """The facts a failure report needs first."""
-    cuda = pycore.build_info()["cuda"] or "no CUDA"
-    return f"pycore: {', '.join(pycore.native.available_isas())} available, {pycore.cpu_isa()} in use; built with {cuda}"
+    isas = ", ".join(pycore.native.available_isas())
+    return f"pycore: {isas} available, {pycore.cpu_isa()} in use; CUDA in the build: {pycore.build_info()['cuda']}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@
 // a cycle) against 6 * 64 exponentials (about 20 instructions a vector); the tile's own bytes are shared by all blocks.
 // Include after attention_tiles.inl.h.
 
-constexpr int64_t kForwardRows = 96;
+constexpr int64_t kForwardRows = 192;
 constexpr float kNegativeInfinity = -__builtin_inff();
 
 struct ForwardBuffers {
@@ -63,31 +63,39 @@ PYCORE_INLINE void scale_row(float* row, int64_t n, Vec factor) {
   for (int64_t d = 0; d < n; d += Vec::kWidth) (Vec::load(row + d) * factor).store(row + d);
 }
 
-// Scores of one row in place -> weights 2^(s - max), columns begin..end-1 (whole vectors). Rescales the row's open
-// segment when its maximum grows.
-PYCORE_INLINE void softmax_row(float* scores, int64_t begin, int64_t end, uint64_t kept, bool masked, Vec scale,
-                               float* max, float* sum, float* accumulator, int64_t dv) {
-  Vec row_max = Vec::broadcast(kNegativeInfinity);
-  for (int64_t c = begin; c < end; c += Vec::kWidth) {
-    Vec x = Vec::load(scores + c) * scale;
-    if (masked) x = x.select(kept >> c, Vec::broadcast(kNegativeInfinity));
-    x.store(scores + c);
-    row_max = Vec::max(row_max, x);
+// The maximum of one row's scores (columns begin..end-1, whole vectors; what is not kept becomes -inf) times `scale` > 0
+// joins the row's open segment, which is rescaled when it grows.
+PYCORE_INLINE void update_max(float* scores, int64_t begin, int64_t end, uint64_t kept, bool masked, float scale,
+                              float* max, float* sum, float* accumulator, int64_t dv) {
+  const Vec nothing = Vec::broadcast(kNegativeInfinity);
+  Vec row_max = nothing;
+  if (masked) {
+    for (int64_t c = begin; c < end; c += Vec::kWidth) {
+      const Vec x = Vec::load(scores + c).select(kept >> c, nothing);
+      x.store(scores + c);
+      row_max = Vec::max(row_max, x);
+    }
+  } else {
+    for (int64_t c = begin; c < end; c += Vec::kWidth) row_max = Vec::max(row_max, Vec::load(scores + c));
   }
-  const float tile_max = row_max.reduce_max(), old_max = *max;
-  if (!(tile_max <= old_max)) {
-    const Vec factor = Vec::broadcast(exp2_of(old_max - tile_max));
-    scale_row(accumulator, dv, factor);
-    (Vec::load(sum) * factor).store(sum);
-    *max = tile_max;
-  } else if (old_max == kNegativeInfinity) {
+  const float tile_max = row_max.reduce_max() * scale;
+  if (tile_max <= *max) return;  // and NaN goes on
+  const Vec factor = Vec::broadcast(exp2_of(*max - tile_max));
+  scale_row(accumulator, dv, factor);
+  (Vec::load(sum) * factor).store(sum);
+  *max = tile_max;
+}
+
+// Scores of one row in place -> weights 2^(scale s - max), which join the row's sum.
+PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float scale, float max, float* sum) {
+  if (max == kNegativeInfinity) {  // nothing kept so far
     for (int64_t c = begin; c < end; c += Vec::kWidth) Vec::zero().store(scores + c);
     return;
   }
-  const Vec shift = Vec::broadcast(*max);
+  const Vec factor = Vec::broadcast(scale), shift = Vec::broadcast(-max);
   Vec row_sum = Vec::load(sum);
   for (int64_t c = begin; c < end; c += Vec::kWidth) {
-    const Vec weight = (Vec::load(scores + c) - shift).exp2();
+    const Vec weight = Vec::fma(Vec::load(scores + c), factor, shift).exp2();
     weight.store(scores + c);
     row_sum = row_sum + weight;
   }
@@ -134,16 +142,16 @@ struct LoadedTile {
   int64_t value_stride;
 };
 
-PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
-                                 const LoadedTile& loaded, const ForwardBuffers& buffers, int64_t row, int64_t rows) {
+// `positions`: where the block's rows stand.
+PYCORE_INLINE void forward_block(const AttentionParams& params, const LoadedTile& loaded, const int64_t* positions,
+                                 const ForwardBuffers& buffers, int64_t row, int64_t rows) {
   const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
   BlockKeeps keeps;
   uint64_t far[kProductRows];
   uint64_t any_far = 0, any_near = 0;
   for (int m = 0; m < rows; ++m) {
-    const int64_t p = map.query_position(queries.first + (row + m) % queries.count);
-    keeps.set(m, params.schedule.keep_bits(p, loaded.tile) & loaded.present);
-    far[m] = loaded.far ? far_bits(params, p, loaded.tile) : 0;
+    keeps.set(m, params.schedule.keep_bits(positions[m], loaded.tile) & loaded.present);
+    far[m] = loaded.far ? far_bits(params, positions[m], loaded.tile) : 0;
     any_far |= keeps.bits[m] & far[m];
     any_near |= keeps.bits[m] & ~far[m];
   }
@@ -153,8 +161,7 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
   if (any_near) {
     if (params.rope_cos) {
       for (int m = 0; m < rows; ++m) {
-        const int64_t p = map.query_position(queries.first + (row + m) % queries.count);
-        rotate(params, query + m * d, p - loaded.tile * kKeyTile, buffers.query_block + m * d);
+        rotate(params, query + m * d, positions[m] - loaded.tile * kKeyTile, buffers.query_block + m * d);
       }
       query = buffers.query_block;
     }
@@ -172,12 +179,16 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
       }
     }
   }
-  const Vec scale = Vec::broadcast(static_cast<float>(params.scale) * kLog2E);
+  const float scale = params.scale > 0 ? static_cast<float>(params.scale) * kLog2E : 1.0f;
   const uint64_t columns = bit_range(begin, end);
   for (int m = 0; m < rows; ++m) {
     const bool masked = (keeps.bits[m] & columns) != columns;
-    softmax_row(buffers.scores + m * kKeyTile, begin, end, keeps.bits[m], masked, scale, buffers.max + row + m,
-                buffers.sum + (row + m) * Vec::kWidth, buffers.accumulator + (row + m) * dv, dv);
+    update_max(buffers.scores + m * kKeyTile, begin, end, keeps.bits[m], masked, scale, buffers.max + row + m,
+               buffers.sum + (row + m) * Vec::kWidth, buffers.accumulator + (row + m) * dv, dv);
+  }
+  for (int m = 0; m < rows; ++m) {
+    weigh_row(buffers.scores + m * kKeyTile, begin, end, scale, buffers.max[row + m],
+              buffers.sum + (row + m) * Vec::kWidth);
   }
   accumulate_kept<false>(rows, keeps, buffers.scores, kKeyTile, loaded.value, loaded.value_stride, params.value_dim,
                          buffers.accumulator + row * dv, dv);
@@ -190,11 +201,17 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   const int64_t p_lo = map.query_position(queries.first), p_hi = p_lo + queries.count - 1;
   const bool rope = params.rope_cos != nullptr;
   const bool reaches_far = rope && params.distance_limit < p_hi;
+  int64_t positions[kForwardRows];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t h = queries.head + r / queries.count, i = queries.first + r % queries.count;
     const float* query = row_of<float>(params.query, params.query_strides, queries.batch, h, i);
+    positions[r] = map.query_position(i);
     copy_row(query, params.head_dim, buffers.query + r * d);
-    if (reaches_far) rotate(params, query, params.distance_limit, buffers.query_far + r * d);
+    // softmax_row wants a positive scale; any other goes into the query instead.
+    if (!(params.scale > 0)) {
+      scale_row(buffers.query + r * d, d, Vec::broadcast(static_cast<float>(params.scale) * kLog2E));
+    }
+    if (reaches_far) rotate(params, buffers.query + r * d, params.distance_limit, buffers.query_far + r * d);
     buffers.max[r] = buffers.total_max[r] = kNegativeInfinity;
     buffers.total_sum[r] = 0;
   }
@@ -228,7 +245,8 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     loaded.value = matrix_rows(values, loaded.present, map.contiguous(tile), params.value_strides.row,
                                params.value_dim, buffers.value_rows, &loaded.value_stride);
     for (int64_t row = 0; row < rows; row += kProductRows) {
-      forward_block(params, map, queries, loaded, buffers, row, rows - row < kProductRows ? rows - row : kProductRows);
+      const int64_t count = rows - row < kProductRows ? rows - row : kProductRows;
+      forward_block(params, loaded, positions + row, buffers, row, count);
     }
   }
   merge_segment(buffers, rows, dv);

@@ -86,16 +86,17 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const int64_t rows = params.x.rows, ins = params.in_features, outs = params.out_features;
   const int64_t column_items = parts(ins, kLinearColumns);
   const int64_t height = item_rows(rows, column_items, parallel.threads);
-  const int64_t weight_items = params.grad_weight ? parts(outs, kWeightRows) * column_items : 0;
+  const int64_t weight_columns = parts(ins, kWeightColumns);
+  const int64_t weight_items = params.grad_weight ? parts(outs, kWeightRows) * weight_columns : 0;
   const int64_t x_items = params.grad_x ? parts(rows, height) * column_items : 0;
-  const int64_t bias_items = params.grad_bias ? parts(outs, kLinearColumns) : 0;
+  const int64_t bias_items = params.grad_bias ? parts(outs, kBiasColumns) : 0;
   const Parallel pool = limited(parallel, rows * ins * outs);
   // One list, the largest items first, so that no thread waits between the three gradients.
   for_each_item(pool, weight_items + x_items + bias_items, [&](int64_t slot, int64_t item) {
     void* slot_scratch = static_cast<char*>(scratch) + slot * kernels->scratch;
     if (item < weight_items) {
-      kernels->grad_weight(params, part(item / column_items, kWeightRows, outs),
-                           part(item % column_items, kLinearColumns, ins), slot_scratch);
+      kernels->grad_weight(params, part(item / weight_columns, kWeightRows, outs),
+                           part(item % weight_columns, kWeightColumns, ins), slot_scratch);
       return;
     }
     item -= weight_items;
@@ -104,7 +105,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
                       slot_scratch);
       return;
     }
-    kernels->grad_bias(params, part(item - x_items, kLinearColumns, outs));
+    kernels->grad_bias(params, part(item - x_items, kBiasColumns, outs));
   });
   return {};
 }

@@ -4,13 +4,14 @@
 // (grad_weight), copied so that the product reads one stream. Copies go to scratch that stays in the second cache.
 
 constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
-constexpr int64_t kFewRows = kProductRows;  // with so few rows a panel is read once: its depth goes through in slices
-constexpr int64_t kSlice = 64;              // that stay in the first cache
-constexpr int64_t kBorrowedRows = 24;       // fewer rows than this do not pay for a copy of the weight in grad_x
+// With few rows a panel is read once. Then it is narrow, because each of its columns is a row of the weight and the
+// machine can follow some 16 streams, and goes through in slices of the depth that stay in the first cache.
+constexpr int64_t kFewRows = kProductRows, kFewColumns = 16, kSlice = 64;
+constexpr int64_t kBorrowedRows = 24;  // fewer rows than this do not pay for a copy of the weight in grad_x
 
 // What a thread has to write on, in floats.
 struct LinearScratch {
-  float panel[kLinearBlock * kLinearColumns];  // [depth][kPanel], or for grad_weight kLinearColumns / kPanel of them
+  float panel[kLinearBlock * kWeightColumns];  // [depth][kPanel], in grad_weight kWeightColumns / kPanel of them
   float rows[kLinearBlock * kWeightRows];      // rows of A: [kProductRows][kLinearBlock], or [depth][kWeightRows]
   float chain[kFewRows * kPanel];              // unfinished chains
 };
@@ -41,23 +42,27 @@ struct BlockSum {
 
 PYCORE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// panel[k][i] = rows[i][k], with zeros in the lanes past `count`.
+// square[k][i] = rows[i][k] for i < count and k < depth, at most kWidth of both; the other lanes are zero.
+PYCORE_INLINE void load_transposed(const float* rows, int64_t row_stride, int64_t count, int64_t depth,
+                                   Vec (&square)[Vec::kWidth]) {
+  if (count == Vec::kWidth && depth == Vec::kWidth) {
+    for (int i = 0; i < Vec::kWidth; ++i) square[i] = Vec::load(rows + i * row_stride);
+  } else {
+    for (int i = 0; i < Vec::kWidth; ++i) {
+      square[i] = i < count ? Vec::load_first(rows + i * row_stride, depth) : Vec::zero();
+    }
+  }
+  transpose(square);
+}
+
+// panel[k][i] = rows[i][k].
 inline void pack_transposed(const float* rows, int64_t row_stride, int64_t count, int64_t depth, float* panel) {
   constexpr int64_t kWidth = Vec::kWidth;
   for (int64_t i = 0; i < count; i += kWidth) {
-    const float* group = rows + i * row_stride;
-    const int64_t group_rows = smaller(kWidth, count - i);
     for (int64_t k = 0; k < depth; k += kWidth) {
-      const int64_t ks = smaller(kWidth, depth - k);
       Vec square[kWidth];
-      if (group_rows == kWidth && ks == kWidth) {
-        for (int j = 0; j < kWidth; ++j) square[j] = Vec::load(group + j * row_stride + k);
-      } else {
-        for (int j = 0; j < kWidth; ++j) {
-          square[j] = j < group_rows ? Vec::load_first(group + j * row_stride + k, ks) : Vec::zero();
-        }
-      }
-      transpose(square);
+      const int64_t ks = smaller(kWidth, depth - k);
+      load_transposed(rows + i * row_stride + k, row_stride, smaller(kWidth, count - i), ks, square);
       for (int j = 0; j < ks; ++j) square[j].store(panel + (k + j) * kPanel + i);
     }
   }
@@ -93,14 +98,55 @@ inline void multiply_rows(const RowView& view, Range rows, int64_t k, int64_t de
   }
 }
 
+// One row: the transposed squares of the weight are used where they stand, in registers. The chains are the tile
+// product's. kFewColumns columns at a time hide the latency of a chain.
+void forward_one_row(const LinearParams& params, int64_t row, Range columns) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  constexpr int kGroups = kFewColumns / kWidth;
+  const float* x = params.x.row<float>(row);
+  const float* bias = static_cast<const float*>(params.bias);
+  float* out = static_cast<float*>(params.out) + row * params.out_features;
+  for (int64_t n = columns.begin; n < columns.end; n += kFewColumns) {
+    const float* weight = static_cast<const float*>(params.weight) + n * params.weight_stride;
+    int64_t counts[kGroups];
+    for (int g = 0; g < kGroups; ++g) counts[g] = smaller(kWidth, columns.end - n - g * kWidth);
+    Vec total[kGroups];
+    int64_t block = 0;
+    do {
+      const int64_t end = smaller(block + kLinearBlock, params.in_features);
+      Vec chain[kGroups], square[kWidth];
+      for (int g = 0; g < kGroups; ++g) chain[g] = Vec::zero();
+      int64_t k = block;
+      for (; k + kWidth <= end; k += kWidth) {
+        for (int g = 0; g < kGroups; ++g) {
+          load_transposed(weight + g * kWidth * params.weight_stride + k, params.weight_stride, counts[g], kWidth, square);
+          for (int j = 0; j < kWidth; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
+        }
+      }
+      for (int g = 0; g < kGroups && k < end; ++g) {
+        load_transposed(weight + g * kWidth * params.weight_stride + k, params.weight_stride, counts[g], end - k, square);
+        for (int j = 0; j < end - k; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
+      }
+      for (int g = 0; g < kGroups; ++g) total[g] = block == 0 ? chain[g] : total[g] + chain[g];
+      block = end;
+    } while (block < params.in_features);
+    for (int g = 0; g < kGroups && counts[g] > 0; ++g) {
+      if (bias) total[g] = total[g] + Vec::load_first(bias + n + g * kWidth, counts[g]);
+      total[g].store_first(out + n + g * kWidth, counts[g]);
+    }
+  }
+}
+
 void linear_forward_item(const LinearParams& params, Range rows, Range columns, void* memory) {
+  if (rows.count() == 1) return forward_one_row(params, rows.begin, columns);
   LinearScratch* scratch = static_cast<LinearScratch*>(memory);
   const float* weight = static_cast<const float*>(params.weight);
   const float* bias = static_cast<const float*>(params.bias);
   const int64_t depth = params.in_features;
-  const int64_t slice = rows.count() <= kFewRows ? kSlice : kLinearBlock;
-  for (int64_t n = columns.begin; n < columns.end; n += kPanel) {
-    const int64_t width = smaller(kPanel, columns.end - n);
+  const bool few = rows.count() <= kFewRows;
+  const int64_t slice = few ? kSlice : kLinearBlock, step = few ? kFewColumns : kPanel;
+  for (int64_t n = columns.begin; n < columns.end; n += step) {
+    const int64_t width = smaller(step, columns.end - n);
     int64_t k = 0;
     do {
       const int64_t end = smaller(k + slice, depth);
@@ -177,18 +223,15 @@ void linear_grad_weight_item(const LinearBackwardParams& params, Range outs, Ran
 }
 
 void linear_grad_bias_item(const LinearBackwardParams& params, Range outs) {
-  float* const out = static_cast<float*>(params.grad_bias);
-  for (int64_t n = outs.begin; n < outs.end; n += Vec::kWidth) {
-    const int64_t count = smaller(Vec::kWidth, outs.end - n);
-    Vec total = Vec::zero();
-    for (int64_t block = 0; block < params.x.rows; block += kLinearBlock) {
-      const int64_t end = smaller(block + kLinearBlock, params.x.rows);
-      Vec chain = Vec::zero();
-      for (int64_t row = block; row < end; ++row) {
-        chain = chain + Vec::load_first(params.grad_out.row<float>(row) + n, count);
-      }
-      total = block == 0 ? chain : total + chain;
+  float chain[kBiasColumns], *const total = static_cast<float*>(params.grad_bias) + outs.begin;
+  for (int64_t n = 0; n < outs.count(); ++n) total[n] = 0.0f;
+  for (int64_t block = 0; block < params.x.rows; block += kLinearBlock) {
+    for (int64_t n = 0; n < outs.count(); ++n) chain[n] = 0.0f;
+    const int64_t end = smaller(block + kLinearBlock, params.x.rows);
+    for (int64_t row = block; row < end; ++row) {
+      const float* grad = params.grad_out.row<float>(row) + outs.begin;
+      for (int64_t n = 0; n < outs.count(); ++n) chain[n] += grad[n];
     }
-    total.store_first(out + n, count);
+    for (int64_t n = 0; n < outs.count(); ++n) total[n] = block == 0 ? chain[n] : total[n] + chain[n];
   }
 }

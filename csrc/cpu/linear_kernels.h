@@ -20,7 +20,7 @@ struct LinearKernels {
   void (*forward)(const LinearParams& params, Range rows, Range columns, void* scratch);
   // grad_x[rows][columns]; columns are input features.
   void (*grad_x)(const LinearBackwardParams& params, Range rows, Range columns, void* scratch);
-  // grad_weight[outs][columns], at most kWeightRows by kLinearColumns.
+  // grad_weight[outs][columns], columns are input features.
   void (*grad_weight)(const LinearBackwardParams& params, Range outs, Range columns, void* scratch);
   void (*grad_bias)(const LinearBackwardParams& params, Range outs);
 
@@ -29,8 +29,10 @@ struct LinearKernels {
   void (*norm_backward)(const RmsNormBackwardParams& params, Range rows, void* partial, void* chain);
 };
 
-inline constexpr int64_t kLinearColumns = 64;  // columns of an item
-inline constexpr int64_t kWeightRows = 384;     // rows of a grad_weight item
+// The most an item may have.
+inline constexpr int64_t kLinearColumns = 64;                    // forward, grad_x
+inline constexpr int64_t kWeightRows = 192, kWeightColumns = 128;  // grad_weight: both its operands are copied
+inline constexpr int64_t kBiasColumns = 256;                     // grad_bias
 
 namespace scalar {
 extern const LinearKernels linear_float;

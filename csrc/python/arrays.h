@@ -31,7 +31,8 @@ inline DType numpy_dtype(const py::array& array) {
   if (dtype.byteorder() == '>') return DType::kOther;
   const auto size = dtype.itemsize();
   switch (dtype.kind()) {
-    case 'f': return size == 4 ? DType::kFloat32 : size == 8 ? DType::kFloat64 : size == 2 ? DType::kFloat16 : DType::kOther;
+    case 'f':
+      return size == 4 ? DType::kFloat32 : size == 8 ? DType::kFloat64 : size == 2 ? DType::kFloat16 : DType::kOther;
     case 'i': return size == 4 ? DType::kInt32 : size == 8 ? DType::kInt64 : DType::kOther;
     case 'u': return size == 1 ? DType::kUInt8 : size == 2 ? DType::kUInt16 : DType::kOther;
     case 'b': return DType::kBool;

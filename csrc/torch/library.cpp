@@ -14,7 +14,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
     PyErr_SetString(PyExc_ValueError, error);
     return nullptr;
   }
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

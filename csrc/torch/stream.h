@@ -11,7 +11,7 @@
 // Defined by libtorch_cuda. Weak, because the same binary has to load where torch has no CUDA: there it is null. (The
 // header declares it only under USE_CUDA.)
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                    void** ret_stream);
+                                                                                   void** ret_stream);
 
 namespace pycore {
 

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark report's arithmetic, and that its peers compute what they are compared for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import case, measure, peers, report
+
+
+def small_run() -> dict[str, Any]:
+    def one(name: str, group: str, axis: list[Any] | None, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+        return {
+            "name": name,
+            "group": group,
+            "device": "cpu",
+            "axis": axis,
+            "flops": 2e9,
+            "targets": {"peer": 2.0},
+            "subject": "pycore",
+            "gemm_ms": [100.0],
+            "results": {
+                "pycore": {"error": 1e-7, "ms": ours, "peak_bytes": 3 * 2**19},
+                "peer": {"error": 2e-7, "ms": theirs},
+            },
+            "skipped": {"other": "no compiler"},
+        }
+
+    return {
+        "version": 1,
+        "quick": True,
+        "machine": {
+            "cpu": "A CPU", "cores": 2, "threads": 2, "pycore_isa": "avx2", "torch": "2.13.0", "torch_isa": "AVX2",
+            "commit": "abc", "date": "2026-01-02T03:04Z",
+        },
+        "limits": {"gemm_gflops": 100.0, "read_gbs": 30.0},
+        "gemm_flops": 2e10,  # 200 GFLOP/s in 100 ms
+        "cases": [
+            one("main", "rows", None, [10.0, 20.0, 30.0], [80.0]),
+            one("short", "sweep", ["length", 4096.0], [4.0], [4.0]),
+            one("long", "sweep", ["length", 8192.0], [12.0], [8.0]),
+        ],
+        "failures": [],
+    }  # fmt: skip
+
+
+def test_rows_hold_ratios_and_shares_of_the_limit_measured_beside_them() -> None:
+    ours, theirs = report.rows(small_run())[:2]
+    assert (ours.low, ours.median, ours.high, ours.rounds) == (15.0, 20.0, 25.0, 3)
+    assert ours.ratio is None and theirs.ratio == 4.0 and theirs.target == 2.0
+    assert ours.gflops == pytest.approx(100.0)
+    assert ours.share == pytest.approx(0.5)  # of the 200 measured in that case, not of the run's 100
+    assert ours.peak_mb == 1.5 and theirs.peak_mb is None
+
+
+def test_tables_say_everything_once() -> None:
+    text = report.text_table(small_run())
+    assert text.count("A CPU") == 1 and "main" in text and "4.00×" in text and "≥ 2×" in text
+    assert "main: other left out (no compiler)" in text
+    assert "1.50× the time per token at 8192 as at 4096" in text
+    table = report.markdown(small_run())
+    assert "| main | pycore | 20.0 | 15.0–25.0 |  | 100 | 50% | 1.50 |" in table
+    assert "| short" not in table
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), (0.0, "0"), (0.123, "0.12"), (9.876, "9.88"), (12.34, "12.3"), (1234.5, "1234")]
+)
+def test_number(value: float | None, text: str) -> None:
+    assert report.number(value) == text
+
+
+def test_insert_replaces_what_is_between_the_markers_and_is_stable() -> None:
+    before = "# Title\n<!-- bench:start -->\nold\n<!-- bench:end -->\nrest\n"
+    once = report.insert(before, "| new |", "bench/results/x.json")
+    assert once == "# Title\n<!-- bench:start bench/results/x.json -->\n| new |\n<!-- bench:end -->\nrest\n"
+    assert report.insert(once, "| new |", "bench/results/x.json") == once
+    assert report.source_of(once) == "bench/results/x.json" and report.source_of(before) is None
+    with pytest.raises(ValueError, match="bench:start"):
+        report.insert("no markers", "", "x")
+
+
+def test_rounds_are_spread_evenly_and_fit_the_effort() -> None:
+    effort = measure.Effort(seconds=2.0, least=3, most=11)
+    assert [measure.rounds_for(seconds, effort) for seconds in (0.001, 0.4, 5.0)] == [11, 5, 3]
+    taken = [measure.turn(i, 3, 11) for i in range(11)]
+    assert sum(taken) == 3 and taken[3] and taken[7] and taken[10]
+
+
+def test_largest_error_refuses_nan_and_wrong_shapes() -> None:
+    reference = [torch.tensor([2.0, -4.0], dtype=torch.float64)]
+    assert case.largest_error([torch.tensor([2.0, -3.0])], reference) == 0.25
+    assert case.largest_error([torch.tensor([2.0, float("nan")])], reference) == float("inf")
+    assert case.largest_error([torch.tensor([2.0])], reference) == float("inf")
+
+
+@pytest.mark.parametrize(("length", "sink", "window"), [(700, 5, 300), (600, 16, 64), (257, 300, 10), (300, 0, 1)])
+def test_peers_compute_the_same_attention(length: int, sink: int, window: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (torch.randn(1, 2, length, 8, generator=generator) for _ in range(3))
+    starts = list(range(0, length, peers.CHUNK))
+    expected = [peers.reference(query, key, value, sink, window, starts)]
+    for peer in (peers.masked_sdpa, peers.chunked_sdpa):
+        assert case.largest_error([peer(query, key, value, sink, window)()], expected) < 1e-5
+    rotated = [peers.reference(query, key, value, sink, window, starts, rope=True)]
+    assert case.largest_error([peers.chunked_rope(query, key, value, sink, window)()], rotated) < 1e-5
+    assert case.largest_error(expected, rotated) > 1e-3
+    positions = torch.arange(length)
+    assert peers.kept_pairs(length, sink, window) == int(peers.lambda_mask(positions, positions, sink, window).sum())
+    assert peers.kept_pairs(length) == length * (length + 1) // 2

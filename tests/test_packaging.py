@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layering, instruction sets and imports: what has to hold of the tree and of the compiled objects."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pycore
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+
+# A folder is a set of allowed includes: what each of these may see, anywhere else may not.
+OWNERS = {
+    "torch": (re.compile(r"(torch|ATen|c10)/"), {"torch"}),
+    "pybind11": (re.compile(r"pybind11/"), {"python"}),
+    "CPython": (re.compile(r"Python\.h"), {"torch", "python"}),
+    "CUDA": (re.compile(r"cuda|cub/|cooperative_groups|mma\.h"), {"cuda"}),
+}
+SLOW = re.compile(r"torch/(extension|all)\.h|torch/torch\.h")
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)[>\"]", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("what", OWNERS)
+def test_includes_stay_in_their_folder(what: str) -> None:
+    pattern, owners = OWNERS[what]
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in SOURCES
+        for name in includes(path)
+        if pattern.match(name) and path.relative_to(CSRC).parts[0] not in owners
+    ]
+    assert not wrong
+
+
+def test_only_the_stable_abi() -> None:
+    """One torch/extension.h costs a minute of compilation and ties the binary to one torch."""
+    assert not [path for path in SOURCES for name in includes(path) if SLOW.match(name)]
+
+
+def test_intrinsics_stay_in_instruction_set_files() -> None:
+    """What includes intrinsics is compiled for one instruction set: x.avx2.cpp, x.avx512.cpp and their headers."""
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(name.endswith("intrin.h") for name in includes(path)) and "avx" not in path.name
+    ]
+    assert not wrong
+
+
+def test_files_stay_readable() -> None:
+    paths = [*SOURCES, *ROOT.glob("pycore/**/*.py"), *ROOT.glob("bench/*.py"), ROOT / "setup.py"]
+    assert not [str(path.relative_to(ROOT)) for path in paths if len(path.read_text().splitlines()) > 600]
+
+
+# ---- the compiled objects --------------------------------------------------------------------------------------------
+
+
+def objects() -> list[Path]:
+    """The objects of csrc/cpu of every optimized build in this checkout whose source is still there."""
+    found = ROOT.glob("build/native/release-c*/obj/cpu/*.o")
+    return sorted(path for path in found if (CSRC / "cpu" / f"{path.stem}.cpp").exists())
+
+
+def is_wide(path: Path) -> bool:
+    return path.stem.endswith((".avx2", ".avx512"))
+
+
+def test_objects_are_there() -> None:
+    assert any(is_wide(path) for path in objects()), "run `make build`: the audit below needs the objects"
+
+
+@pytest.mark.parametrize("path", [p for p in objects() if is_wide(p)], ids=lambda p: f"{p.parts[-4]}-{p.name}")
+def test_wide_objects_define_no_weak_symbol(path: Path) -> None:
+    """The linker keeps one copy of a weak symbol: were it this object's, baseline code would run wide instructions."""
+    table = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in table.splitlines() if re.search(r" [WVu] ", line) and "DW.ref" not in line]
+
+
+@pytest.mark.parametrize("path", [p for p in objects() if not is_wide(p)], ids=lambda p: f"{p.parts[-4]}-{p.name}")
+def test_baseline_objects_have_no_wide_instruction(path: Path) -> None:
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert not re.findall(r".*%[yz]mm.*", code)[:3]
+
+
+# ---- imports ---------------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment or None)
+
+
+def test_import_is_light() -> None:
+    done = run_python(
+        "import sys, pycore; pycore.build_info(); pycore.cpu_isa(); pycore.native.available_isas(); dir(pycore)\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'import pycore loads torch or numpy'"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_attribute() -> None:
+    with pytest.raises(AttributeError, match="module 'pycore' has no attribute 'atention'"):
+        _ = pycore.atention
+
+
+def test_build_info() -> None:
+    info = pycore.build_info()
+    native = pycore.native.build_info()
+    assert set(info) == {
+        *("version", "commit", "compiler", "cuda", "cuda_arches", "torch", "python"),
+        *("extension_suffix", "debug", "sanitize"),
+    }
+    assert info["version"] == pycore.__version__
+    assert info["compiler"] == native["compiler"]
+    assert info["python"].rpartition(".")[0] == str(native["python"]).rpartition(".")[0]
+    assert (info["cuda"] is not None) == native["cuda"]
+    assert json.loads(json.dumps(info)) == info
+
+
+def test_diagnosis_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "pycore"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^cpu isa +(scalar|avx2|avx512) of scalar", done.stdout, re.MULTILINE)
+    assert "rms_norm" in done.stdout
+
+
+def test_needed_libraries() -> None:
+    """The static CUDA runtime, no libtorch_cuda and no libpython: that is what lets one binary load everywhere."""
+    package = Path(pycore.__file__).parent
+    ours = "libpycore|libtorch|libtorch_cpu|libc10"
+    system = r"libstdc\+\+|libgcc_s|libm|libc|ld-linux-x86-64|libpthread|libdl|librt"
+    for library in package.glob("*.so"):
+        table = subprocess.run(["objdump", "-p", str(library)], capture_output=True, text=True, check=True).stdout
+        needed = re.findall(r"NEEDED +(\S+)", table)
+        assert not [name for name in needed if not re.match(rf"({ours}|{system})\.so", name)], library.name
+        assert library.name == "libpycore.so" or "libpycore.so" in needed
+        assert ("libtorch.so" in needed) == library.name.startswith("_C")
+        assert set(re.findall(r"R(?:UN)?PATH +(\S+)", table)) == {"$ORIGIN"}
+
+
+def test_stable_face_is_for_every_python() -> None:
+    assert (Path(pycore.__file__).parent / "_C.abi3.so").exists()
+    assert shutil.which("nm")
+    command = ["nm", "-D", "--undefined-only", str(Path(pycore.__file__).parent / "_C.abi3.so")]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in names if re.match(r"_Z.*(at|c10|torch)[0-9]", name)], "C++ symbols of torch are no ABI"
