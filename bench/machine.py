@@ -163,12 +163,21 @@ def _probe() -> tuple[ctypes.CDLL, int] | None:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         return None
-    width = 64 if "avx512f" in _cpuinfo().get("flags", "").split() else 32
+    width = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder, "probe.c")
         source.write_text(_PROBE)
         binary = source.with_suffix(".so")
-        command = [compiler, "-O3", "-march=native", "-ffast-math", f"-DWIDTH={width}", "-shared", "-fPIC"]
+        command = [
+            compiler,
+            "-O3",
+            "-march=native",
+            "-ffast-math",
+            f"-DWIDTH={width}",
+            f"-mprefer-vector-width={width * 8}",
+            "-shared",
+            "-fPIC",
+        ]
         done = subprocess.run([*command, str(source), "-o", str(binary)], capture_output=True, check=False)
         if done.returncode != 0:
             return None

@@ -21,6 +21,18 @@ from bench.case import Options, stems
 FOLDER = pathlib.Path(__file__).resolve().parent
 QUICK_SECONDS = 280.0  # on a machine so slow that a quick run takes longer, memory is measured as far as it gets
 
+# What holds all of the process to one instruction set: pycore, torch's own kernels and compiler, and the libraries
+# behind torch.mm. Libraries read it when they are loaded, so the run starts over with it.
+ISA_ENVIRONMENT = {
+    isa: {
+        "PYCORE_CPU_ISA": isa,
+        "ATEN_CPU_CAPABILITY": isa,
+        "MKL_ENABLE_INSTRUCTIONS": isa.upper(),
+        "ONEDNN_MAX_CPU_ISA": {"avx2": "AVX2", "avx512": "AVX512_CORE"}[isa],
+    }
+    for isa in ("avx2", "avx512")
+}
+
 
 class Collector:
     """pytest plugin: keeps the records, and says on stderr which case is running."""
@@ -62,6 +74,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument(
+        "--isa", choices=tuple(ISA_ENVIRONMENT), help="hold pycore, torch and its libraries to this one"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the memory measurements out")
     parser.add_argument("--peers-only", action="store_true", help="run where pycore cannot: times the peers alone")
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER / "results", help="folder for JSON and plots")
@@ -70,6 +85,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
+    if chosen.isa and os.environ.get("PYCORE_CPU_ISA") != chosen.isa:
+        command = [sys.executable, "-m", "bench.run", *(sys.argv[1:] if arguments is None else arguments)]
+        os.execve(sys.executable, command, {**os.environ, **ISA_ENVIRONMENT[chosen.isa]})
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda needs a GPU that torch can use; there is none here", file=sys.stderr)
         return 2

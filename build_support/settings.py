@@ -140,8 +140,13 @@ def find_pybind11() -> str:
 
 
 def find_ninja() -> str:
-    beside_python = Path(sys.executable).parent
-    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(beside_python))
-    if ninja is None:
-        fail("the build needs ninja, which is not on PATH: run `pip install ninja` first.")
-    return ninja
+    # The environment's own ninja before the system's: an older one does not understand the other's log of what was
+    # built, and starts over.
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    found = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+    if found is None:
+        fail("the build needs ninja, which is neither in this Python nor on PATH: run `pip install ninja` first.")
+    return found

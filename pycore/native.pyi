@@ -54,3 +54,30 @@ def attention_backward(
     threads: int | None = None,
     stream: int = 0,
 ) -> tuple[Any, Any, Any]: ...
+def invariant_linear(x: Any, weight: Any, bias: Any = None, *, out: Any = None, threads: int | None = None) -> Any: ...
+def invariant_linear_backward(
+    grad_out: Any,
+    x: Any,
+    weight: Any,
+    *,
+    need_x: bool = True,
+    need_weight: bool = True,
+    need_bias: bool = True,
+    grad_x: Any = None,
+    grad_weight: Any = None,
+    grad_bias: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any, Any]: ...
+def rms_norm(x: Any, weight: Any = None, eps: float = 1e-6, *, out: Any = None, threads: int | None = None) -> Any: ...
+def rms_norm_backward(
+    grad_out: Any,
+    x: Any,
+    weight: Any = None,
+    eps: float = 1e-6,
+    *,
+    need_x: bool = True,
+    need_weight: bool = True,
+    grad_x: Any = None,
+    grad_weight: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any]: ...

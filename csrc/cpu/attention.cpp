@@ -30,12 +30,16 @@ int64_t tiles(int64_t length, int64_t tile) { return (length + tile - 1) / tile;
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
+void clear(void* data, int64_t offset, int64_t bytes) {
+  if (bytes > 0) std::memset(static_cast<char*>(data) + offset, 0, bytes);
+}
+
 // Query rows past query_lengths[b] keep no key.
 void clear_rows(const AttentionParams& params, int64_t b, int64_t from) {
   const int64_t size = element_size(params.dtype), rows = params.query_length - from;
   for (int64_t h = 0; h < params.heads && rows > 0; ++h) {
     const int64_t row = (b * params.heads + h) * params.query_length + from;
-    std::memset(static_cast<char*>(params.out) + row * params.value_dim * size, 0, rows * params.value_dim * size);
+    clear(params.out, row * params.value_dim * size, rows * params.value_dim * size);
     for (int64_t i = row; i < row + rows; ++i) {
       if (params.dtype == DType::kFloat64) {
         static_cast<double*>(params.lse)[i] = -std::numeric_limits<double>::infinity();
@@ -105,11 +109,11 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
   for_each_item(parallel, forward.batch * forward.heads, [&](int64_t, int64_t item) {
     const int64_t b = item / forward.heads, h = item % forward.heads;
     const int64_t query_bytes = forward.query_length * forward.head_dim * size;
-    std::memset(static_cast<char*>(params.grad_query) + item * query_bytes, 0, query_bytes);
+    clear(params.grad_query, item * query_bytes, query_bytes);
     if (h % group == 0) {
       const int64_t pair = b * forward.kv_heads + h / group, rows = forward.key_length * size;
-      std::memset(static_cast<char*>(params.grad_key) + pair * rows * forward.head_dim, 0, rows * forward.head_dim);
-      std::memset(static_cast<char*>(params.grad_value) + pair * rows * forward.value_dim, 0, rows * forward.value_dim);
+      clear(params.grad_key, pair * rows * forward.head_dim, rows * forward.head_dim);
+      clear(params.grad_value, pair * rows * forward.value_dim, rows * forward.value_dim);
     }
     const RowMap map = row_map(forward, b);
     kernels->delta(params, b, h, 0, std::min(map.queries, forward.query_length));

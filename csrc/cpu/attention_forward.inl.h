@@ -59,6 +59,11 @@ PYCORE_INLINE float exp2_of(float x) {
   return lanes[0];
 }
 
+// Whether the scale stays positive in float32, so that the largest score has the largest logit; else queries carry it.
+PYCORE_INLINE bool folds_scale(const AttentionParams& params) {
+  return static_cast<float>(params.scale) * kLog2E > 0;
+}
+
 PYCORE_INLINE void scale_row(float* row, int64_t n, Vec factor) {
   for (int64_t d = 0; d < n; d += Vec::kWidth) (Vec::load(row + d) * factor).store(row + d);
 }
@@ -79,7 +84,7 @@ PYCORE_INLINE void update_max(float* scores, int64_t begin, int64_t end, uint64_
     for (int64_t c = begin; c < end; c += Vec::kWidth) row_max = Vec::max(row_max, Vec::load(scores + c));
   }
   const float tile_max = row_max.reduce_max() * scale;
-  if (tile_max <= *max) return;  // and NaN goes on
+  if (!(tile_max > *max) && tile_max == tile_max) return;  // NaN enters, and stays
   const Vec factor = Vec::broadcast(exp2_of(*max - tile_max));
   scale_row(accumulator, dv, factor);
   (Vec::load(sum) * factor).store(sum);
@@ -87,12 +92,19 @@ PYCORE_INLINE void update_max(float* scores, int64_t begin, int64_t end, uint64_
 }
 
 // Scores of one row in place -> weights 2^(scale s - max), which join the row's sum.
-PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float scale, float max, float* sum) {
-  if (max == kNegativeInfinity) {  // nothing kept so far
-    for (int64_t c = begin; c < end; c += Vec::kWidth) Vec::zero().store(scores + c);
+PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float scale, float* max, float* sum) {
+  if (*max == kNegativeInfinity) {  // nothing kept so far, or NaN, which a maximum may drop
+    Vec seen = Vec::zero();
+    for (int64_t c = begin; c < end; c += Vec::kWidth) {
+      const Vec weight = Vec::load(scores + c).exp2();
+      weight.store(scores + c);
+      seen = seen + weight;
+    }
+    const float total = seen.reduce_add();
+    if (!(total == 0)) *max = total;
     return;
   }
-  const Vec factor = Vec::broadcast(scale), shift = Vec::broadcast(-max);
+  const Vec factor = Vec::broadcast(scale), shift = Vec::broadcast(-*max);
   Vec row_sum = Vec::load(sum);
   for (int64_t c = begin; c < end; c += Vec::kWidth) {
     const Vec weight = Vec::fma(Vec::load(scores + c), factor, shift).exp2();
@@ -160,7 +172,10 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const LoadedTile
   const float* query = buffers.query + row * d;
   if (any_near) {
     if (params.rope_cos) {
-      for (int m = 0; m < rows; ++m) {
+      for (int m = 0; m < rows; ++m) {  // a row without near keys may lie beyond the table
+        if (!(keeps.bits[m] & ~far[m])) continue;
+        // A row that keeps no near key may stand too far from the tile for the table; its scores are masked anyway.
+        if ((keeps.bits[m] & ~far[m]) == 0) continue;
         rotate(params, query + m * d, positions[m] - loaded.tile * kKeyTile, buffers.query_block + m * d);
       }
       query = buffers.query_block;
@@ -179,7 +194,7 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const LoadedTile
       }
     }
   }
-  const float scale = params.scale > 0 ? static_cast<float>(params.scale) * kLog2E : 1.0f;
+  const float scale = folds_scale(params) ? static_cast<float>(params.scale) * kLog2E : 1.0f;
   const uint64_t columns = bit_range(begin, end);
   for (int m = 0; m < rows; ++m) {
     const bool masked = (keeps.bits[m] & columns) != columns;
@@ -187,7 +202,7 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const LoadedTile
                buffers.sum + (row + m) * Vec::kWidth, buffers.accumulator + (row + m) * dv, dv);
   }
   for (int m = 0; m < rows; ++m) {
-    weigh_row(buffers.scores + m * kKeyTile, begin, end, scale, buffers.max[row + m],
+    weigh_row(buffers.scores + m * kKeyTile, begin, end, scale, buffers.max + row + m,
               buffers.sum + (row + m) * Vec::kWidth);
   }
   accumulate_kept<false>(rows, keeps, buffers.scores, kKeyTile, loaded.value, loaded.value_stride, params.value_dim,
@@ -208,7 +223,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     positions[r] = map.query_position(i);
     copy_row(query, params.head_dim, buffers.query + r * d);
     // softmax_row wants a positive scale; any other goes into the query instead.
-    if (!(params.scale > 0)) {
+    if (!folds_scale(params)) {
       scale_row(buffers.query + r * d, d, Vec::broadcast(static_cast<float>(params.scale) * kLog2E));
     }
     if (reaches_far) rotate(params, buffers.query + r * d, params.distance_limit, buffers.query_far + r * d);

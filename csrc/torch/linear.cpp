@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pycore.{invariant_linear, rms_norm} and their gradients: schema, validation, allocation.
-#include <pycore/linear_checks.h>
+#include <pycore/linear_args.h>
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -132,11 +132,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
   // Gradients that are not needed come back without elements.
   m.def(
       "invariant_linear_backward(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, "
-      "bool need_bias) -> (Tensor, Tensor, Tensor)");
+      "bool need_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor");
   m.def(
       "rms_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, float eps, bool need_x, bool need_weight) "
-      "-> (Tensor, Tensor)");
+      "-> (Tensor grad_x, Tensor grad_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {

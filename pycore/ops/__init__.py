@@ -2,5 +2,6 @@
 """All ops, as functions. Each is also an op of `torch.ops.pycore`."""
 
 from pycore.ops.attention import attention, lambda_attention
+from pycore.ops.linear import invariant_linear, rms_norm
 
-__all__ = ["attention", "lambda_attention"]
+__all__ = ["attention", "invariant_linear", "lambda_attention", "rms_norm"]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,13 +40,6 @@ def logits(model: Bytelm, request: pytest.FixtureRequest) -> Logits:
         return model(tokens, schedule=schedule, distance_limit=limit)
 
     return compute
-
-
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_tokens(batch: int, length: int) -> Tensor:
@@ -117,6 +110,7 @@ def test_same_bits_in_a_batch(logits: Logits, batch: int) -> None:
         assert torch.equal(together[row], logits(tokens[row : row + 1])[0])
 
 
+@pytest.mark.usefixtures("isa")
 def test_same_bits_for_a_prefix(logits: Logits) -> None:
     tokens = random_tokens(2, 339)
     whole = logits(tokens)
@@ -124,14 +118,14 @@ def test_same_bits_for_a_prefix(logits: Logits) -> None:
         assert torch.equal(whole[:, :length], logits(tokens[:, :length])), length
 
 
-@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.usefixtures("threads")
 def test_same_bits_for_any_thread_count(logits: Logits) -> None:
     tokens = random_tokens(3, 339)
     torch.set_num_threads(1)
     alone = logits(tokens)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        assert torch.equal(alone, logits(tokens)), threads
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(alone, logits(tokens)), count
 
 
 @pytest.mark.parametrize("schedule, limit", [(Causal(), None), (Lambda(4, 32), 32)], ids=str)

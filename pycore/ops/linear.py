@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row-invariant linear layers and RMS norm: a row's result has the same bits whatever it is computed with.
+
+`torch.nn.functional.linear` picks a summation order by the shape of the whole product, so the same row gives other bits
+alone than in a batch. Here every sum has one order (csrc/include/pycore/linear.h writes it down), which extends what
+`pycore.ops.attention` promises to a whole model. `torch.ops.pycore` has the ops (csrc/torch/linear.cpp), which run
+csrc/cpu/linear.*.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycore._load import load_ops
+
+load_ops()
+
+__all__ = ["invariant_linear", "rms_norm"]
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiplies by weight^T and adds bias, as `torch.nn.functional.linear`, every row with one order of summation.
+
+    Computing rows together, one at a time, in a larger batch, on one thread or on many gives bitwise equal rows. So do
+    the instruction sets of a CPU. The gradients are deterministic, and the gradient of x is row-invariant too.
+
+    Args:
+        x: [..., K], float32 or float64, on the CPU. Any strides; a contiguous last dimension is read in place.
+        weight: [N, K], of x's dtype.
+        bias: [N], of x's dtype, or None.
+
+    Returns:
+        [..., N], contiguous. Differentiable once, in all three arguments. float64 is for checking gradients: it runs
+        plain loops. Under autocast the arguments are cast to float32.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; the sentence names it.
+        TypeError: an argument that is no tensor.
+
+    Example:
+        >>> x, weight = torch.randn(64, 128), torch.randn(256, 128)
+        >>> together = pycore.ops.invariant_linear(x, weight)
+        >>> torch.equal(together[:1], pycore.ops.invariant_linear(x[:1], weight))
+        True
+    """
+    _check_tensors("invariant_linear", x=x, weight=weight)
+    _check_tensors("invariant_linear", optional=True, bias=bias)
+    return torch.ops.pycore.invariant_linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """RMS norm of the last dimension, x / sqrt(mean(x^2) + eps) * weight, every row with one order of summation.
+
+    Args:
+        x: [..., C], float32 or float64, on the CPU. Any strides; a contiguous last dimension is read in place.
+        weight: [C], of x's dtype, or None for ones.
+        eps: finite and not negative.
+
+    Returns:
+        [..., C], contiguous. Differentiable once, in x and weight. A row's result and its gradient of x do not depend
+        on the other rows; the gradient of weight does not depend on the threads. Under autocast: float32.
+
+    Raises:
+        ValueError: a shape, dtype, device or eps that does not fit; the sentence names it.
+        TypeError: an argument that is no tensor.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization".
+    """
+    _check_tensors("rms_norm", x=x)
+    _check_tensors("rms_norm", optional=True, weight=weight)
+    return torch.ops.pycore.rms_norm(x, weight, eps)
+
+
+def _check_tensors(op: str, *, optional: bool = False, **tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (optional and tensor is None):
+            wanted = "a Tensor or None" if optional else "a Tensor"
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be {wanted}")
+
+
+# ---- fake kernels ----------------------------------------------------------------------------------------------------
+
+
+def _empty_if(wanted: bool, tensor: Tensor, *shape: int) -> Tensor:
+    return tensor.new_empty(shape if wanted else (0,))
+
+
+@torch.library.register_fake("pycore::invariant_linear")
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("pycore::invariant_linear_backward")
+def _linear_backward_fake(
+    grad_out: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _empty_if(need_x, x, *x.shape),
+        _empty_if(need_weight, x, *weight.shape),
+        _empty_if(need_bias, x, weight.shape[0]),
+    )
+
+
+@torch.library.register_fake("pycore::rms_norm")
+def _norm_fake(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("pycore::rms_norm_backward")
+def _norm_backward_fake(
+    grad_out: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return _empty_if(need_x, x, *x.shape), _empty_if(need_weight, x, x.shape[-1])
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    need = ctx.needs_input_grad
+    grads = torch.ops.pycore.invariant_linear_backward(grad_out, *ctx.saved_tensors, *need)
+    return tuple(grad if needed else None for grad, needed in zip(grads, need, strict=True))
+
+
+def _norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _norm_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    need = ctx.needs_input_grad[:2]
+    grads = torch.ops.pycore.rms_norm_backward(grad_out, *ctx.saved_tensors, ctx.eps, *need)
+    return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None)
+
+
+torch.library.register_autograd("pycore::invariant_linear", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("pycore::rms_norm", _norm_backward, setup_context=_norm_setup)
+
+
+# ---- autocast and vmap -----------------------------------------------------------------------------------------------
+
+torch.library.register_autocast("pycore::invariant_linear", "cpu", torch.float32)
+torch.library.register_autocast("pycore::rms_norm", "cpu", torch.float32)
+
+
+def _one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Samples run one after another."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        samples = [
+            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+    return rule
+
+
+def _as_rows(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A batch of x alone is more rows of x."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *args: Any) -> tuple[Any, Any]:
+        if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]) or x.dim() < 2:
+            return _one_by_one(op)(info, in_dims, x, *args)
+        return op(x.movedim(in_dims[0], 0), *args), 0
+
+    return rule
+
+
+_ops = torch.ops.pycore
+torch.library.register_vmap("pycore::invariant_linear", _as_rows(_ops.invariant_linear))
+torch.library.register_vmap("pycore::rms_norm", _as_rows(_ops.rms_norm))
+torch.library.register_vmap("pycore::invariant_linear_backward", _one_by_one(_ops.invariant_linear_backward))
+torch.library.register_vmap("pycore::rms_norm_backward", _one_by_one(_ops.rms_norm_backward))

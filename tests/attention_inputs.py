@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs the attention tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycore.schedules import Causal, Full, Lambda, Schedule
+
+__all__ = ["Case", "lengths", "qkv", "tables"]
+
+
+def tables(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin), [rows, dim / 2]. The base is small, so that far rows differ in every channel."""
+    frequency = 50.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))
+    angle = torch.arange(rows, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def lengths(*numbers: int) -> Tensor:
+    """One of key_starts, key_lengths, key_offset and query_lengths."""
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def qkv(
+    batch: int, heads: int, kv_heads: int, query_length: int, key_length: int, head_dim: int, value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Normal query, key and value. float64 ones hold float32 numbers."""
+    value_dim = head_dim if value_dim is None else value_dim
+    query = torch.randn(batch, heads, query_length, head_dim)
+    key = torch.randn(batch, kv_heads, key_length, head_dim)
+    value = torch.randn(batch, kv_heads, key_length, value_dim)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. Its inputs follow from its fields, so that results can be kept between tests."""
+
+    query_length: int
+    key_length: int
+    schedule: Schedule
+    head_dim: int = 32
+    value_dim: int | None = None
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 1
+    rope_dim: int = 0
+    interleaved: bool = False
+    distance_limit: int | None = None
+    scale: float | None = None
+    key_starts: tuple[int, ...] | None = None
+    key_lengths: tuple[int, ...] | None = None
+    key_offset: tuple[int, ...] | None = None
+    query_lengths: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        """The test's id."""
+        kinds = {Causal: "causal", Full: "full", Lambda: "lambda"}
+        text = kinds[type(self.schedule)] + "".join(f"-{number}" for number in self.schedule.args)
+        text += f"-L{self.query_length}x{self.key_length}-D{self.head_dim}"
+        text += "" if self.value_dim is None else f"v{self.value_dim}"
+        text += f"-B{self.batch}" if self.batch != 1 else ""
+        text += f"-H{self.heads}over{self.kv_heads}"
+        text += f"-rope{self.rope_dim}{'i' if self.interleaved else ''}" if self.rope_dim else ""
+        text += "" if self.distance_limit is None else f"-limit{self.distance_limit}"
+        text += "" if self.scale is None else f"-scale{self.scale}"
+        for name in ("key_starts", "key_lengths", "key_offset", "query_lengths"):
+            text += "" if getattr(self, name) is None else f"-{name}"
+        return text
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value: the same numbers in every dtype. Key and value rows that are not valid hold NaN."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.query_length * 4099 + self.key_length)
+            q, k, v = qkv(
+                self.batch, self.heads, self.kv_heads, self.query_length, self.key_length, self.head_dim, self.value_dim
+            )  # fmt: skip
+        for b in range(self.batch):
+            start = self.key_starts[b] if self.key_starts else 0
+            end = self.key_lengths[b] if self.key_lengths else self.key_length
+            for x in (k, v):
+                x[b, :, :start] = torch.nan
+                x[b, :, end:] = torch.nan
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The keyword arguments of `attention`, for inputs of this dtype."""
+        options: dict[str, Any] = {"schedule": self.schedule, "distance_limit": self.distance_limit, "scale": self.scale}
+        if self.rope_dim:
+            # The same float32 numbers everywhere; a table reaches the largest distance, or the limit and a tile.
+            rows = max(self.key_length + max(self.key_offset or [0]), self.query_length)
+            if self.distance_limit is not None and not isinstance(self.schedule, Full):
+                rows = min(rows, self.distance_limit + 64)
+            cos, sin = tables(rows, self.rope_dim)
+            options |= {"rope": (cos.to(dtype), sin.to(dtype)), "interleaved": self.interleaved}
+        for name in ("key_starts", "key_lengths", "key_offset", "query_lengths"):
+            numbers = getattr(self, name)
+            if numbers is not None:
+                options[name] = lengths(*numbers)
+        return options

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention on random problems, under the sanitizers: every buffer has exactly the size the contract asks for, every key
+// row that must not be read holds NaN, and the kernels in use are compared with the scalar ones.
+#include <pycore/attention.h>
+#include <pycore/cpu_isa.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace {
+
+using Buffer = std::vector<float>;
+
+std::mt19937 engine(20240817);
+
+int64_t draw(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(engine); }
+
+Buffer normal(int64_t count) {
+  std::normal_distribution<float> distribution;
+  Buffer buffer(count);
+  for (float& x : buffer) x = distribution(engine);
+  return buffer;
+}
+
+struct Freer {
+  void operator()(char* memory) const { std::free(memory); }
+};
+
+// Exactly `bytes` bytes, 64-byte aligned: the sanitizer sees a byte too many.
+std::unique_ptr<char, Freer> aligned(int64_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, bytes ? bytes : 64) != 0) std::abort();
+  return std::unique_ptr<char, Freer>(static_cast<char*>(memory));
+}
+
+struct Problem {
+  pycore::AttentionBackwardParams params;
+  Buffer query, key, value, out, lse, cosine, sine, grad_out, delta, grad_query, grad_key, grad_value;
+  std::vector<int64_t> starts, lengths, offsets, queries;
+
+  Problem() {
+    pycore::AttentionParams& p = params.forward;
+    p.batch = draw(1, 3);
+    p.kv_heads = draw(1, 2);
+    p.heads = p.kv_heads * draw(1, 3);
+    p.query_length = draw(1, draw(0, 1) ? 8 : 210);
+    p.key_length = draw(0, 230);
+    p.head_dim = draw(1, 70);
+    p.value_dim = draw(1, 70);
+    p.scale = draw(0, 9) == 0 ? -0.3 : 0.2;
+    p.schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 2));
+    if (p.schedule.kind == pycore::ScheduleKind::kLambda) {
+      p.schedule.sink_size = draw(0, 80);
+      p.schedule.window_size = draw(1, 150);
+    }
+    query = normal(p.batch * p.heads * p.query_length * p.head_dim);
+    key = normal(p.batch * p.kv_heads * p.key_length * p.head_dim);
+    value = normal(p.batch * p.kv_heads * p.key_length * p.value_dim);
+    grad_out = normal(p.batch * p.heads * p.query_length * p.value_dim);
+    bind_rows();
+    if (draw(0, 1)) bind_lengths();
+    if (p.head_dim > 1 && draw(0, 1)) bind_rope();
+    out.resize(grad_out.size());
+    lse.resize(p.batch * p.heads * p.query_length);
+    delta.resize(lse.size());
+    grad_query.resize(query.size());
+    grad_key.resize(key.size());
+    grad_value.resize(value.size());
+    p.query = query.data();
+    p.key = key.data();
+    p.value = value.data();
+    p.out = out.data();
+    p.lse = lse.data();
+    params.grad_out = grad_out.data();
+    params.delta = delta.data();
+    params.grad_query = grad_query.data();
+    params.grad_key = grad_key.data();
+    params.grad_value = grad_value.data();
+  }
+
+  void bind_rows() {
+    pycore::AttentionParams& p = params.forward;
+    const auto strides = [](int64_t heads, int64_t length, int64_t channels) {
+      return pycore::AttentionStrides{heads * length * channels, length * channels, channels};
+    };
+    p.query_strides = strides(p.heads, p.query_length, p.head_dim);
+    p.key_strides = strides(p.kv_heads, p.key_length, p.head_dim);
+    p.value_strides = strides(p.kv_heads, p.key_length, p.value_dim);
+    params.grad_out_strides = strides(p.heads, p.query_length, p.value_dim);
+  }
+
+  void bind_lengths() {
+    pycore::AttentionParams& p = params.forward;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      lengths.push_back(draw(0, p.key_length));
+      starts.push_back(draw(0, lengths[b]));
+      offsets.push_back(draw(0, 1) ? draw(0, 500) : 0);
+      queries.push_back(draw(0, p.query_length));
+      for (int64_t h = 0; h < p.kv_heads; ++h) {
+        for (int64_t r = 0; r < p.key_length; ++r) {
+          if (r >= starts[b] && r < lengths[b]) continue;
+          const int64_t row = (b * p.kv_heads + h) * p.key_length + r;
+          std::fill_n(key.begin() + row * p.head_dim, p.head_dim, NAN);
+          std::fill_n(value.begin() + row * p.value_dim, p.value_dim, NAN);
+        }
+      }
+    }
+    p.key_starts = starts.data();
+    p.key_lengths = lengths.data();
+    p.key_offset = offsets.data();
+    p.query_lengths = queries.data();
+  }
+
+  void bind_rope() {
+    pycore::AttentionParams& p = params.forward;
+    p.rope_dim = draw(1, p.head_dim / 2) * 2;
+    p.rope_stride = p.rope_dim / 2;
+    p.rope_interleaved = draw(0, 1);
+    if (draw(0, 1)) p.distance_limit = std::max<int64_t>(draw(0, 200), std::min<int64_t>(p.schedule.window_size, 400));
+    int64_t positions = 0;
+    for (int64_t b = 0; b < p.batch; ++b) positions = std::max(positions, pycore::row_map(p, b).positions());
+    p.rope_rows = p.schedule.kind == pycore::ScheduleKind::kFull
+                      ? std::max(positions, p.query_length)
+                      : std::min(positions, p.distance_limit + pycore::kKeyTile);
+    for (int64_t row = 0; row < p.rope_rows; ++row) {
+      for (int64_t i = 0; i < p.rope_stride; ++i) {
+        cosine.push_back(std::cos(row * std::pow(100.0, -double(i) / p.rope_stride)));
+        sine.push_back(std::sin(row * std::pow(100.0, -double(i) / p.rope_stride)));
+      }
+    }
+    cosine.reserve(1);  // an empty table is still a table
+    p.rope_cos = cosine.data();
+    p.rope_sin = sine.data();
+  }
+
+  void run(pycore::CpuIsa isa, int64_t threads) {
+    pycore::set_cpu_isa(isa);
+    pycore::Parallel parallel;
+    parallel.threads = threads;
+    parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
+      for (int64_t slot = slots - 1; slot >= 0; --slot) body(argument, slot);
+    };
+    const auto forward = aligned(pycore::attention_forward_scratch(params.forward, threads));
+    if (!pycore::attention_forward(params.forward, parallel, forward.get()).ok()) std::abort();
+    const auto backward = aligned(pycore::attention_backward_scratch(params, threads));
+    if (!pycore::attention_backward(params, parallel, backward.get()).ok()) std::abort();
+  }
+};
+
+bool close(const char* what, const Buffer& actual, const Buffer& expected) {
+  float largest = 1;
+  for (float x : expected) {
+    if (std::isfinite(x)) largest = std::max(largest, std::fabs(x));
+  }
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const bool same = actual[i] == expected[i] || std::fabs(actual[i] - expected[i]) <= 1e-4f * largest;
+    if (same) continue;
+    std::fprintf(stderr, "failed: %s[%zu] is %g and the scalar kernel says %g\n", what, i, actual[i], expected[i]);
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  const pycore::CpuIsa isa = pycore::cpu_isa();
+  constexpr int kProblems = 400;
+  for (int n = 0; n < kProblems; ++n) {
+    Problem problem;
+    problem.run(pycore::CpuIsa::kScalar, 1);
+    const Buffer out = problem.out, lse = problem.lse, grad_query = problem.grad_query, grad_key = problem.grad_key,
+                 grad_value = problem.grad_value;
+    problem.run(isa, draw(1, 3));
+    if (!close("out", problem.out, out) || !close("lse", problem.lse, lse) ||
+        !close("grad_query", problem.grad_query, grad_query) || !close("grad_key", problem.grad_key, grad_key) ||
+        !close("grad_value", problem.grad_value, grad_value)) {
+      std::fprintf(stderr, "in problem %d\n", n);
+      return 1;
+    }
+  }
+  std::printf("%d problems\n", kProblems);
+  return 0;
+}
