@@ -1,9 +1,10 @@
-# Each of `make test`, `make bench` and `make lint` does all the set-up a fresh machine needs (a virtual environment, torch,
-# the other packages, the native build) and then its job; what is up to date is not done again.
+# `make test`, `make bench` and the others do all the set-up a fresh machine needs (a virtual environment, torch, the
+# other packages, the native build) and then their job; what is up to date is not done again.
 #
 #   make test      the test suite                    make sanitize  the CPU kernels under ASan and UBSan
 #   make bench     the quick benchmarks              make wheel     a wheel in dist/
-#   make lint      ruff, mypy, clang-format          make build     only the native libraries, after an edit
+#   make lint      ruff, mypy, clang-format          make format    what lint can mend by itself
+#   make schemas   rewrites tests/schemas.txt        make build     only the native libraries, after an edit
 #
 # PYTHON chooses the interpreter of the environment, TORCH the torch that is installed into it. The build's own switches
 # (PYCORE_CUDA, PYCORE_DEBUG, PYCORE_SANITIZE, PYCORE_LAUNCHER, MAX_JOBS, CXX) are environment variables.
@@ -14,7 +15,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip
 ARGS ?=
 
-.PHONY: test bench lint build wheel sanitize schemas setup clean
+.PHONY: test bench lint lint-ruff lint-format lint-mypy lint-clang-format format build wheel sanitize schemas setup clean
 .DELETE_ON_ERROR:
 
 test: build
@@ -23,11 +24,22 @@ test: build
 bench: build
 	$(VENV)/bin/python -m bench.run --quick $(ARGS)
 
-lint: setup
+# `make -k lint` goes on after a complaint.
+lint: lint-ruff lint-format lint-mypy lint-clang-format
+lint-ruff: setup
 	$(VENV)/bin/ruff check .
+lint-format: setup
 	$(VENV)/bin/ruff format --check .
+lint-mypy: setup
 	$(VENV)/bin/mypy pycore
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+lint-clang-format: setup
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests/native -name '*.h' -o -name '*.c*')
+
+# What lint-ruff, lint-format and lint-clang-format can mend by themselves.
+format: setup
+	$(VENV)/bin/ruff check --fix-only .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(shell find csrc tests/native -name '*.h' -o -name '*.c*')
 
 # Ninja decides what is out of date.
 build: setup

@@ -87,8 +87,9 @@ def table(s: Settings) -> tuple[list[Folder], list[Library]]:
     def optimized(level: str) -> list[str]:
         return ["-O0", "-g", "-Werror"] if s.debug else [level, "-DNDEBUG"]
 
-    device = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
-              "-ccbin", shlex.split(s.cxx)[-1], *defines, "-Icsrc/include"]  # fmt: skip
+    device = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", *(["-g"] if s.debug else []),
+              "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "-ccbin", shlex.split(s.cxx)[-1],
+              "-Icsrc/include", *defines]  # fmt: skip
     everywhere = [flag for arch in s.arches for flag in gencode(arch)]
     stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
     folders = [

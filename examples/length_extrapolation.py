@@ -201,7 +201,6 @@ def evaluate(model: Bytelm, windows: Tensor) -> list[dict[str, Any]]:
     batches = windows.split(4)
     progress = Progress("evaluation", len(READINGS) * len(batches))
     for name, schedule, limit in READINGS:
-        started = time.monotonic()
         bits = torch.zeros(EVAL_LENGTH, dtype=torch.float64)
         for done, target in enumerate(batches, start=len(rows) * len(batches) + 1):
             tokens = torch.cat([torch.full((len(target), 1), BOS), target[:, :-1]], dim=1)
@@ -210,7 +209,7 @@ def evaluate(model: Bytelm, windows: Tensor) -> list[dict[str, Any]]:
             bits += loss.double().sum(0) / math.log(2)
             progress.update(done, name)
         means = [(bits[low:high].mean() / len(windows)).item() for low, high in BUCKETS]
-        rows.append({"name": name, "bits_per_byte": means, "seconds": time.monotonic() - started})
+        rows.append({"name": name, "bits_per_byte": means})
     return rows
 
 
@@ -229,10 +228,10 @@ def conclusions(rows: list[dict[str, Any]]) -> list[tuple[bool, str]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text, bits per byte by position."""
     heads = "".join(f"{low}-{high}".rjust(11) for low, high in BUCKETS)
-    lines = [f"{'bits per byte at':<18}{heads}{'seconds':>10}"]
+    lines = [f"{'bits per byte at':<18}{heads}"]
     for row in rows:
         numbers = "".join(f"{value:>11.3f}" for value in row["bits_per_byte"])
-        lines.append(f"{row['name']:<18}{numbers}{row['seconds']:>10.1f}")
+        lines.append(f"{row['name']:<18}{numbers}")
     return "\n".join(lines)
 
 

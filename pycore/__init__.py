@@ -16,11 +16,22 @@ from typing import TYPE_CHECKING, Any
 from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
-    from pycore import models, native, nn, ops, reference, schedules
+    from pycore import models, native, nn, ops, positions, reference, schedules
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build_info", "cpu_isa", "models", "native", "nn", "ops", "reference", "schedules"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "cpu_isa",
+    "models",
+    "native",
+    "nn",
+    "ops",
+    "positions",
+    "reference",
+    "schedules",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
-_REMEDY = "run `pip install --force-reinstall --no-deps pycore-kernels`, or `make build` in a checkout"
+_REMEDY = "build it again, with `pip install --no-build-isolation --force-reinstall --no-deps .` in its checkout"
 _OLDEST_TORCH = (2, 10)
 
 
@@ -71,7 +71,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(diagnose(name, error)) from error
+        raise ImportError(diagnose(name, error)) from None
 
 
 def diagnose(name: str, error: ImportError) -> str:

@@ -89,15 +89,15 @@ class Case:
                 x[b, :, end:] = torch.nan
         return q.to(dtype), k.to(dtype), v.to(dtype)
 
-    def options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The keyword arguments of `attention`, for inputs of this dtype."""
+    def options(self, dtype: torch.dtype, table_dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """The keyword arguments of `attention`, for inputs of this dtype. Tables are rounded to `table_dtype` first."""
         options: dict[str, Any] = {"schedule": self.schedule, "distance_limit": self.distance_limit, "scale": self.scale}
         if self.rope_dim:
-            # The same float32 numbers everywhere; a table reaches the largest distance, or the limit and a tile.
+            # A table reaches the largest distance, or the limit and a tile.
             rows = max(self.key_length + max(self.key_offset or [0]), self.query_length)
             if self.distance_limit is not None and not isinstance(self.schedule, Full):
                 rows = min(rows, self.distance_limit + 64)
-            cos, sin = tables(rows, self.rope_dim)
+            cos, sin = tables(rows, self.rope_dim, table_dtype)
             options |= {"rope": (cos.to(dtype), sin.to(dtype)), "interleaved": self.interleaved}
         for name in ("key_starts", "key_lengths", "key_offset", "query_lengths"):
             numbers = getattr(self, name)

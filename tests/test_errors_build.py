@@ -149,7 +149,7 @@ def last_line(copy: Path, code: str) -> str:
 
 NATIVE = "import pycore; pycore.native"
 OPS = "import pycore._load; pycore._load.load_ops()"
-REMEDY = r"run `pip install --force-reinstall --no-deps pycore-kernels`, or `make build` in a checkout\.$"
+REMEDY = r"build it again, with `pip install --no-build-isolation --force-reinstall --no-deps \.` in its checkout\.$"
 
 
 def native_library(copy: Path) -> Path:

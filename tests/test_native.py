@@ -35,7 +35,7 @@ def test_every_kernel_is_there(name: str) -> None:
 def test_every_torch_op_has_its_kernel() -> None:
     _load.load_ops()
     ops = {s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("pycore::")}
-    assert ops <= set(KERNELS), "a torch op computes nothing itself: its kernel belongs in pycore.native, and in the list"
+    assert ops <= set(KERNELS), "a torch op computes nothing itself: its kernel belongs in pycore.native too"
 
 
 def test_stub_names_what_the_module_has() -> None:

@@ -229,17 +229,27 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
 
 void delta(const AttentionBackwardParams& params, int64_t b, int64_t h, int64_t first, int64_t count) {
   const int64_t n = params.forward.value_dim;
-  for (int64_t i = first; i < first + count; ++i) {
+  // A lane a row, and one chain of FMAs over the channels as in <grad_out, v>: where a row keeps one key, the two then
+  // cancel as they should.
+  for (int64_t i = first; i < first + count; i += Vec::kWidth) {
+    const int64_t lanes = first + count - i < Vec::kWidth ? first + count - i : Vec::kWidth;
     const int64_t row = row_index(params.forward, b, h, i);
     const float* grad_out = row_of<float>(params.grad_out, params.grad_out_strides, b, h, i);
     const float* out = static_cast<const float*>(params.forward.out) + row * n;
     Vec sum = Vec::zero();
     for (int64_t c = 0; c < n; c += Vec::kWidth) {
-      const int64_t lanes = n - c < Vec::kWidth ? n - c : Vec::kWidth;
-      sum = Vec::fma(Vec::load_first(grad_out + c, lanes), Vec::load_first(out + c, lanes), sum);
+      const int64_t channels = n - c < Vec::kWidth ? n - c : Vec::kWidth;
+      Vec x[Vec::kWidth], y[Vec::kWidth];
+      for (int64_t r = 0; r < Vec::kWidth; ++r) {
+        x[r] = r < lanes ? Vec::load_first(grad_out + r * params.grad_out_strides.row + c, channels) : Vec::zero();
+        y[r] = r < lanes ? Vec::load_first(out + r * n + c, channels) : Vec::zero();
+      }
+      transpose(x);
+      transpose(y);
+      for (int64_t d = 0; d < channels; ++d) sum = Vec::fma(x[d], y[d], sum);
     }
-    static_cast<float*>(params.delta)[row] =
-        sum.reduce_add() - (params.grad_lse ? static_cast<const float*>(params.grad_lse)[row] : 0.0f);
+    if (params.grad_lse) sum = sum - Vec::load_first(static_cast<const float*>(params.grad_lse) + row, lanes);
+    sum.store_first(static_cast<float*>(params.delta) + row, lanes);
   }
 }
 

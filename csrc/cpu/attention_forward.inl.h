@@ -3,8 +3,9 @@
 // kProductRows rows do scores, softmax and values back to back, so that a block's scores live in L1. The softmax is in
 // base 2 (scale * log2 e folded into one factor).
 //
-// Floors for one block against one full tile, D channels: 2 * 6 * 64 * D FMAs (1536 cycles at D = 64 with 16 FMA lanes
-// a cycle) against 6 * 64 exponentials (about 20 instructions a vector); the tile's own bytes are shared by all blocks.
+// Floors for one block against one full tile, D channels: 2 * 6 * 64 * D FMAs (3072 cycles at D = 64 with two 8-lane or
+// one 16-lane FMA a cycle) against 6 * 64 exponentials (about 20 instructions a vector). The tile's own bytes are shared
+// by all blocks.
 // Include after attention_tiles.inl.h.
 
 constexpr int64_t kForwardRows = 192;
@@ -172,8 +173,7 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const LoadedTile
   const float* query = buffers.query + row * d;
   if (any_near) {
     if (params.rope_cos) {
-      for (int m = 0; m < rows; ++m) {  // a row without near keys may lie beyond the table
-        if (!(keeps.bits[m] & ~far[m])) continue;
+      for (int m = 0; m < rows; ++m) {
         // A row that keeps no near key may stand too far from the tile for the table; its scores are masked anyway.
         if ((keeps.bits[m] & ~far[m]) == 0) continue;
         rotate(params, query + m * d, positions[m] - loaded.tile * kKeyTile, buffers.query_block + m * d);
@@ -222,7 +222,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     const float* query = row_of<float>(params.query, params.query_strides, queries.batch, h, i);
     positions[r] = map.query_position(i);
     copy_row(query, params.head_dim, buffers.query + r * d);
-    // softmax_row wants a positive scale; any other goes into the query instead.
+    // update_max wants a positive scale; any other goes into the query instead.
     if (!folds_scale(params)) {
       scale_row(buffers.query + r * d, d, Vec::broadcast(static_cast<float>(params.scale) * kLog2E));
     }

@@ -24,7 +24,7 @@ const LinearKernels* kernels_for(DType dtype) {
 
 constexpr Status kNoKernel = {StatusCode::kUnsupported, "the linear kernels have no CPU version for this dtype"};
 constexpr int64_t kMaxItemRows = 384, kMinItemRows = 96;
-constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds that a second thread is not worth waking for
+constexpr int64_t kSerialWork = 1 << 19;  // multiply-adds that are not worth waking a second thread for
 constexpr int64_t kNormChunks = 64;       // at most
 
 int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }

@@ -43,6 +43,19 @@ __device__ float rotated(const AttentionParams& params, const float* x, int64_t 
   return fmaf(x[c], cosine, turned);
 }
 
+__device__ int64_t clamped(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
+
+// row_map with every number held within the arrays: the lengths lie in device memory, and no host has read them.
+__device__ RowMap bounded_row_map(const AttentionParams& params, int64_t b) {
+  RowMap map = row_map(params, b);
+  map.start = clamped(map.start, 0, params.key_length);
+  map.keys = clamped(map.keys, 0, params.key_length - map.start);
+  map.sinks = clamped(map.sinks, 0, map.keys);
+  map.offset = clamped(map.offset, 0, kFar);
+  map.queries = clamped(map.queries, 0, params.query_length);
+  return map;
+}
+
 struct RowState {
   float max = -INFINITY, sum = 0;
   float accumulator[kMaxChannelsPerLane] = {};
@@ -67,8 +80,7 @@ __global__ void attention_forward_kernel(AttentionParams params) {
   if (index >= params.batch * params.heads * params.query_length) return;
   const int64_t i = index % params.query_length, h = index / params.query_length % params.heads;
   const int64_t b = index / params.query_length / params.heads, kv_head = h / (params.heads / params.kv_heads);
-  RowMap map = row_map(params, b);
-  if (map.start + map.keys > params.key_length) map.keys = params.key_length - map.start;
+  const RowMap map = bounded_row_map(params, b);
 
   float* near = queries + warp * 2 * params.head_dim;
   float* far = near + params.head_dim;

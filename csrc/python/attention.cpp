@@ -4,15 +4,14 @@
 #include <pybind11/stl.h>
 #include <pycore/attention_args.h>
 
-#include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "arrays.h"
 #include "bindings.h"
+#include "call.h"
 #include "threads.h"
 
 namespace pycore::python {
@@ -52,26 +51,6 @@ struct Inputs {
   }
 };
 
-struct AlignedScratch {
-  std::unique_ptr<char[]> memory;
-  void* data;
-  explicit AlignedScratch(int64_t bytes) : memory(new char[bytes + 64]) {
-    data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
-  }
-};
-
-void raise(const Status& status, const char* op) {
-  if (!status.ok()) throw std::runtime_error(std::string(op) + ": " + status.message);
-}
-
-void check_contiguous(const Array& array, const char* op, const char* name) {
-  int64_t expected = 1;
-  for (int i = array.view.dims - 1; i >= 0 && array.view.count() > 0; --i) {
-    check_value(array.view.shape[i] == 1 || array.view.strides[i] == expected, op, name, " must be contiguous");
-    expected *= array.view.shape[i];
-  }
-}
-
 py::tuple attention(py::object query, py::object key, py::object value, py::object rope_cos, py::object rope_sin,
                     py::object key_starts, py::object key_lengths, py::object key_offset, py::object query_lengths,
                     std::string schedule, std::vector<int64_t> schedule_args, bool interleaved,
@@ -82,22 +61,20 @@ py::tuple attention(py::object query, py::object key, py::object value, py::obje
                       std::move(schedule), std::move(schedule_args), interleaved, distance_limit, scale, stream);
   AttentionParams params = attention_params(inputs.args);
   const Device device = inputs.args.query.device;
-  const Array out_array = result(out, params.dtype, {params.batch, params.heads, params.query_length, params.value_dim},
-                                 device, kOp, "out", stream);
-  const Array lse_array =
-      result(lse, params.dtype, {params.batch, params.heads, params.query_length}, device, kOp, "lse", stream);
-  check_contiguous(out_array, kOp, "out");
-  check_contiguous(lse_array, kOp, "lse");
+  const Array out_array = contiguous_result(
+      out, params.dtype, {params.batch, params.heads, params.query_length, params.value_dim}, device, kOp, "out", stream);
+  const Array lse_array = contiguous_result(lse, params.dtype, {params.batch, params.heads, params.query_length},
+                                            device, kOp, "lse", stream);
   params.out = out_array.view.data;
   params.lse = lse_array.view.data;
   const Parallel parallel = thread_parallel(threads, kOp);
   {
     const py::gil_scoped_release release;
     if (device == Device::kCuda) {
-      raise(launch_attention_forward(params, reinterpret_cast<void*>(stream)), kOp);
+      throw_if(launch_attention_forward(params, reinterpret_cast<void*>(stream)), kOp);
     } else {
       const AlignedScratch scratch(attention_forward_scratch(params, parallel.threads));
-      raise(attention_forward(params, parallel, scratch.data), kOp);
+      throw_if(attention_forward(params, parallel, scratch.data), kOp);
     }
   }
   return py::make_tuple(out_array.object, lse_array.object);
@@ -121,9 +98,7 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
                                                              out_array.view, lse_array.view);
   const AttentionParams& shape = params.forward;
   const auto gradient = [&](const py::object& given, int64_t heads, int64_t length, int64_t channels, const char* name) {
-    const Array array = result(given, shape.dtype, {shape.batch, heads, length, channels}, Device::kCpu, kOp, name);
-    check_contiguous(array, kOp, name);
-    return array;
+    return cpu_result(given, shape.dtype, {shape.batch, heads, length, channels}, kOp, name);
   };
   const Array query_array = gradient(grad_query, shape.heads, shape.query_length, shape.head_dim, "grad_query");
   const Array key_array = gradient(grad_key, shape.kv_heads, shape.key_length, shape.head_dim, "grad_key");
@@ -138,7 +113,7 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
     const AlignedScratch delta(rows * (shape.dtype == DType::kFloat64 ? 8 : 4));
     params.delta = delta.data;
     const AlignedScratch scratch(attention_backward_scratch(params, parallel.threads));
-    raise(attention_backward(params, parallel, scratch.data), kOp);
+    throw_if(attention_backward(params, parallel, scratch.data), kOp);
   }
   return py::make_tuple(query_array.object, key_array.object, value_array.object);
 }

@@ -213,3 +213,17 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 torch.library.register_autograd("pycore::attention", _backward, setup_context=_setup_context)
+
+
+def _second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(f"{ctx.op}: second derivatives are not available")
+
+
+def _setup_second_derivative(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.op = inputs[13]
+
+
+# Without this, torch would only warn and leave the term out.
+torch.library.register_autograd(
+    "pycore::attention_backward", _second_derivative, setup_context=_setup_second_derivative
+)

@@ -29,7 +29,7 @@ namespace detail {
 
 inline void check_4d(const std::string& op, const char* name, const TensorView& view) {
   check_value(view.dims == 4, op, name, " has ", view.dims, " dimensions and must have 4: [batch, heads, length, head_dim]");
-  check_value(view.strides[3] == 1 || view.shape[3] <= 1, op, name, "'s last dimension has stride ", view.strides[3],
+  check_value(view.strides[3] == 1 || view.shape[3] <= 1 || view.count() == 0, op, name, "'s last dimension has stride ", view.strides[3],
               " and must be contiguous");
 }
 
