@@ -2,7 +2,7 @@
 """Schedules: which keys each query of an attention op attends to.
 
 A query stands at position p, a key at position j, and d = p - j. A schedule is a small frozen value; the kernels see
-its `kind` and its numbers (csrc/include/pycore/tile_schedule.h).
+its `kind`, its numbers and its tensor (csrc/include/pycore/tile_schedule.h).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-__all__ = ["Causal", "Full", "Lambda", "Schedule"]
+from torch import Tensor
+
+__all__ = ["Causal", "Full", "Lambda", "Prefix", "Schedule", "Segments"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Schedule:
     def args(self) -> list[int]:
         """The numbers of this schedule, in the order the kernels take them."""
         return []
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The int64 tensor of this schedule, on the device of the query."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -58,3 +65,44 @@ class Lambda(Schedule):
     @property
     def args(self) -> list[int]:
         return [self.sink_size, self.window_size]
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix(Schedule):
+    """d >= 0 or j < prefix_lengths[b]: a prefix that everything sees, and causal after it (prefix-LM, UniLM).
+
+    Args:
+        prefix_lengths: int64 [B], the length of each batch row's prefix.
+    """
+
+    prefix_lengths: Tensor
+
+    kind: ClassVar[str] = "prefix"
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.prefix_lengths
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(Schedule):
+    """Positions fall into segments, and a query attends to its own segment (packed sequences, block-diagonal).
+
+    Args:
+        boundaries: int64 [S + 1], ascending positions; segment s is boundaries[s] <= j < boundaries[s + 1], as in the
+            cu_seqlens of variable-length attention. Positions outside all segments keep nothing.
+        causal: d >= 0 as well.
+    """
+
+    boundaries: Tensor
+    causal: bool = True
+
+    kind: ClassVar[str] = "segments"
+
+    @property
+    def args(self) -> list[int]:
+        return [int(self.causal)]
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.boundaries

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,lzcnt,popcnt")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
 
 namespace pycore {
 namespace avx512 {
@@ -17,6 +17,8 @@ namespace {
 #include "tile_product.inl.h"
 // (in this order)
 #include "attention_tiles.inl.h"
+// (in this order)
+#include "attention_logits.inl.h"
 // (in this order)
 #include "attention_forward.inl.h"
 // (in this order)

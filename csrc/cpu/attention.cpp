@@ -4,6 +4,7 @@
 #include "attention_kernels.h"
 
 #include <pycore/cpu_isa.h>
+#include <pycore/dtype.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,7 +16,7 @@ namespace {
 
 const AttentionKernels* kernels_for(DType dtype) {
   if (dtype == DType::kFloat64) return &scalar::attention_double;
-  if (dtype != DType::kFloat32) return nullptr;
+  if (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16) return nullptr;
   switch (cpu_isa()) {
     case CpuIsa::kAvx512: return &avx512::attention_float;
     case CpuIsa::kAvx2: return &avx2::attention_float;
@@ -28,7 +29,8 @@ constexpr Status kNoKernel = {StatusCode::kUnsupported, "attention has no CPU ke
 
 int64_t tiles(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+// Of gradients, lse and everything else in the accumulation dtype.
+int64_t sum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 void clear(void* data, int64_t offset, int64_t bytes) {
   if (bytes > 0) std::memset(static_cast<char*>(data) + offset, 0, bytes);
@@ -36,7 +38,7 @@ void clear(void* data, int64_t offset, int64_t bytes) {
 
 // Query rows past query_lengths[b] keep no key.
 void clear_rows(const AttentionParams& params, int64_t b, int64_t from) {
-  const int64_t size = element_size(params.dtype), rows = params.query_length - from;
+  const int64_t size = dtype_size(params.dtype), rows = params.query_length - from;
   for (int64_t h = 0; h < params.heads && rows > 0; ++h) {
     const int64_t row = (b * params.heads + h) * params.query_length + from;
     clear(params.out, row * params.value_dim * size, rows * params.value_dim * size);
@@ -48,6 +50,23 @@ void clear_rows(const AttentionParams& params, int64_t b, int64_t from) {
       }
     }
   }
+}
+
+// The sink takes exp(sink - lse) of every row's weight and gives nothing for it.
+template <class T>
+void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
+  const AttentionParams& forward = params.forward;
+  const T sink = static_cast<const T*>(forward.sink_logits)[h];
+  double sum = 0;
+  for (int64_t b = 0; b < forward.batch; ++b) {
+    const int64_t queries = row_map(forward, b).queries;
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t row = (b * forward.heads + h) * forward.query_length + i;
+      sum -= std::exp(static_cast<double>(sink - static_cast<const T*>(forward.lse)[row])) *
+             static_cast<const T*>(params.delta)[row];
+    }
+  }
+  static_cast<T*>(params.grad_sink_logits)[h] = static_cast<T>(sum);
 }
 
 }  // namespace
@@ -101,12 +120,12 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
   if (!kernels) return kNoKernel;
   const int64_t slot_bytes = kernels->backward_scratch(params);
   const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * slot_bytes; };
-  const int64_t size = element_size(forward.dtype);
+  const int64_t size = sum_size(forward.dtype);
   const int64_t group = forward.kv_heads ? forward.heads / forward.kv_heads : 0;
   const int64_t query_tiles = tiles(forward.query_length, kernels->backward_rows);
   const int64_t pairs = forward.batch * forward.kv_heads;
 
-  for_each_item(parallel, forward.batch * forward.heads, [&](int64_t, int64_t item) {
+  for_each_item(parallel, forward.batch * forward.heads, [&](int64_t slot, int64_t item) {
     const int64_t b = item / forward.heads, h = item % forward.heads;
     const int64_t query_bytes = forward.query_length * forward.head_dim * size;
     clear(params.grad_query, item * query_bytes, query_bytes);
@@ -116,8 +135,34 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
       clear(params.grad_value, pair * rows * forward.value_dim, rows * forward.value_dim);
     }
     const RowMap map = row_map(forward, b);
-    kernels->delta(params, b, h, 0, std::min(map.queries, forward.query_length));
+    kernels->delta(params, b, h, 0, map.queries, slot_scratch(slot));
   });
+
+  if (params.grad_sink_logits) {
+    for (int64_t h = 0; h < forward.heads; ++h) {
+      if (forward.dtype == DType::kFloat64) {
+        grad_sink_logit<double>(params, h);
+      } else {
+        grad_sink_logit<float>(params, h);
+      }
+    }
+  }
+  if (params.grad_bias) {
+    for_each_item(parallel, forward.heads, [&](int64_t slot, int64_t h) {
+      const int64_t row_bytes = forward.bias_length * size;
+      clear(params.grad_bias, h * row_bytes, row_bytes);
+      QueryTile tile;
+      tile.head = h;
+      tile.kv_head = h / group;
+      for (tile.batch = 0; tile.batch < forward.batch; ++tile.batch) {
+        const RowMap map = row_map(forward, tile.batch);
+        for (tile.first = 0; tile.first < map.queries; tile.first += kernels->backward_rows) {
+          tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
+          kernels->grad_query(params, map, tile, {false, false, true}, slot_scratch(slot));
+        }
+      }
+    });
+  }
 
   int64_t key_tiles = 0;
   for (int64_t b = 0; b < forward.batch; ++b) {
@@ -132,7 +177,7 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
       const int64_t b = pair / forward.kv_heads, kv_head = pair % forward.kv_heads;
       const RowMap map = row_map(forward, b);
       for (int64_t tile = 0; tile * kKeyTile < map.positions(); ++tile) {
-        kernels->grad_key_value(params, map, b, kv_head, tile, {true, true}, slot_scratch(slot));
+        kernels->grad_key_value(params, map, b, kv_head, tile, {true, true, false}, slot_scratch(slot));
       }
     });
     return {};
@@ -145,14 +190,14 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
     tile.first = (query_tiles - 1 - item % query_tiles) * kernels->backward_rows;
     const RowMap map = row_map(forward, tile.batch);
     tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
-    if (tile.count > 0) kernels->grad_query(params, map, tile, slot_scratch(slot));
+    if (tile.count > 0) kernels->grad_query(params, map, tile, {true, false, false}, slot_scratch(slot));
   });
   for_each_item(parallel, pairs * key_tiles, [&](int64_t slot, int64_t item) {
     const int64_t pair = item % pairs, b = pair / forward.kv_heads;
     const RowMap map = row_map(forward, b);
     const int64_t tile = item / pairs;
     if (tile * kKeyTile >= map.positions()) return;
-    kernels->grad_key_value(params, map, b, pair % forward.kv_heads, tile, {false, true}, slot_scratch(slot));
+    kernels->grad_key_value(params, map, b, pair % forward.kv_heads, tile, {false, true, false}, slot_scratch(slot));
   });
   return {};
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward pass in vectors. One step takes up to kBackwardRows queries of a head against one key tile:
-//   p = 2^(s - lse),  g = grad_out v^T,  ds = p (g - delta) scale
+//   p = 2^(s - lse),  g = grad_out v^T,  ds = p (g - delta) scale   (times softcap's slope)
 //   grad_query += ds k,  grad_key += ds^T q,  grad_value += p^T grad_out
 // Steps run in a fixed order (keys ascending for a query, heads then queries ascending for a key) and every gradient
 // is one chain of FMAs along it, so that one pass and two passes, and any number of threads, give the same bits.
@@ -16,6 +16,7 @@ struct BackwardBuffers {
   float* value_columns = nullptr;  // [padded Dv, 64]
   float* key_rows = nullptr;       // [64, padded D] rotated
   float* key_copy = nullptr;       // [64, padded D] unrotated, where the rows themselves will not do
+  float* value_copy = nullptr;     // [64, padded Dv] converted to float32
   float* grad_key = nullptr;       // [64, padded D]
   float* grad_key_far = nullptr;   // [64, padded D]
   float* grad_value = nullptr;     // [64, padded Dv]
@@ -26,6 +27,11 @@ struct BackwardBuffers {
   float* weights = nullptr;        // [64, 64] p
   float* grad_scores = nullptr;    // [64, 64] ds
   float* scores_far = nullptr;     // [6, 64]
+  float* query_copy = nullptr;     // [64, padded D] converted to float32
+  float* grad_out_copy = nullptr;  // [64, padded Dv]
+  float* slopes = nullptr;         // [6, 64] of softcap
+  float* strip = nullptr;          // [strip_length] biases
+  float* grad_strip = nullptr;     // [strip_length] their gradient
 
   int64_t bind(const AttentionParams& params, void* memory) {
     const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
@@ -39,6 +45,16 @@ struct BackwardBuffers {
     weights = scratch.take(kBackwardRows * kKeyTile);
     grad_scores = scratch.take(kBackwardRows * kKeyTile);
     query = scratch.take(kBackwardRows * d);
+    if (params.dtype != DType::kFloat32) {
+      value_copy = scratch.take(kKeyTile * dv);
+      query_copy = scratch.take(kBackwardRows * d);
+      grad_out_copy = scratch.take(kBackwardRows * dv);
+    }
+    if (params.softcap > 0) slopes = scratch.take(kProductRows * kKeyTile);
+    if (has_bias(params)) {
+      strip = scratch.take(strip_length(kBackwardRows));
+      grad_strip = scratch.take(strip_length(kBackwardRows));
+    }
     if (rope) {
       key_far = scratch.take(d * kKeyTile);
       key_rows = scratch.take(kKeyTile * d);
@@ -66,9 +82,11 @@ PYCORE_INLINE BackwardTile load_backward_tile(const AttentionParams& params, con
   loaded.present = map.present_bits(tile);
   if (loaded.present == 0) return loaded;
   TileRows keys, values, rotated;
-  tile_rows(params.key, params.key_strides, map, b, kv_head, tile, loaded.present, &keys);
-  tile_rows(params.value, params.value_strides, map, b, kv_head, tile, loaded.present, &values);
-  loaded.key = matrix_rows(keys, loaded.present, map.contiguous(tile), params.key_strides.row, params.head_dim,
+  tile_rows(params, params.key, params.key_strides, map, b, kv_head, tile, loaded.present, params.head_dim,
+            buffers.key_copy, &keys);
+  tile_rows(params, params.value, params.value_strides, map, b, kv_head, tile, loaded.present, params.value_dim,
+            buffers.value_copy, &values);
+  loaded.key = matrix_rows(params, keys, loaded.present, map.contiguous(tile), params.key_strides.row, params.head_dim,
                            buffers.key_copy, &loaded.key_stride);
   transpose_rows(values, params.value_dim, buffers.value_columns);
   if (params.rope_cos) {
@@ -108,6 +126,19 @@ PYCORE_INLINE void accumulate_columns(const uint64_t* row_bits, int64_t rows, co
   }
 }
 
+// `count` rows of query or grad_out in float32: where they lie, or converted into `copy`.
+PYCORE_INLINE const float* query_rows(const AttentionParams& params, const void* data, const AttentionStrides& strides,
+                                      int64_t b, int64_t h, int64_t first, int64_t count, int64_t n, float* copy,
+                                      int64_t* stride) {
+  const char* rows = row_of(params, data, strides, b, h, first);
+  *stride = params.dtype == DType::kFloat32 ? strides.row : padded(n);
+  if (params.dtype == DType::kFloat32) return reinterpret_cast<const float*>(rows);
+  for (int64_t r = 0; r < count; ++r) {
+    load_row(params.dtype, row_of(params, data, strides, b, h, first + r), n, copy + r * *stride);
+  }
+  return copy;
+}
+
 // Rows first..first+count-1 of head h against the loaded tile.
 __attribute__((noinline)) void backward_step(const AttentionBackwardParams& params, const RowMap& map, int64_t b,
                                              int64_t h, int64_t first, int64_t count, const BackwardTile& loaded,
@@ -119,7 +150,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   uint64_t near_bits[kBackwardRows], far[kBackwardRows], kept[kBackwardRows];
   uint64_t any_near = 0, any_far = 0;
   for (int64_t r = 0; r < count; ++r) {
-    kept[r] = forward.schedule.keep_bits(p_first + r, tile) & loaded.present;
+    kept[r] = map.schedule.keep_bits(p_first + r, tile) & loaded.present;
     const uint64_t beyond = far_bits(forward, p_first + r, tile);
     far[r] = kept[r] & beyond;
     near_bits[r] = kept[r] & ~beyond;
@@ -128,8 +159,11 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   }
   if (!(any_near | any_far)) return;
 
-  const float* queries = row_of<float>(forward.query, forward.query_strides, b, h, first);
-  int64_t query_stride = forward.query_strides.row;
+  int64_t query_stride, grad_out_stride;
+  const float* queries = query_rows(forward, forward.query, forward.query_strides, b, h, first, count, forward.head_dim,
+                                    buffers.query_copy, &query_stride);
+  const float* grad_out = query_rows(forward, params.grad_out, params.grad_out_strides, b, h, first, count,
+                                     forward.value_dim, buffers.grad_out_copy, &grad_out_stride);
   const float* query_near = queries;
   int64_t near_stride = query_stride;
   if (rope) {
@@ -141,13 +175,14 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
     query_near = buffers.query;
     near_stride = d;
   }
-  const float* grad_out = row_of<float>(params.grad_out, params.grad_out_strides, b, h, first);
-  const int64_t grad_out_stride = params.grad_out_strides.row;
   const int64_t index = row_index(forward, b, h, first);
   const float* lse = static_cast<const float*>(forward.lse) + index;
   const float* delta = static_cast<const float*>(params.delta) + index;
   const Vec scale2 = Vec::broadcast(static_cast<float>(forward.scale) * kLog2E);
   const Vec scale = Vec::broadcast(static_cast<float>(forward.scale));
+  const bool plain = plain_logits(forward);
+  if (buffers.strip) fill_strip(forward, h, p_first + count - 1, tile, count, buffers.strip);
+  if (parts.bias) zero_rows(buffers.grad_strip, round_up(strip_length(count), Vec::kWidth));
 
   for (int64_t row = 0; row < count; row += kProductRows) {
     const int64_t rows = count - row < kProductRows ? count - row : kProductRows;
@@ -180,12 +215,32 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
                         buffers.value_columns, kKeyTile, begin, end, StoreBlock{grad_scores, kKeyTile});
     for (int m = 0; m < rows; ++m) {
       const Vec row_lse = Vec::broadcast(lse[row + m] * kLog2E), row_delta = Vec::broadcast(delta[row + m]);
-      for (int64_t c = begin; c < end; c += Vec::kWidth) {
-        // Columns that are not kept may hold anything here; accumulate_kept never reads them.
-        const Vec p = (Vec::load(weights + m * kKeyTile + c) * scale2 - row_lse).exp2();
-        p.store(weights + m * kKeyTile + c);
-        (p * (Vec::load(grad_scores + m * kKeyTile + c) - row_delta) * scale).store(grad_scores + m * kKeyTile + c);
+      float* row_weights = weights + m * kKeyTile;
+      float* row_grads = grad_scores + m * kKeyTile;
+      float* row_slopes = buffers.slopes ? buffers.slopes + m * kKeyTile : nullptr;
+      const int64_t behind = count - 1 - row - m;  // queries of this step after this one
+      // Columns that are not kept may hold anything here; accumulate_kept never reads them.
+      if (!plain) {
+        logits_of(forward, row_weights, begin, end, buffers.strip ? buffers.strip + behind : nullptr, row_slopes);
       }
+      uint64_t dropped = 0;
+      if (forward.dropout_p > 0) {
+        dropped = dropped_keys(forward, b, h, p_first + row + m, tile, keeps.bits[m]);
+        drop_out(forward, row_grads, begin, end, dropped);
+      }
+      for (int64_t c = begin; c < end; c += Vec::kWidth) {
+        const Vec logit = plain ? Vec::load(row_weights + c) * scale2 : Vec::load(row_weights + c);
+        const Vec p = (logit - row_lse).exp2();
+        p.store(row_weights + c);
+        Vec grad = p * (Vec::load(row_grads + c) - row_delta);
+        if (parts.bias) {
+          float* sum = buffers.grad_strip + behind + c;
+          (Vec::load(sum) + grad.select(keeps.bits[m] >> c, Vec::zero())).store(sum);
+        }
+        if (row_slopes) grad = grad * Vec::load(row_slopes + c);
+        (grad * scale).store(row_grads + c);
+      }
+      if (forward.dropout_p > 0) drop_out(forward, row_weights, begin, end, dropped);
     }
     if (!parts.query) continue;
     float* grad_query = static_cast<float*>(params.grad_query) + (index + row) * forward.head_dim;
@@ -215,6 +270,11 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
     if (keeps_far.any) add_turned_back(keeps_far, loaded.key, loaded.key_stride, true);
   }
 
+  if (parts.bias) {
+    float* grad_bias = static_cast<float*>(params.grad_bias) + h * forward.bias_length;
+    const int64_t distance = p_first + count - 1 - base;
+    for (int64_t t = 0; t < strip_length(count); ++t) grad_bias[bias_index(forward, distance - t)] += buffers.grad_strip[t];
+  }
   if (!parts.key_value) return;
   accumulate_columns(kept, count, buffers.weights, grad_out, grad_out_stride, forward.value_dim, buffers.grad_value, dv);
   if (any_near) {
@@ -227,44 +287,45 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   }
 }
 
-void delta(const AttentionBackwardParams& params, int64_t b, int64_t h, int64_t first, int64_t count) {
-  const int64_t n = params.forward.value_dim;
-  // A lane a row, and one chain of FMAs over the channels as in <grad_out, v>: where a row keeps one key, the two then
-  // cancel as they should.
-  for (int64_t i = first; i < first + count; i += Vec::kWidth) {
-    const int64_t lanes = first + count - i < Vec::kWidth ? first + count - i : Vec::kWidth;
-    const int64_t row = row_index(params.forward, b, h, i);
-    const float* grad_out = row_of<float>(params.grad_out, params.grad_out_strides, b, h, i);
-    const float* out = static_cast<const float*>(params.forward.out) + row * n;
+void delta(const AttentionBackwardParams& params, int64_t b, int64_t h, int64_t first, int64_t count, void* memory) {
+  const AttentionParams& forward = params.forward;
+  const int64_t n = forward.value_dim;
+  BackwardBuffers buffers;
+  buffers.bind(forward, memory);
+  for (int64_t i = first; i < first + count; ++i) {
+    const int64_t row = row_index(forward, b, h, i);
+    const char* out_row = static_cast<const char*>(forward.out) + row * n * dtype_size(forward.dtype);
+    const float* out = reinterpret_cast<const float*>(out_row);
+    int64_t stride;
+    const float* grad_out = query_rows(forward, params.grad_out, params.grad_out_strides, b, h, i, 1, n,
+                                       buffers.grad_out_copy, &stride);
+    if (forward.dtype != DType::kFloat32) {
+      load_row(forward.dtype, out_row, n, buffers.value_copy);
+      out = buffers.value_copy;
+    }
     Vec sum = Vec::zero();
     for (int64_t c = 0; c < n; c += Vec::kWidth) {
-      const int64_t channels = n - c < Vec::kWidth ? n - c : Vec::kWidth;
-      Vec x[Vec::kWidth], y[Vec::kWidth];
-      for (int64_t r = 0; r < Vec::kWidth; ++r) {
-        x[r] = r < lanes ? Vec::load_first(grad_out + r * params.grad_out_strides.row + c, channels) : Vec::zero();
-        y[r] = r < lanes ? Vec::load_first(out + r * n + c, channels) : Vec::zero();
-      }
-      transpose(x);
-      transpose(y);
-      for (int64_t d = 0; d < channels; ++d) sum = Vec::fma(x[d], y[d], sum);
+      const int64_t lanes = n - c < Vec::kWidth ? n - c : Vec::kWidth;
+      sum = Vec::fma(Vec::load_first(grad_out + c, lanes), Vec::load_first(out + c, lanes), sum);
     }
-    if (params.grad_lse) sum = sum - Vec::load_first(static_cast<const float*>(params.grad_lse) + row, lanes);
-    sum.store_first(static_cast<float*>(params.delta) + row, lanes);
+    static_cast<float*>(params.delta)[row] =
+        sum.reduce_add() - (params.grad_lse ? static_cast<const float*>(params.grad_lse)[row] : 0.0f);
   }
 }
 
-void grad_query(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& queries, void* memory) {
+void grad_query(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& queries, BackwardParts parts,
+                void* memory) {
   const AttentionParams& forward = params.forward;
   BackwardBuffers buffers;
   buffers.bind(forward, memory);
   const int64_t p_lo = map.query_position(queries.first), p_hi = p_lo + queries.count - 1;
   const int64_t tiles = (map.positions() + kKeyTile - 1) / kKeyTile;
-  for (int64_t tile = forward.schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
-       tile = forward.schedule.next_tile(p_lo, p_hi, tile + 1)) {
-    if (forward.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
+  for (int64_t tile = map.schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
+       tile = map.schedule.next_tile(p_lo, p_hi, tile + 1)) {
+    if (map.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
     const BackwardTile loaded = load_backward_tile(forward, map, queries.batch, queries.kv_head, tile, buffers);
     if (loaded.present == 0) continue;
-    backward_step(params, map, queries.batch, queries.head, queries.first, queries.count, loaded, {true, false},
+    backward_step(params, map, queries.batch, queries.head, queries.first, queries.count, loaded, parts,
                   buffers);
   }
 }
@@ -284,7 +345,7 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   if (rope) zero_rows(buffers.grad_key_far, kKeyTile * d);
 
   int64_t lo, hi;
-  forward.schedule.query_range(tile, &lo, &hi);
+  map.schedule.query_range(tile, &lo, &hi);
   const int64_t p0 = map.query_position(0);
   const int64_t first = lo > p0 ? lo - p0 : 0;
   const int64_t last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;

@@ -6,7 +6,7 @@
 // Floors for one block against one full tile, D channels: 2 * 6 * 64 * D FMAs (3072 cycles at D = 64 with two 8-lane or
 // one 16-lane FMA a cycle) against 6 * 64 exponentials (about 20 instructions a vector). The tile's own bytes are shared
 // by all blocks.
-// Include after attention_tiles.inl.h.
+// Include after attention_logits.inl.h.
 
 constexpr int64_t kForwardRows = 192;
 constexpr float kNegativeInfinity = -__builtin_inff();
@@ -18,6 +18,8 @@ struct ForwardBuffers {
   float* key_columns = nullptr;   // [padded D, 64] keys, rotated by place in the tile
   float* key_far = nullptr;       // [padded D, 64] keys, unrotated
   float* key_rows = nullptr;      // [64, padded D] rotated rows on their way to key_columns
+  float* key_copy = nullptr;      // [64, padded D] keys converted to float32
+  float* strips = nullptr;        // [heads of the tile, strip_length] biases
   float* value_rows = nullptr;    // [64, padded Dv]
   float* scores = nullptr;        // [6, 64]
   float* scores_far = nullptr;    // [6, 64]
@@ -42,6 +44,9 @@ struct ForwardBuffers {
     total_max = scratch.take(kForwardRows);
     total_sum = scratch.take(kForwardRows);
     total = scratch.take(kForwardRows * dv);
+    if (params.dtype != DType::kFloat32) key_copy = scratch.take(kKeyTile * d);
+    // heads * count <= kForwardRows
+    if (has_bias(params)) strips = scratch.take(kForwardRows * kKeyTile);
     if (rope) {
       query_far = scratch.take(kForwardRows * d);
       query_block = scratch.take(kProductRows * d);
@@ -60,9 +65,10 @@ PYCORE_INLINE float exp2_of(float x) {
   return lanes[0];
 }
 
-// Whether the scale stays positive in float32, so that the largest score has the largest logit; else queries carry it.
+// Whether a logit is its score times a factor that stays positive in float32, so that the largest score has the largest
+// logit; the factor then waits until the exponential.
 PYCORE_INLINE bool folds_scale(const AttentionParams& params) {
-  return static_cast<float>(params.scale) * kLog2E > 0;
+  return plain_logits(params) && static_cast<float>(params.scale) * kLog2E > 0;
 }
 
 PYCORE_INLINE void scale_row(float* row, int64_t n, Vec factor) {
@@ -156,14 +162,15 @@ struct LoadedTile {
 };
 
 // `positions`: where the block's rows stand.
-PYCORE_INLINE void forward_block(const AttentionParams& params, const LoadedTile& loaded, const int64_t* positions,
+PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& map, const QueryTile& queries, const LoadedTile& loaded,
+                                 const int64_t* positions,
                                  const ForwardBuffers& buffers, int64_t row, int64_t rows) {
   const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
   BlockKeeps keeps;
   uint64_t far[kProductRows];
   uint64_t any_far = 0, any_near = 0;
   for (int m = 0; m < rows; ++m) {
-    keeps.set(m, params.schedule.keep_bits(positions[m], loaded.tile) & loaded.present);
+    keeps.set(m, map.schedule.keep_bits(positions[m], loaded.tile) & loaded.present);
     far[m] = loaded.far ? far_bits(params, positions[m], loaded.tile) : 0;
     any_far |= keeps.bits[m] & far[m];
     any_near |= keeps.bits[m] & ~far[m];
@@ -195,6 +202,11 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const LoadedTile
     }
   }
   const float scale = folds_scale(params) ? static_cast<float>(params.scale) * kLog2E : 1.0f;
+  for (int m = 0; m < rows && !plain_logits(params); ++m) {
+    const int64_t strip_row = row + m, head = strip_row / queries.count, behind = queries.count - 1 - strip_row % queries.count;
+    const float* strip = buffers.strips ? buffers.strips + head * strip_length(queries.count) + behind : nullptr;
+    logits_of(params, buffers.scores + m * kKeyTile, begin, end, strip, nullptr);
+  }
   const uint64_t columns = bit_range(begin, end);
   for (int m = 0; m < rows; ++m) {
     const bool masked = (keeps.bits[m] & columns) != columns;
@@ -204,6 +216,11 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const LoadedTile
   for (int m = 0; m < rows; ++m) {
     weigh_row(buffers.scores + m * kKeyTile, begin, end, scale, buffers.max + row + m,
               buffers.sum + (row + m) * Vec::kWidth);
+    if (params.dropout_p > 0) {
+      const int64_t h = queries.head + (row + m) / queries.count;
+      drop_out(params, buffers.scores + m * kKeyTile, begin, end,
+               dropped_keys(params, queries.batch, h, positions[m], loaded.tile, keeps.bits[m]));
+    }
   }
   accumulate_kept<false>(rows, keeps, buffers.scores, kKeyTile, loaded.value, loaded.value_stride, params.value_dim,
                          buffers.accumulator + row * dv, dv);
@@ -219,11 +236,11 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   int64_t positions[kForwardRows];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t h = queries.head + r / queries.count, i = queries.first + r % queries.count;
-    const float* query = row_of<float>(params.query, params.query_strides, queries.batch, h, i);
     positions[r] = map.query_position(i);
-    copy_row(query, params.head_dim, buffers.query + r * d);
-    // update_max wants a positive scale; any other goes into the query instead.
-    if (!folds_scale(params)) {
+    load_row(params.dtype, row_of(params, params.query, params.query_strides, queries.batch, h, i), params.head_dim,
+             buffers.query + r * d);
+    // update_max wants a positive scale; any other is put into the query.
+    if (plain_logits(params) && !folds_scale(params)) {
       scale_row(buffers.query + r * d, d, Vec::broadcast(static_cast<float>(params.scale) * kLog2E));
     }
     if (reaches_far) rotate(params, buffers.query + r * d, params.distance_limit, buffers.query_far + r * d);
@@ -236,12 +253,12 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
 
   const int64_t tiles = (map.positions() + kKeyTile - 1) / kKeyTile;
   int64_t open_segment = 0;
-  for (int64_t tile = params.schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
-       tile = params.schedule.next_tile(p_lo, p_hi, tile + 1)) {
+  for (int64_t tile = map.schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
+       tile = map.schedule.next_tile(p_lo, p_hi, tile + 1)) {
     LoadedTile loaded;
     loaded.tile = tile;
     loaded.present = map.present_bits(tile);
-    if (loaded.present == 0 || params.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
+    if (loaded.present == 0 || map.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
     if (tile / kSegmentTiles != open_segment) {
       merge_segment(buffers, rows, dv);
       open_segment = tile / kSegmentTiles;
@@ -250,18 +267,24 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     loaded.far = reaches_far && p_hi - base > params.distance_limit;
     loaded.near = !loaded.far || p_lo - (base + kKeyTile - 1) <= params.distance_limit;
     TileRows keys, values, rotated;
-    tile_rows(params.key, params.key_strides, map, queries.batch, queries.kv_head, tile, loaded.present, &keys);
-    tile_rows(params.value, params.value_strides, map, queries.batch, queries.kv_head, tile, loaded.present, &values);
+    tile_rows(params, params.key, params.key_strides, map, queries.batch, queries.kv_head, tile, loaded.present,
+              params.head_dim, buffers.key_copy, &keys);
+    tile_rows(params, params.value, params.value_strides, map, queries.batch, queries.kv_head, tile, loaded.present,
+              params.value_dim, buffers.value_rows, &values);
+    for (int64_t h = 0; h < queries.heads && buffers.strips; ++h) {
+      fill_strip(params, queries.head + h, p_hi, tile, queries.count,
+                 buffers.strips + h * strip_length(queries.count));
+    }
     if (loaded.far) transpose_rows(keys, params.head_dim, buffers.key_far);
     if (loaded.near) {
       if (rope) rotate_rows(params, keys, d, buffers.key_rows, &rotated);
       transpose_rows(rope ? rotated : keys, params.head_dim, buffers.key_columns);
     }
-    loaded.value = matrix_rows(values, loaded.present, map.contiguous(tile), params.value_strides.row,
+    loaded.value = matrix_rows(params, values, loaded.present, map.contiguous(tile), params.value_strides.row,
                                params.value_dim, buffers.value_rows, &loaded.value_stride);
     for (int64_t row = 0; row < rows; row += kProductRows) {
       const int64_t count = rows - row < kProductRows ? rows - row : kProductRows;
-      forward_block(params, loaded, positions + row, buffers, row, count);
+      forward_block(params, map, queries, loaded, positions + row, buffers, row, count);
     }
   }
   merge_segment(buffers, rows, dv);
@@ -269,12 +292,21 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t index =
         row_index(params, queries.batch, queries.head + r / queries.count, queries.first + r % queries.count);
-    const float sum = buffers.total_sum[r];
-    // A row that kept no key has sum 0 and an accumulator of zeros; NaN goes through.
+    float max = buffers.total_max[r], sum = buffers.total_sum[r];
+    if (params.sink_logits) {
+      const float sink =
+          static_cast<const float*>(params.sink_logits)[queries.head + r / queries.count] * kLog2E;
+      const float new_max = max > sink ? max : sink, rescale = exp2_of(max - new_max);
+      sum = sum * rescale + exp2_of(sink - new_max);
+      max = new_max;
+      scale_row(buffers.total + r * dv, dv, Vec::broadcast(rescale));
+    }
+    // A row that kept no key has an accumulator of zeros, and without a sink a sum of 0; NaN goes through.
     scale_row(buffers.total + r * dv, dv, Vec::broadcast(sum == 0 ? 0.0f : 1.0f / sum));
-    copy_row(buffers.total + r * dv, params.value_dim, static_cast<float*>(params.out) + index * params.value_dim);
+    store_row(params.dtype, buffers.total + r * dv, params.value_dim,
+              static_cast<char*>(params.out) + index * params.value_dim * dtype_size(params.dtype));
     static_cast<float*>(params.lse)[index] =
-        static_cast<float>(buffers.total_max[r] * kLn2 + __builtin_log(static_cast<double>(sum)));
+        static_cast<float>(max * kLn2 + __builtin_log(static_cast<double>(sum)));
   }
 }
 

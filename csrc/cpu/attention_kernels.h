@@ -22,8 +22,9 @@ struct QueryTile {
 
 // Which gradients a backward call is to produce.
 struct BackwardParts {
-  bool query = true;
-  bool key_value = true;
+  bool query = false;
+  bool key_value = false;
+  bool bias = false;
 };
 
 struct AttentionKernels {
@@ -33,9 +34,12 @@ struct AttentionKernels {
   void (*forward)(const AttentionParams& params, const RowMap& map, const QueryTile& tile, void* scratch);
   int64_t (*backward_scratch)(const AttentionBackwardParams& params);
   // Rows first..first+count-1 of a head: delta = sum(grad_out * out) - grad_lse.
-  void (*delta)(const AttentionBackwardParams& params, int64_t batch, int64_t head, int64_t first, int64_t count);
-  // grad_query of one tile of one head, over all its key tiles in order. grad_query holds zeros.
-  void (*grad_query)(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& tile, void* scratch);
+  void (*delta)(const AttentionBackwardParams& params, int64_t batch, int64_t head, int64_t first, int64_t count,
+                void* scratch);
+  // One tile of one head over all its key tiles in order: adds to grad_query and, with parts.bias, to the head's row of
+  // grad_bias (whose tiles must then come in order, from one thread).
+  void (*grad_query)(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& tile,
+                     BackwardParts parts, void* scratch);
   // grad_key and grad_value of one key tile, over the group's heads and their queries in order; with parts.query
   // it adds this key tile's share to grad_query as well (key tiles must then come in order, from one thread).
   void (*grad_key_value)(const AttentionBackwardParams& params, const RowMap& map, int64_t batch, int64_t kv_head,

@@ -4,16 +4,19 @@
 #pragma once
 
 #include <pycore/attention.h>
+#include <pycore/dtype.h>
+#include <pycore/philox.h>
 
 #include <cstdint>
 
 namespace pycore {
 namespace {
 
-template <class T>
-[[gnu::always_inline]] inline const T* row_of(const void* data, const AttentionStrides& strides, int64_t b, int64_t h,
-                                              int64_t row) {
-  return static_cast<const T*>(data) + b * strides.batch + h * strides.head + row * strides.row;
+// A row of query, key, value or grad_out, in the problem's own dtype.
+[[gnu::always_inline]] inline const char* row_of(const AttentionParams& params, const void* data,
+                                                 const AttentionStrides& strides, int64_t b, int64_t h, int64_t row) {
+  const int64_t element = b * strides.batch + h * strides.head + row * strides.row;
+  return static_cast<const char*>(data) + element * dtype_size(params.dtype);
 }
 
 // Row `row` of a contiguous [batch, heads, length, channels].
@@ -31,6 +34,53 @@ template <class T>
   return params.rope_cos == nullptr || params.distance_limit >= kFar
              ? 0
              : tile_bits(tile * kKeyTile, 0, p - params.distance_limit);
+}
+
+// The distance that rotations and biases see.
+[[gnu::always_inline]] inline int64_t seen_distance(const AttentionParams& params, int64_t d) {
+  return d < 0 ? 0 : d < params.distance_limit ? d : params.distance_limit;
+}
+
+// Where the bias of distance d lies in a head's row of distance_bias (or of its gradient).
+[[gnu::always_inline]] inline int64_t bias_index(const AttentionParams& params, int64_t d) {
+  const int64_t seen = seen_distance(params, d);
+  return seen < params.bias_length ? seen : params.bias_length - 1;
+}
+
+[[gnu::always_inline]] inline bool has_bias(const AttentionParams& params) {
+  return params.distance_bias != nullptr || params.alibi_slopes != nullptr;
+}
+
+template <class T>
+[[gnu::always_inline]] inline T bias_of(const AttentionParams& params, int64_t h, int64_t d) {
+  if (params.distance_bias) {
+    return static_cast<const T*>(params.distance_bias)[h * params.bias_stride + bias_index(params, d)];
+  }
+  return -static_cast<const T*>(params.alibi_slopes)[h] * static_cast<T>(seen_distance(params, d));
+}
+
+// Which of the four keys 4 * quad .. 4 * quad + 3 the query at position p drops: bit k for the k-th.
+[[gnu::always_inline]] inline uint32_t dropped_bits(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
+                                                    int64_t quad) {
+  const PhiloxWords words = philox({{static_cast<uint32_t>(quad), static_cast<uint32_t>(p), static_cast<uint32_t>(h),
+                                     static_cast<uint32_t>(b)}},
+                                   static_cast<uint64_t>(*params.dropout_seed));
+  const uint64_t threshold = static_cast<uint64_t>(params.dropout_p * 4294967296.0);
+  uint32_t bits = 0;
+  for (int k = 0; k < 4; ++k) bits |= static_cast<uint32_t>(words.word[k] < threshold) << k;
+  return bits;
+}
+
+// The same for a whole tile, looking only where `kept` has bits.
+[[gnu::always_inline]] inline uint64_t dropped_keys(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
+                                                    int64_t tile, uint64_t kept) {
+  uint64_t dropped = 0;
+  for (int64_t quad = 0; quad < kKeyTile / 4; ++quad) {
+    if (kept >> (4 * quad) & 15) {
+      dropped |= static_cast<uint64_t>(dropped_bits(params, b, h, p, tile * (kKeyTile / 4) + quad)) << (4 * quad);
+    }
+  }
+  return dropped;
 }
 
 // out = x rotated by `distance` positions (negative: backwards). out and x may be the same row.

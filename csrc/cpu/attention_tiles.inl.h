@@ -48,16 +48,52 @@ PYCORE_INLINE void rotate(const AttentionParams& params, const float* x, int64_t
   if (out != x) copy_row(x + params.rope_dim, params.head_dim - params.rope_dim, out + params.rope_dim);
 }
 
-// The rows of one key tile, by position; absent positions have no row.
+// A row in float32, into `out`. bfloat16 and float16 are exact in float32.
+PYCORE_INLINE void load_row(DType dtype, const char* row, int64_t n, float* out) {
+  if (dtype == DType::kFloat32) return copy_row(reinterpret_cast<const float*>(row), n, out);
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
+  const bool brain = dtype == DType::kBFloat16;
+  int64_t d = 0;
+  for (; d + Vec::kWidth <= n; d += Vec::kWidth) {
+    (brain ? Vec::load_bfloat16(halves + d) : Vec::load_float16(halves + d)).store(out + d);
+  }
+  if (d == n) return;
+  uint16_t tail[Vec::kWidth] = {};
+  __builtin_memcpy(tail, halves + d, static_cast<size_t>(n - d) * sizeof(uint16_t));
+  (brain ? Vec::load_bfloat16(tail) : Vec::load_float16(tail)).store_first(out + d, n - d);
+}
+
+PYCORE_INLINE void store_row(DType dtype, const float* x, int64_t n, char* row) {
+  if (dtype == DType::kFloat32) return copy_row(x, n, reinterpret_cast<float*>(row));
+  uint16_t* halves = reinterpret_cast<uint16_t*>(row);
+  if (dtype == DType::kBFloat16) {
+    for (int64_t d = 0; d < n; ++d) halves[d] = bfloat16_from_float(x[d]);
+    return;
+  }
+  int64_t d = 0;
+  for (; d + Vec::kWidth <= n; d += Vec::kWidth) Vec::load(x + d).store_float16(halves + d);
+  for (; d < n; ++d) halves[d] = float16_from_float(x[d]);
+}
+
+// The rows of one key tile in float32, by position; absent positions have no row.
 struct TileRows {
   const float* rows[kKeyTile];  // null where absent
 };
 
-PYCORE_INLINE void tile_rows(const void* data, const AttentionStrides& strides, const RowMap& map, int64_t b,
-                             int64_t kv_head, int64_t tile, uint64_t present, TileRows* out) {
+// float32 rows stay where they are; others are converted into `copy`, padded(n) apart.
+PYCORE_INLINE void tile_rows(const AttentionParams& params, const void* data, const AttentionStrides& strides,
+                             const RowMap& map, int64_t b, int64_t kv_head, int64_t tile, uint64_t present, int64_t n,
+                             float* copy, TileRows* out) {
   for (int64_t c = 0; c < kKeyTile; ++c) {
-    out->rows[c] =
-        present >> c & 1 ? row_of<float>(data, strides, b, kv_head, map.key_row(tile * kKeyTile + c)) : nullptr;
+    out->rows[c] = nullptr;
+    if (!(present >> c & 1)) continue;
+    const char* row = row_of(params, data, strides, b, kv_head, map.key_row(tile * kKeyTile + c));
+    if (params.dtype == DType::kFloat32) {
+      out->rows[c] = reinterpret_cast<const float*>(row);
+    } else {
+      load_row(params.dtype, row, n, copy + c * padded(n));
+      out->rows[c] = copy + c * padded(n);
+    }
   }
 }
 
@@ -91,16 +127,17 @@ PYCORE_INLINE void rotate_rows(const AttentionParams& params, const TileRows& ti
 }
 
 // The tile as a matrix with one row stride: the rows themselves if they are contiguous, else a copy (rows far apart
-// would fight for the same cache sets). Absent rows stay unset: nothing reads them.
-PYCORE_INLINE const float* matrix_rows(const TileRows& tile, uint64_t present, bool contiguous, int64_t row_stride,
-                                       int64_t n, float* copy, int64_t* stride) {
-  if (contiguous && row_stride <= n + Vec::kWidth && present) {
+// would fight for the same cache sets). `copy` is what tile_rows converted into. Absent rows stay unset: nothing reads
+// them.
+PYCORE_INLINE const float* matrix_rows(const AttentionParams& params, const TileRows& tile, uint64_t present,
+                                       bool contiguous, int64_t row_stride, int64_t n, float* copy, int64_t* stride) {
+  if (params.dtype == DType::kFloat32 && contiguous && row_stride <= n + Vec::kWidth && present) {
     const int64_t first = __builtin_ctzll(present);
     *stride = row_stride;
     return tile.rows[first] - first * row_stride;
   }
   *stride = padded(n);
-  for (int64_t c = 0; c < kKeyTile; ++c) {
+  for (int64_t c = 0; c < kKeyTile && params.dtype == DType::kFloat32; ++c) {
     if (tile.rows[c]) copy_row(tile.rows[c], n, copy + c * *stride);
   }
   return copy;

@@ -20,17 +20,33 @@ struct Vec {
   }
   PYCORE_INLINE void store_first(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, first(count), v); }
 
+  static PYCORE_INLINE Vec load_float16(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static PYCORE_INLINE Vec load_bfloat16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  PYCORE_INLINE void store_float16(uint16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
   friend PYCORE_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend PYCORE_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend PYCORE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static PYCORE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a b + c
   static PYCORE_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
+  friend PYCORE_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
   static PYCORE_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 
   // Lane i is this lane if bit i of `bits` is set, else `other`'s.
   PYCORE_INLINE Vec select(uint64_t bits, Vec other) const {
     return {_mm512_mask_mov_ps(other.v, static_cast<__mmask16>(bits), v)};
   }
+
+  // Bit i is set if lane i is below that of `limit`.
+  PYCORE_INLINE uint64_t below(Vec limit) const { return _mm512_cmp_ps_mask(v, limit.v, _CMP_LT_OQ); }
 
   // 2^x for x <= 127; exactly zero below -125. The polynomial is within 1 ulp on [-1/2, 1/2].
   PYCORE_INLINE Vec exp2() const {

@@ -99,9 +99,9 @@ __global__ void attention_forward_kernel(AttentionParams params) {
   RowState total, segment;
   int64_t open_segment = 0;
   const int64_t tiles = i < map.queries ? (map.positions() + kKeyTile - 1) / kKeyTile : 0;
-  for (int64_t tile = params.schedule.next_tile(p, p, 0); tile < tiles;
-       tile = params.schedule.next_tile(p, p, tile + 1)) {
-    const uint64_t kept = params.schedule.keep_bits(p, tile) & map.present_bits(tile);
+  for (int64_t tile = map.schedule.next_tile(p, p, 0); tile < tiles;
+       tile = map.schedule.next_tile(p, p, tile + 1)) {
+    const uint64_t kept = map.schedule.keep_bits(p, tile) & map.present_bits(tile);
     if (kept == 0) continue;
     if (tile / kSegmentTiles != open_segment) {
       total.merge(segment);
@@ -158,6 +158,10 @@ __global__ void attention_forward_kernel(AttentionParams params) {
 Status launch_attention_forward(const AttentionParams& params, void* stream) {
   if (params.dtype != DType::kFloat32) {
     return {StatusCode::kUnsupported, "the CUDA kernel takes float32"};
+  }
+  if (params.distance_bias || params.alibi_slopes || params.sink_logits || params.softcap > 0 || params.dropout_p > 0) {
+    return {StatusCode::kUnsupported,
+            "the CUDA kernel takes no distance_bias, alibi_slopes, sink_logits, softcap or dropout_p"};
   }
   constexpr int64_t kMaxChannels = kWarp * kMaxChannelsPerLane;
   if (params.head_dim > kMaxChannels || params.value_dim > kMaxChannels) {

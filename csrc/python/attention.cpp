@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <pycore/attention_args.h>
+#include <pycore/dtype.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <utility>
@@ -17,61 +19,105 @@
 namespace pycore::python {
 namespace {
 
+// The keyword arguments of a call, taken out one by one: the two functions share most of theirs.
+class Keywords {
+ public:
+  Keywords(const char* op, py::kwargs keywords) : op_(op), left_(std::move(keywords)) {}
+
+  py::object object(const char* name) {
+    if (!left_.contains(name)) return py::none();
+    const py::object given = left_[name];
+    left_.attr("pop")(name);
+    return given;
+  }
+  template <class T>
+  std::optional<T> number(const char* name) {
+    const py::object given = object(name);
+    if (given.is_none()) return std::nullopt;
+    try {
+      return given.cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(op_) + ": " + name + " is a " +
+                           py::str(py::type::of(given).attr("__name__")).cast<std::string>() +
+                           ", which it cannot be");
+    }
+  }
+  // Whatever is left has a name that the function does not know.
+  void finish() const {
+    for (const auto& item : left_) {
+      throw py::type_error(std::string(op_) + ": there is no argument '" + py::str(item.first).cast<std::string>() + "'");
+    }
+  }
+
+ private:
+  const char* op_;
+  py::dict left_;
+};
+
 // The arguments both functions share; the arrays keep the memory alive.
 struct Inputs {
   std::vector<Array> arrays;
   AttentionArgs args;
+  std::optional<int64_t> threads;
+  int64_t stream = 0;
 
-  Inputs(const char* op, py::object query, py::object key, py::object value, py::object rope_cos, py::object rope_sin,
-         py::object key_starts, py::object key_lengths, py::object key_offset, py::object query_lengths,
-         std::string schedule, std::vector<int64_t> schedule_args, bool interleaved,
-         std::optional<int64_t> distance_limit, std::optional<double> scale, int64_t stream) {
+  Inputs(const char* op, const py::object& query, const py::object& key, const py::object& value, Keywords& keywords) {
     args.op = op;
-    const auto take = [&](TensorView& view, const py::object& object, const char* name, bool optional) {
+    threads = keywords.number<int64_t>("threads");
+    stream = keywords.number<int64_t>("stream").value_or(0);
+    const auto take = [&](const py::object& object, const char* name, bool optional) {
       arrays.push_back(optional ? optional_input(object, op, name, stream) : input(object, op, name, stream));
-      view = arrays.back().view;
+      return arrays.back().view;
     };
-    take(args.query, query, "query", false);
-    take(args.key, key, "key", false);
-    take(args.value, value, "value", false);
-    take(args.rope_cos, rope_cos, "rope's cos", true);
-    take(args.rope_sin, rope_sin, "rope's sin", true);
-    take(args.key_starts, key_starts, "key_starts", true);
-    take(args.key_lengths, key_lengths, "key_lengths", true);
-    take(args.key_offset, key_offset, "key_offset", true);
-    take(args.query_lengths, query_lengths, "query_lengths", true);
-    args.schedule = std::move(schedule);
-    args.schedule_args = std::move(schedule_args);
-    args.interleaved = interleaved;
-    check_value(!distance_limit || *distance_limit >= 0, op, "distance_limit is ", distance_limit.value_or(0),
-                " and must be at least 0");
-    args.distance_limit = distance_limit.value_or(-1);
+    args.query = take(query, "query", false);
+    args.key = take(key, "key", false);
+    args.value = take(value, "value", false);
+    const std::pair<const char*, TensorView*> optional[] = {
+        {"rope_cos", &args.rope_cos},           {"rope_sin", &args.rope_sin},
+        {"distance_bias", &args.distance_bias}, {"alibi_slopes", &args.alibi_slopes},
+        {"sink_logits", &args.sink_logits},     {"key_starts", &args.key_starts},
+        {"key_lengths", &args.key_lengths},     {"key_offset", &args.key_offset},
+        {"query_lengths", &args.query_lengths}, {"schedule_tensor", &args.schedule_tensor},
+        {"dropout_seed", &args.dropout_seed}};
+    for (const auto& [name, target] : optional) *target = take(keywords.object(name), name, true);
+    args.schedule = keywords.number<std::string>("schedule").value_or("causal");
+    args.schedule_args = keywords.number<std::vector<int64_t>>("schedule_args").value_or(std::vector<int64_t>());
+    args.interleaved = keywords.number<bool>("interleaved").value_or(false);
+    const std::optional<int64_t> limit = keywords.number<int64_t>("distance_limit");
+    check_value(!limit || *limit >= 0, op, "distance_limit is ", limit.value_or(0), " and must be at least 0");
+    args.distance_limit = limit.value_or(-1);
     const int64_t head_dim = args.query.dims == 4 ? args.query.shape[3] : 1;
-    args.scale = scale.value_or(head_dim > 0 ? 1.0 / std::sqrt(static_cast<double>(head_dim)) : 1.0);
+    const double usual = head_dim > 0 ? 1.0 / std::sqrt(static_cast<double>(head_dim)) : 1.0;
+    args.scale = keywords.number<double>("scale").value_or(usual);
+    args.softcap = keywords.number<double>("softcap").value_or(0.0);
+    args.dropout_p = keywords.number<double>("dropout_p").value_or(0.0);
   }
 };
 
-py::tuple attention(py::object query, py::object key, py::object value, py::object rope_cos, py::object rope_sin,
-                    py::object key_starts, py::object key_lengths, py::object key_offset, py::object query_lengths,
-                    std::string schedule, std::vector<int64_t> schedule_args, bool interleaved,
-                    std::optional<int64_t> distance_limit, std::optional<double> scale, py::object out, py::object lse,
-                    std::optional<int64_t> threads, int64_t stream) {
+DType sum_dtype(const AttentionParams& params) {
+  return params.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+py::tuple attention(py::object query, py::object key, py::object value, py::kwargs keyword_arguments) {
   constexpr const char* kOp = "attention";
-  const Inputs inputs(kOp, query, key, value, rope_cos, rope_sin, key_starts, key_lengths, key_offset, query_lengths,
-                      std::move(schedule), std::move(schedule_args), interleaved, distance_limit, scale, stream);
+  Keywords keywords(kOp, std::move(keyword_arguments));
+  const Inputs inputs(kOp, query, key, value, keywords);
+  const py::object out = keywords.object("out"), lse = keywords.object("lse");
+  keywords.finish();
   AttentionParams params = attention_params(inputs.args);
   const Device device = inputs.args.query.device;
-  const Array out_array = contiguous_result(
-      out, params.dtype, {params.batch, params.heads, params.query_length, params.value_dim}, device, kOp, "out", stream);
-  const Array lse_array = contiguous_result(lse, params.dtype, {params.batch, params.heads, params.query_length},
-                                            device, kOp, "lse", stream);
+  const Array out_array =
+      contiguous_result(out, params.dtype, {params.batch, params.heads, params.query_length, params.value_dim}, device,
+                        kOp, "out", inputs.stream);
+  const Array lse_array = contiguous_result(lse, sum_dtype(params), {params.batch, params.heads, params.query_length},
+                                            device, kOp, "lse", inputs.stream);
   params.out = out_array.view.data;
   params.lse = lse_array.view.data;
-  const Parallel parallel = thread_parallel(threads, kOp);
+  const Parallel parallel = thread_parallel(inputs.threads, kOp);
   {
     const py::gil_scoped_release release;
     if (device == Device::kCuda) {
-      throw_if(launch_attention_forward(params, reinterpret_cast<void*>(stream)), kOp);
+      throw_if(launch_attention_forward(params, reinterpret_cast<void*>(inputs.stream)), kOp);
     } else {
       const AlignedScratch scratch(attention_forward_scratch(params, parallel.threads));
       throw_if(attention_forward(params, parallel, scratch.data), kOp);
@@ -81,15 +127,10 @@ py::tuple attention(py::object query, py::object key, py::object value, py::obje
 }
 
 py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::object out, py::object lse, py::object query,
-                             py::object key, py::object value, py::object rope_cos, py::object rope_sin,
-                             py::object key_starts, py::object key_lengths, py::object key_offset,
-                             py::object query_lengths, std::string schedule, std::vector<int64_t> schedule_args,
-                             bool interleaved, std::optional<int64_t> distance_limit, std::optional<double> scale,
-                             py::object grad_query, py::object grad_key, py::object grad_value,
-                             std::optional<int64_t> threads, int64_t stream) {
+                             py::object key, py::object value, py::kwargs keyword_arguments) {
   constexpr const char* kOp = "attention_backward";
-  const Inputs inputs(kOp, query, key, value, rope_cos, rope_sin, key_starts, key_lengths, key_offset, query_lengths,
-                      std::move(schedule), std::move(schedule_args), interleaved, distance_limit, scale, stream);
+  Keywords keywords(kOp, std::move(keyword_arguments));
+  const Inputs inputs(kOp, query, key, value, keywords);
   check_value(inputs.args.query.device == Device::kCpu, kOp,
               "query is on a CUDA device and the backward pass runs on the CPU");
   const Array grad_out_array = input(grad_out, kOp, "grad_out"), out_array = input(out, kOp, "out");
@@ -97,59 +138,57 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
   AttentionBackwardParams params = attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view,
                                                              out_array.view, lse_array.view);
   const AttentionParams& shape = params.forward;
-  const auto gradient = [&](const py::object& given, int64_t heads, int64_t length, int64_t channels, const char* name) {
-    return cpu_result(given, shape.dtype, {shape.batch, heads, length, channels}, kOp, name);
+  std::vector<Array> gradients;
+  const auto gradient = [&](const char* name, const std::vector<int64_t>& sizes) {
+    gradients.push_back(cpu_result(keywords.object(name), sum_dtype(shape), sizes, kOp, name));
+    return gradients.back().view.data;
   };
-  const Array query_array = gradient(grad_query, shape.heads, shape.query_length, shape.head_dim, "grad_query");
-  const Array key_array = gradient(grad_key, shape.kv_heads, shape.key_length, shape.head_dim, "grad_key");
-  const Array value_array = gradient(grad_value, shape.kv_heads, shape.key_length, shape.value_dim, "grad_value");
-  params.grad_query = query_array.view.data;
-  params.grad_key = key_array.view.data;
-  params.grad_value = value_array.view.data;
-  const Parallel parallel = thread_parallel(threads, kOp);
+  params.grad_query = gradient("grad_query", {shape.batch, shape.heads, shape.query_length, shape.head_dim});
+  params.grad_key = gradient("grad_key", {shape.batch, shape.kv_heads, shape.key_length, shape.head_dim});
+  params.grad_value = gradient("grad_value", {shape.batch, shape.kv_heads, shape.key_length, shape.value_dim});
+  const size_t always = gradients.size();
+  if (shape.distance_bias) params.grad_bias = gradient("grad_bias", {shape.heads, shape.bias_length});
+  const size_t with_bias = gradients.size();
+  if (shape.sink_logits) params.grad_sink_logits = gradient("grad_sink_logits", {shape.heads});
+  keywords.finish();
+  const Parallel parallel = thread_parallel(inputs.threads, kOp);
   {
     const py::gil_scoped_release release;
     const int64_t rows = shape.batch * shape.heads * shape.query_length;
-    const AlignedScratch delta(rows * (shape.dtype == DType::kFloat64 ? 8 : 4));
+    const AlignedScratch delta(rows * dtype_size(sum_dtype(shape)));
     params.delta = delta.data;
     const AlignedScratch scratch(attention_backward_scratch(params, parallel.threads));
     throw_if(attention_backward(params, parallel, scratch.data), kOp);
   }
-  return py::make_tuple(query_array.object, key_array.object, value_array.object);
+  return py::make_tuple(gradients[0].object, gradients[1].object, gradients[2].object,
+                        with_bias > always ? gradients[always].object : py::none(),
+                        gradients.size() > with_bias ? gradients[with_bias].object : py::none());
 }
 
 constexpr const char* kAttentionDoc =
     R"(softmax(scale * query key^T, over the keys the schedule keeps) value, for NumPy arrays and DLPack tensors.
 
-query [B, H, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]; float32 or float64 (CPU), float32 (CUDA); last dimension
-contiguous. schedule: "full", "causal" or "lambda" with schedule_args = [sink_size, window_size]. rope_cos and rope_sin
-[n, R/2]. The other arguments mean what they mean in pycore.ops.attention, except that distance_limit defaults to none for
-every schedule. out and lse are new arrays unless given. threads defaults to all processors; stream is a CUDA stream's
-address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError in one sentence.)";
+query [B, H, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]: float32, float16, bfloat16 or float64 on the CPU, float32
+on CUDA; last dimension contiguous. Keywords: schedule ("full", "causal", "lambda" with schedule_args = [sink_size,
+window_size], "prefix" with schedule_tensor = lengths [B], "segments" with schedule_args = [causal] and schedule_tensor =
+boundaries), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, sink_logits, softcap, dropout_p with dropout_seed,
+key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
+distance_limit defaults to none for every schedule. out and lse are new arrays unless given. threads defaults to all
+processors; stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
+in one sentence.)";
 
 constexpr const char* kBackwardDoc =
-    R"(Gradients of `attention`: (grad_query, grad_key, grad_value), new arrays unless given. CPU.
+    R"(Gradients of `attention`: (grad_query, grad_key, grad_value, grad_bias, grad_sink_logits), new arrays unless given. CPU.
 
-grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments.)";
+grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments. Gradients
+are float32 (float64 for float64); those of distance_bias and sink_logits are None where there is none of these.)";
 
 }  // namespace
 
 void register_attention(py::module_& m) {
-  m.def("attention", &attention, kAttentionDoc, py::arg("query"), py::arg("key"), py::arg("value"), py::kw_only(),
-        py::arg("rope_cos") = py::none(), py::arg("rope_sin") = py::none(), py::arg("key_starts") = py::none(),
-        py::arg("key_lengths") = py::none(), py::arg("key_offset") = py::none(), py::arg("query_lengths") = py::none(),
-        py::arg("schedule") = "causal", py::arg("schedule_args") = std::vector<int64_t>(),
-        py::arg("interleaved") = false, py::arg("distance_limit") = py::none(), py::arg("scale") = py::none(),
-        py::arg("out") = py::none(), py::arg("lse") = py::none(), py::arg("threads") = py::none(),
-        py::arg("stream") = 0);
+  m.def("attention", &attention, kAttentionDoc, py::arg("query"), py::arg("key"), py::arg("value"));
   m.def("attention_backward", &attention_backward, kBackwardDoc, py::arg("grad_out"), py::arg("grad_lse"),
-        py::arg("out"), py::arg("lse"), py::arg("query"), py::arg("key"), py::arg("value"), py::kw_only(),
-        py::arg("rope_cos") = py::none(), py::arg("rope_sin") = py::none(), py::arg("key_starts") = py::none(),
-        py::arg("key_lengths") = py::none(), py::arg("key_offset") = py::none(), py::arg("query_lengths") = py::none(),
-        py::arg("schedule") = "causal", py::arg("schedule_args") = std::vector<int64_t>(),
-        py::arg("interleaved") = false, py::arg("distance_limit") = py::none(), py::arg("scale") = py::none(),
-        py::arg("grad_query") = py::none(), py::arg("grad_key") = py::none(), py::arg("grad_value") = py::none(),
-        py::arg("threads") = py::none(), py::arg("stream") = 0);
+        py::arg("out"), py::arg("lse"), py::arg("query"), py::arg("key"), py::arg("value"));
 }
 
 }  // namespace pycore::python

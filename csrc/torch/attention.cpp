@@ -17,43 +17,58 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-// The arguments shared by forward and backward, in schema order.
-#define PYCORE_ATTENTION_SCHEMA                                                                                   \
-  "Tensor query, Tensor key, Tensor value, Tensor? rope_cos, Tensor? rope_sin, Tensor? key_starts, "              \
-  "Tensor? key_lengths, Tensor? key_offset, Tensor? query_lengths, str op, str schedule, SymInt[] schedule_args, " \
-  "bool interleaved, SymInt distance_limit, float scale"
+// The arguments that forward and backward share, three times in one order: schema, parameters, names.
+#define PYCORE_SCHEMA                                                                                                \
+  "Tensor query, Tensor key, Tensor value, Tensor? rope_cos, Tensor? rope_sin, Tensor? distance_bias, "              \
+  "Tensor? alibi_slopes, Tensor? sink_logits, Tensor? key_starts, Tensor? key_lengths, Tensor? key_offset, "         \
+  "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, str op, str schedule, "                     \
+  "SymInt[] schedule_args, bool interleaved, SymInt distance_limit, float scale, float softcap, float dropout_p"
+#define PYCORE_PARAMETERS                                                                                            \
+  Tensor query, Tensor key, Tensor value, OptionalTensor rope_cos, OptionalTensor rope_sin,                          \
+      OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor sink_logits,                         \
+      OptionalTensor key_starts, OptionalTensor key_lengths, OptionalTensor key_offset,                              \
+      OptionalTensor query_lengths, OptionalTensor schedule_tensor, OptionalTensor dropout_seed, std::string op,     \
+      std::string schedule, std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit,            \
+      double scale, double softcap, double dropout_p
+#define PYCORE_NAMES                                                                                                 \
+  query, key, value, rope_cos, rope_sin, distance_bias, alibi_slopes, sink_logits, key_starts, key_lengths,          \
+      key_offset, query_lengths, schedule_tensor, dropout_seed, op, schedule, schedule_args, interleaved,            \
+      distance_limit, scale, softcap, dropout_p
 
 Tensor last_contiguous(const Tensor& x) {
   return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-struct Inputs {
-  Tensor query, key, value;
-  std::optional<Tensor> rope_cos, rope_sin, key_starts, key_lengths, key_offset, query_lengths;
-
-  AttentionArgs args(const std::string& op, const std::string& schedule, const std::vector<int64_t>& schedule_args,
-                     bool interleaved, int64_t distance_limit, double scale) const {
-    const char* name = op.c_str();
-    AttentionArgs args;
-    args.op = op;
-    args.query = view(query, name, "query");
-    args.key = view(key, name, "key");
-    args.value = view(value, name, "value");
-    args.rope_cos = view(rope_cos, name, "rope's cos");
-    args.rope_sin = view(rope_sin, name, "rope's sin");
-    args.key_starts = view(key_starts, name, "key_starts");
-    args.key_lengths = view(key_lengths, name, "key_lengths");
-    args.key_offset = view(key_offset, name, "key_offset");
-    args.query_lengths = view(query_lengths, name, "query_lengths");
-    args.schedule = schedule;
-    args.schedule_args = schedule_args;
-    args.interleaved = interleaved;
-    args.distance_limit = distance_limit;
-    args.scale = scale;
-    return args;
-  }
-};
+// The views borrow from the tensors, which the caller keeps.
+AttentionArgs attention_args(PYCORE_PARAMETERS) {
+  const char* name = op.c_str();
+  AttentionArgs args;
+  args.op = op;
+  args.query = view(query, name, "query");
+  args.key = view(key, name, "key");
+  args.value = view(value, name, "value");
+  args.rope_cos = view(rope_cos, name, "rope's cos");
+  args.rope_sin = view(rope_sin, name, "rope's sin");
+  args.distance_bias = view(distance_bias, name, "distance_bias");
+  args.alibi_slopes = view(alibi_slopes, name, "alibi_slopes");
+  args.sink_logits = view(sink_logits, name, "sink_logits");
+  args.key_starts = view(key_starts, name, "key_starts");
+  args.key_lengths = view(key_lengths, name, "key_lengths");
+  args.key_offset = view(key_offset, name, "key_offset");
+  args.query_lengths = view(query_lengths, name, "query_lengths");
+  args.schedule_tensor = view(schedule_tensor, name, "schedule's tensor");
+  args.dropout_seed = view(dropout_seed, name, "dropout_seed");
+  args.schedule = schedule;
+  args.schedule_args = schedule_args;
+  args.interleaved = interleaved;
+  args.distance_limit = distance_limit;
+  args.scale = scale;
+  args.softcap = softcap;
+  args.dropout_p = dropout_p;
+  return args;
+}
 
 // Scratch from torch's allocator, so that its memory accounting sees it.
 struct Scratch {
@@ -65,19 +80,18 @@ struct Scratch {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> rope_cos,
-                                   std::optional<Tensor> rope_sin, std::optional<Tensor> key_starts,
-                                   std::optional<Tensor> key_lengths, std::optional<Tensor> key_offset,
-                                   std::optional<Tensor> query_lengths, std::string op, std::string schedule,
-                                   std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit,
-                                   double scale) {
-  const Inputs inputs = {last_contiguous(query), last_contiguous(key), last_contiguous(value), rope_cos, rope_sin,
-                         key_starts, key_lengths, key_offset, query_lengths};
-  const AttentionArgs args = inputs.args(op, schedule, schedule_args, interleaved, distance_limit, scale);
+ScalarType sum_type(const AttentionParams& params) {
+  return params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS) {
+  query = last_contiguous(query);
+  key = last_contiguous(key);
+  value = last_contiguous(value);
+  const AttentionArgs args = attention_args(PYCORE_NAMES);
   AttentionParams params = attention_params(args);
   Tensor out = torch::stable::new_empty(query, {params.batch, params.heads, params.query_length, params.value_dim});
-  Tensor lse = torch::stable::new_empty(query, {params.batch, params.heads, params.query_length},
-                                        params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(query, {params.batch, params.heads, params.query_length}, sum_type(params));
   params.out = out.data_ptr();
   params.lse = lse.data_ptr();
   if (args.query.device == Device::kCuda) {
@@ -91,47 +105,53 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor out, Tensor lse,
-                                            Tensor query, Tensor key, Tensor value, std::optional<Tensor> rope_cos,
-                                            std::optional<Tensor> rope_sin, std::optional<Tensor> key_starts,
-                                            std::optional<Tensor> key_lengths, std::optional<Tensor> key_offset,
-                                            std::optional<Tensor> query_lengths, std::string op, std::string schedule,
-                                            std::vector<int64_t> schedule_args, bool interleaved,
-                                            int64_t distance_limit, double scale) {
-  const Inputs inputs = {last_contiguous(query), last_contiguous(key), last_contiguous(value), rope_cos, rope_sin,
-                         key_starts, key_lengths, key_offset, query_lengths};
-  const AttentionArgs args = inputs.args(op, schedule, schedule_args, interleaved, distance_limit, scale);
-  const Tensor grad = last_contiguous(grad_out);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out,
+                                                            Tensor lse, bool bias_gradient, bool sink_gradient,
+                                                            PYCORE_PARAMETERS) {
+  query = last_contiguous(query);
+  key = last_contiguous(key);
+  value = last_contiguous(value);
+  grad_out = last_contiguous(grad_out);
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+  const AttentionArgs args = attention_args(PYCORE_NAMES);
   const char* name = op.c_str();
   AttentionBackwardParams params =
-      attention_backward_params(args, view(grad, name, "grad_out"), view(grad_lse, name, "grad_lse"),
+      attention_backward_params(args, view(grad_out, name, "grad_out"), view(grad_lse, name, "grad_lse"),
                                 view(out, name, "out"), view(lse, name, "lse"));
   const AttentionParams& shape = params.forward;
-  Tensor grad_query =
-      torch::stable::new_empty(query, {shape.batch, shape.heads, shape.query_length, shape.head_dim});
-  Tensor grad_key = torch::stable::new_empty(key, {shape.batch, shape.kv_heads, shape.key_length, shape.head_dim});
-  Tensor grad_value =
-      torch::stable::new_empty(value, {shape.batch, shape.kv_heads, shape.key_length, shape.value_dim});
-  Tensor delta = torch::stable::new_empty(lse, {shape.batch, shape.heads, shape.query_length});
+  check_value(args.query.device == Device::kCpu, op, "query is on a CUDA device and the backward pass runs on the CPU");
+  check_value(!bias_gradient || shape.distance_bias, op, "distance_bias has no gradient where there is none");
+  check_value(!sink_gradient || shape.sink_logits, op, "sink_logits has no gradient where there is none");
+  const auto empty = [&](std::vector<int64_t> sizes) {
+    return torch::stable::new_empty(query, sizes, sum_type(shape));
+  };
+  Tensor grad_query = empty({shape.batch, shape.heads, shape.query_length, shape.head_dim});
+  Tensor grad_key = empty({shape.batch, shape.kv_heads, shape.key_length, shape.head_dim});
+  Tensor grad_value = empty({shape.batch, shape.kv_heads, shape.key_length, shape.value_dim});
+  Tensor grad_bias = empty({bias_gradient ? shape.heads : 0, bias_gradient ? shape.bias_length : 0});
+  Tensor grad_sink = empty({sink_gradient ? shape.heads : 0});
+  Tensor delta = empty({shape.batch, shape.heads, shape.query_length});
   params.grad_query = grad_query.data_ptr();
   params.grad_key = grad_key.data_ptr();
   params.grad_value = grad_value.data_ptr();
+  params.grad_bias = bias_gradient ? grad_bias.data_ptr() : nullptr;
+  params.grad_sink_logits = sink_gradient ? grad_sink.data_ptr() : nullptr;
   params.delta = delta.data_ptr();
-  check_value(args.query.device == Device::kCpu, op, "query is on a CUDA device and the backward pass runs on the CPU");
   const Parallel parallel = torch_parallel();
   const Scratch scratch(query, attention_backward_scratch(params, parallel.threads));
   throw_if(attention_backward(params, parallel, scratch.data), name);
-  return {grad_query, grad_key, grad_value};
+  return {grad_query, grad_key, grad_value, grad_bias, grad_sink};
 }
 
 }  // namespace
 }  // namespace pycore
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
-  m.def("attention(" PYCORE_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse)");
-  m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, " PYCORE_ATTENTION_SCHEMA
-        ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def("attention(" PYCORE_SCHEMA ") -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_gradient, "
+      "bool sink_gradient, " PYCORE_SCHEMA
+      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sink_logits)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {

@@ -52,7 +52,8 @@ def attention(
     (bottom-right alignment). Other rows are never read. A query that keeps no key gives zeros and lse = -inf.
 
     Args:
-        query: [B, H, Lq, D], float32 (float64 on the CPU too).
+        query: [B, H, Lq, D], float32, float16 or bfloat16 (accumulated in float32), or float64 (on the CPU). Under
+            autocast query, key and value are cast to its dtype, and nothing else is.
         key: [B, Hkv, Lk, D], H a multiple of Hkv (grouped-query attention).
         value: [B, Hkv, Lk, Dv].
         schedule: which keys a query keeps, from `pycore.schedules`.
@@ -61,26 +62,29 @@ def attention(
             limit and a tile of 64. The tables take no gradient.
         interleaved: rotate the channel pairs (2i, 2i+1) instead of (i, i + R/2).
         distance_limit: the largest distance a rotation sees; None for no limit.
-        distance_bias, sink_logits, softcap, dropout_p: not available yet; anything but the default is refused.
+        distance_bias: [H, n], float32 (float64 for float64 queries): bias[h, min(d', n - 1)] is added to a logit, with
+            d' = min(max(d, 0), distance_limit). T5 buckets and clipped relative positions are such tables.
+        sink_logits: [H], float32 (float64): a logit per head that joins the softmax and carries no value.
+        softcap: logits become softcap * tanh(logit / softcap) before the bias is added; 0 for none.
+        dropout_p: the share of weights set to zero, in [0, 1); the others grow by 1 / (1 - dropout_p). Drawn anew at
+            each call from torch's generator, the same in the backward pass.
         scale: factor of the scores, D ** -0.5 by default.
         key_starts, key_lengths, key_offset, query_lengths: int64 [B], contiguous, see Positions.
         return_lse: also return the log of the softmax's denominator, [B, H, Lq], float32 (float64 for float64).
 
     Returns:
-        [B, H, Lq, Dv] in query's dtype, and lse if asked for. Differentiable in query, key and value (through both).
+        [B, H, Lq, Dv] in query's dtype, and lse if asked for. Differentiable in query, key, value,
+        distance_bias and sink_logits (through both).
 
     Raises:
         ValueError: a shape, dtype, device or number that does not fit; the sentence names it.
         TypeError: an argument that is no tensor, or no schedule.
-        NotImplementedError: an option this version does not have.
 
     Source: Dao et al., "FlashAttention"; positions and distance limit after Han et al., "LM-Infinite", section 3.
     """
-    unavailable = {"distance_bias": distance_bias, "sink_logits": sink_logits}
-    _check_available("attention", unavailable, softcap, dropout_p)
     return _call(
-        "attention", query, key, value, schedule, rope, interleaved, distance_limit, scale,
-        (key_starts, key_lengths, key_offset, query_lengths), return_lse,
+        "attention", query, key, value, schedule, rope, interleaved, distance_limit, distance_bias, None, sink_logits,
+        softcap, dropout_p, scale, (key_starts, key_lengths, key_offset, query_lengths), return_lse,
     )  # fmt: skip
 
 
@@ -114,29 +118,19 @@ def lambda_attention(
     Args:
         sink_size: tokens kept from the start, at least 0.
         window_size: newest tokens kept, the query's own among them (FlashAttention's window (left, 0) is left + 1).
-        alibi_slopes: not available yet.
+        alibi_slopes: [H], float32 (float64): -slope * min(d, distance_limit) is added to a logit, as distance_bias would.
         distance_limit: `window_size` by default, as in LM-Infinite; must be at least that. 2**62 for no limit.
 
     The other arguments, the return value and the errors are those of `attention`.
 
     Source: Han et al., "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", section 3.
     """
-    unavailable = {"alibi_slopes": alibi_slopes, "distance_bias": distance_bias, "sink_logits": sink_logits}
-    _check_available("lambda_attention", unavailable, softcap, dropout_p)
     limit = window_size if distance_limit is None else distance_limit
     return _call(
-        "lambda_attention", query, key, value, Lambda(sink_size, window_size), rope, interleaved, limit, scale,
-        (key_starts, key_lengths, key_offset, query_lengths), return_lse,
+        "lambda_attention", query, key, value, Lambda(sink_size, window_size), rope, interleaved, limit, distance_bias,
+        alibi_slopes, sink_logits, softcap, dropout_p, scale, (key_starts, key_lengths, key_offset, query_lengths),
+        return_lse,
     )  # fmt: skip
-
-
-def _check_available(op: str, unavailable: dict[str, Tensor | None], softcap: float, dropout_p: float) -> None:
-    for name, argument in unavailable.items():
-        if argument is not None:
-            raise NotImplementedError(f"{op}: {name} is not available in this version and must be None")
-    for name, number in (("softcap", softcap), ("dropout_p", dropout_p)):
-        if number != 0.0:
-            raise NotImplementedError(f"{op}: {name} is {number}, is not available in this version and must be 0")
 
 
 def _call(
@@ -148,6 +142,11 @@ def _call(
     rope: tuple[Tensor, Tensor] | None,
     interleaved: bool,
     distance_limit: int | None,
+    distance_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink_logits: Tensor | None,
+    softcap: float,
+    dropout_p: float,
     scale: float | None,
     lengths: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     return_lse: bool,
@@ -163,9 +162,16 @@ def _call(
     limit = _NO_LIMIT if distance_limit is None else distance_limit
     if distance_limit is not None and distance_limit < 0:
         raise ValueError(f"{op}: distance_limit is {distance_limit} and must be at least 0")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     out, lse = torch.ops.pycore.attention(
-        query, key, value, cos, sin, *lengths, op, schedule.kind, schedule.args, interleaved, limit, scale
-    )
+        query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule.tensor, seed,
+        op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -177,39 +183,61 @@ def _rope_tables(op: str, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | 
     return rope[0], rope[1]
 
 
+# The tensors of an attention call, in schema order; what follows them is `options`.
+_TENSORS = (
+    "query", "key", "value", "rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits", "key_starts",
+    "key_lengths", "key_offset", "query_lengths", "schedule_tensor", "dropout_seed",
+)  # fmt: skip
+_BIAS, _SINK = _TENSORS.index("distance_bias"), _TENSORS.index("sink_logits")
+
+
+def _sum_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
 @torch.library.register_fake("pycore::attention")
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return (
         query.new_empty(batch, heads, length, value.shape[3]),
-        query.new_empty(batch, heads, length, dtype=lse_dtype),
+        query.new_empty(batch, heads, length, dtype=_sum_dtype(query)),
     )
 
 
 @torch.library.register_fake("pycore::attention_backward")
 def _attention_backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_gradient: bool, sink_gradient: bool,
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+) -> tuple[Tensor, ...]:  # fmt: skip
+    query, key, value = args[:3]
+    bias = args[_BIAS].shape if bias_gradient else (0, 0)
+    sink = args[_SINK].shape if sink_gradient else (0,)
+    shapes = (query.shape, key.shape, value.shape, bias, sink)
+    return tuple(query.new_empty(shape, dtype=_sum_dtype(query)) for shape in shapes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    tensors, ctx.options = inputs[:9], inputs[9:]
-    ctx.save_for_backward(*output, *tensors)
+    count = len(_TENSORS)
+    ctx.options = inputs[count:]
+    ctx.save_for_backward(*output, *inputs[:count])
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
-    none = (None,) * (len(tensors) - 3 + len(ctx.options))
+    grads: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options))
     if grad_out is None and grad_lse is None:
-        return (None, None, None, *none)
+        return tuple(grads)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.pycore.attention_backward(grad_out, grad_lse, out, lse, *tensors, *ctx.options)
-    return (*grads, *none)
+    wants_bias, wants_sink = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINK]
+    query, key, value, bias, sink = torch.ops.pycore.attention_backward(
+        grad_out, grad_lse, out, lse, wants_bias, wants_sink, *tensors, *ctx.options
+    )
+    grads[:3] = (query.to(out.dtype), key.to(out.dtype), value.to(out.dtype))
+    grads[_BIAS] = bias if wants_bias else None
+    grads[_SINK] = sink if wants_sink else None
+    return tuple(grads)
 
 
 torch.library.register_autograd("pycore::attention", _backward, setup_context=_setup_context)
@@ -220,10 +248,49 @@ def _second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 
 
 def _setup_second_derivative(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.op = inputs[13]
+    ctx.op = inputs[6 + len(_TENSORS)]
 
 
 # Without this, torch would only warn and leave the term out.
 torch.library.register_autograd(
     "pycore::attention_backward", _second_derivative, setup_context=_setup_second_derivative
 )
+
+
+def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], batched: set[int]) -> list[Any]:
+    """The arguments with vmap's dimension folded into the batch, for those at the places `batched`."""
+    folded = list(args)
+    for place, (dim, arg) in enumerate(zip(in_dims, args, strict=True)):
+        if arg is None or not isinstance(arg, Tensor):
+            continue
+        if place in batched:
+            arg = arg.unsqueeze(0).expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            folded[place] = arg.flatten(0, 1)
+        elif dim is not None:
+            raise NotImplementedError("attention: vmap may run over query, key, value and the lengths, not over tables")
+    return folded
+
+
+_PER_ROW = {_TENSORS.index(name) for name in _TENSORS if name in ("query", "key", "value") or name.endswith("_lengths")}
+_PER_ROW |= {_TENSORS.index("key_starts"), _TENSORS.index("key_offset")}
+
+
+def _per_row(schedule: str) -> set[int]:
+    return _PER_ROW | ({_TENSORS.index("schedule_tensor")} if schedule == "prefix" else set())
+
+
+@torch.library.register_vmap("pycore::attention")
+def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    folded = _fold(info, in_dims, args, _per_row(args[len(_TENSORS) + 1]))
+    outputs = torch.ops.pycore.attention(*folded)
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
+
+
+@torch.library.register_vmap("pycore::attention_backward")
+def _attention_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    if args[4] or args[5]:
+        raise NotImplementedError("attention: under vmap distance_bias and sink_logits have no gradient")
+    per_row = {0, 1, 2, 3} | {6 + place for place in _per_row(args[6 + len(_TENSORS) + 1])}
+    outputs = torch.ops.pycore.attention_backward(*_fold(info, in_dims, args, per_row))
+    grads = tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs[:3])
+    return (*grads, *outputs[3:]), (0, 0, 0, None, None)

@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycore.schedules import Causal, Full, Lambda, Schedule
+from pycore.schedules import Causal, Full, Lambda, Prefix, Schedule, Segments
 
 __all__ = ["attention", "keep_mask"]
 
 
-def keep_mask(schedule: Schedule, p: Tensor, j: Tensor) -> Tensor:
+def keep_mask(schedule: Schedule, p: Tensor, j: Tensor, batch_row: int = 0) -> Tensor:
     """Whether a query at position p [n, 1] attends to a key at position j [1, m]: bool [n, m]."""
     d = p - j
     if isinstance(schedule, Full):
@@ -20,6 +20,12 @@ def keep_mask(schedule: Schedule, p: Tensor, j: Tensor) -> Tensor:
         return d >= 0
     if isinstance(schedule, Lambda):
         return (d >= 0) & ((d < schedule.window_size) | (j < schedule.sink_size))
+    if isinstance(schedule, Prefix):
+        return (d >= 0) | (j < schedule.prefix_lengths[batch_row])
+    if isinstance(schedule, Segments):
+        segment_p, segment_j = (torch.searchsorted(schedule.boundaries, x.contiguous(), right=True) for x in (p, j))
+        inside = (segment_p > 0) & (segment_p < len(schedule.boundaries))
+        return inside & (segment_p == segment_j) & ((d >= 0) | (not schedule.causal))
     raise TypeError(f"schedule is {schedule!r} and must be one of pycore.schedules")
 
 
@@ -48,13 +54,17 @@ def attention(
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
     distance_limit: int | None = None,
+    distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
     scale: float | None = None,
     key_starts: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_offset: Tensor | None = None,
     query_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`pycore.ops.attention` as formulas: softmax(scale * <rotated q, k>, over the kept keys) v, and its lse.
+    """`pycore.ops.attention` as formulas: softmax(softcap(scale * <rotated q, k>) + bias) v over the kept keys.
 
     Args and shapes are those of `pycore.ops.attention`. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]).
     """
@@ -74,14 +84,25 @@ def attention(
         rows = torch.arange(end - start)
         j = torch.where(rows < sinks, rows, rows + offset)[None, :]
         p = (end - start + offset - queries + torch.arange(queries))[:, None]
-        keep = keep_mask(schedule, p, j)
+        keep = keep_mask(schedule, p, j, b)
         d = p - j if distance_limit is None else (p - j).clamp(max=distance_limit)
         for h in range(heads):
             q, k, v = query[b, h, :queries], key[b, h // group, start:end], value[b, h // group, start:end]
             scores = scale * (q @ k.T if rope is None else _rotated_scores(q, k, d * keep, rope, interleaved))
-            row_lse = scores.masked_fill(~keep, -torch.inf).logsumexp(dim=1)
-            weights = torch.where(keep, (scores - row_lse[:, None]).exp(), 0)
-            outs.append(torch.cat([torch.where(keep.any(1, keepdim=True), weights @ v, 0), out[b, h, queries:]]))
+            if softcap > 0:
+                scores = softcap * torch.tanh(scores / softcap)
+            if distance_bias is not None:
+                scores = scores + distance_bias[h, d.clamp(0, distance_bias.shape[1] - 1)]
+            if alibi_slopes is not None:
+                scores = scores - alibi_slopes[h] * d.clamp(min=0)
+            empty = ~keep.any(1)  # such rows go through the formulas with finite numbers and are replaced afterwards
+            kept_scores = scores.masked_fill(~keep & ~empty[:, None], -torch.inf)
+            row_lse = torch.where(empty, -torch.inf, kept_scores.logsumexp(dim=1))
+            if sink_logits is not None:
+                row_lse = torch.logaddexp(row_lse, sink_logits[h])
+            finite_lse = torch.where(empty, 0, row_lse)
+            weights = torch.where(keep, (kept_scores - finite_lse[:, None]).exp(), 0)
+            outs.append(torch.cat([weights @ v, out[b, h, queries:]]))
             lses.append(torch.cat([row_lse, lse[b, h, queries:]]))
     if not outs:
         return out, lse

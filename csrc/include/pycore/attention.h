@@ -10,6 +10,10 @@
 // relative to the key tile: for d <= limit the query is rotated by p - base and the key by j - base, with base the
 // tile's first position; beyond the limit the query is rotated by `limit` and the key not at all. So a table needs
 // only the largest distance plus a tile.
+//
+// A logit is softcap(scale <q, k>) + bias: softcap(s) = cap tanh(s / cap), and the bias either distance_bias[h][min(d', n-1)]
+// or -alibi_slopes[h] d' (d' is 0 for keys after the query). sink_logits[h] joins the softmax and carries no value.
+// Dropout multiplies weight (b, h, p, j) by 0 or 1 / (1 - dropout_p), after the softmax's sum is taken.
 #pragma once
 
 #include <pycore/export.h>
@@ -28,7 +32,7 @@ struct AttentionStrides {
 };
 
 struct AttentionParams {
-  DType dtype = DType::kFloat32;  // of query, key, value and out
+  DType dtype = DType::kFloat32;  // of query, key, value and out; everything is accumulated in float32 (or float64)
   int64_t batch = 0, heads = 0, kv_heads = 0;
   int64_t query_length = 0, key_length = 0;
   int64_t head_dim = 0, value_dim = 0;
@@ -41,6 +45,7 @@ struct AttentionParams {
   void* lse = nullptr;  // [batch, heads, query_length], contiguous; float32 (float64 for float64), natural log
 
   TileSchedule schedule;
+  const int64_t* prefix_lengths = nullptr;  // [batch]: schedule.prefix by batch row, for the prefix schedule
   double scale = 1.0;
 
   const void* rope_cos = nullptr;  // [rope_rows, rope_dim / 2], row stride rope_stride; float32 (float64 for float64)
@@ -48,6 +53,15 @@ struct AttentionParams {
   int64_t rope_rows = 0, rope_dim = 0, rope_stride = 0;
   bool rope_interleaved = false;   // pairs (2i, 2i + 1) instead of (i, i + rope_dim / 2)
   int64_t distance_limit = kFar;
+
+  // Tables: float32 (float64 for float64), null where there is none.
+  const void* distance_bias = nullptr;  // [heads, bias_length], row stride bias_stride
+  int64_t bias_length = 0, bias_stride = 0;
+  const void* alibi_slopes = nullptr;  // [heads]
+  const void* sink_logits = nullptr;   // [heads]
+  double softcap = 0.0;                // 0: none
+  double dropout_p = 0.0;              // in [0, 1)
+  const int64_t* dropout_seed = nullptr;  // one number, read when dropout_p > 0
 
   const int64_t* key_starts = nullptr;     // [batch] or null: 0
   const int64_t* key_lengths = nullptr;    // [batch] or null: key_length
@@ -61,13 +75,17 @@ struct AttentionBackwardParams {
   AttentionStrides grad_out_strides;
   const void* grad_lse = nullptr;   // [batch, heads, query_length], contiguous, or null
   void* delta = nullptr;            // [batch, heads, query_length], scratch of lse's dtype
-  void* grad_query = nullptr;       // contiguous, like query
-  void* grad_key = nullptr;         // contiguous, like key
-  void* grad_value = nullptr;       // contiguous, like value
+  // Contiguous, of the accumulation dtype (float32, or float64 for float64).
+  void* grad_query = nullptr;        // [batch, heads, query_length, head_dim]
+  void* grad_key = nullptr;          // [batch, kv_heads, key_length, head_dim]
+  void* grad_value = nullptr;        // [batch, kv_heads, key_length, value_dim]
+  void* grad_bias = nullptr;         // [heads, bias_length] or null: not wanted
+  void* grad_sink_logits = nullptr;  // [heads] or null: not wanted
 };
 
-// How the rows of one batch row map to positions.
+// How the rows of one batch row map to positions, and what they keep.
 struct RowMap {
+  TileSchedule schedule;
   int64_t start = 0;    // first valid key row
   int64_t keys = 0;     // valid key rows
   int64_t sinks = 0;    // of which this many stand before the gap left by eviction
@@ -92,6 +110,8 @@ struct RowMap {
 
 PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t b) {
   RowMap map;
+  map.schedule = params.schedule;
+  if (params.prefix_lengths) map.schedule.prefix = params.prefix_lengths[b];
   map.start = params.key_starts ? params.key_starts[b] : 0;
   const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
   map.keys = end > map.start ? end - map.start : 0;

@@ -18,11 +18,16 @@ struct AttentionArgs {
   TensorView query, key, value;
   TensorView rope_cos, rope_sin;                               // not defined(): no rotation
   TensorView key_starts, key_lengths, key_offset, query_lengths;  // not defined(): defaults
-  std::string schedule;                                        // "full", "causal" or "lambda"
-  std::vector<int64_t> schedule_args;                          // lambda: sink_size, window_size
+  TensorView distance_bias, alibi_slopes, sink_logits;            // not defined(): none
+  TensorView dropout_seed;                                        // int64, one number; read if dropout_p > 0
+  std::string schedule;                // "full", "causal", "lambda", "prefix" or "segments"
+  std::vector<int64_t> schedule_args;  // lambda: sink_size, window_size; segments: 1 if causal
+  TensorView schedule_tensor;          // prefix: lengths [batch]; segments: boundaries [S + 1]
   bool interleaved = false;
   int64_t distance_limit = -1;  // -1: none
   double scale = 1.0;
+  double softcap = 0.0;
+  double dropout_p = 0.0;
 };
 
 namespace detail {
@@ -40,24 +45,107 @@ inline void check_same(const std::string& op, const char* name, const TensorView
               " is on another device than query");
 }
 
-inline TileSchedule schedule_of(const AttentionArgs& args) {
-  TileSchedule schedule;
-  if (args.schedule == "full" || args.schedule == "causal") {
-    schedule.kind = args.schedule == "full" ? ScheduleKind::kFull : ScheduleKind::kCausal;
-    check_value(args.schedule_args.empty(), args.op, "schedule \"", args.schedule, "\" has ", args.schedule_args.size(),
-                " numbers and takes none");
-    return schedule;
+inline void check_index_tensor(const AttentionArgs& args, const char* name, const TensorView& view) {
+  check_value(view.defined() && view.dims == 1 && view.dtype == DType::kInt64, args.op, name,
+              " must be an int64 tensor of one dimension");
+  check_value(view.strides[0] == 1 || view.shape[0] <= 1, args.op, name, " must be contiguous");
+  check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
+              " is on another device than query");
+}
+
+// Sets params->schedule, and prefix_lengths.
+inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
+  struct Kind {
+    const char* name;
+    ScheduleKind kind;
+    size_t numbers;
+    bool tensor;
+  };
+  constexpr Kind kKinds[] = {{"full", ScheduleKind::kFull, 0, false},
+                             {"causal", ScheduleKind::kCausal, 0, false},
+                             {"lambda", ScheduleKind::kLambda, 2, false},
+                             {"prefix", ScheduleKind::kPrefix, 0, true},
+                             {"segments", ScheduleKind::kSegments, 1, true}};
+  const Kind* found = nullptr;
+  for (const Kind& kind : kKinds) {
+    if (args.schedule == kind.name) found = &kind;
   }
-  check_value(args.schedule == "lambda", args.op, "schedule is \"", args.schedule,
-              "\" and must be \"full\", \"causal\" or \"lambda\"");
-  check_value(args.schedule_args.size() == 2, args.op, "schedule \"lambda\" has ", args.schedule_args.size(),
-              " numbers and takes 2: sink_size and window_size");
-  schedule.kind = ScheduleKind::kLambda;
-  check_value(args.schedule_args[0] >= 0, args.op, "sink_size is ", args.schedule_args[0], " and must be at least 0");
-  check_value(args.schedule_args[1] >= 1, args.op, "window_size is ", args.schedule_args[1], " and must be at least 1");
-  schedule.sink_size = std::min(args.schedule_args[0], kFar);
-  schedule.window_size = std::min(args.schedule_args[1], kFar);
-  return schedule;
+  check_value(found != nullptr, args.op, "schedule is \"", args.schedule,
+              "\" and must be \"full\", \"causal\", \"lambda\", \"prefix\" or \"segments\"");
+  check_value(args.schedule_args.size() == found->numbers, args.op, "schedule \"", args.schedule, "\" has ",
+              args.schedule_args.size(), " numbers and takes ", found->numbers);
+  check_value(args.schedule_tensor.defined() == found->tensor, args.op, "schedule \"", args.schedule, "\" takes ",
+              found->tensor ? "one tensor" : "no tensor");
+  TileSchedule& schedule = params->schedule;
+  schedule.kind = found->kind;
+  const TensorView& tensor = args.schedule_tensor;
+  const bool readable = args.query.device == Device::kCpu;
+  if (found->kind == ScheduleKind::kLambda) {
+    check_value(args.schedule_args[0] >= 0, args.op, "sink_size is ", args.schedule_args[0], " and must be at least 0");
+    check_value(args.schedule_args[1] >= 1, args.op, "window_size is ", args.schedule_args[1],
+                " and must be at least 1");
+    schedule.sink_size = std::min(args.schedule_args[0], kFar);
+    schedule.window_size = std::min(args.schedule_args[1], kFar);
+  } else if (found->kind == ScheduleKind::kPrefix) {
+    check_index_tensor(args, "prefix_lengths", tensor);
+    check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
+                " entries and must have one for each of ", params->batch, " batch rows");
+    params->prefix_lengths = tensor.as<const int64_t>();
+    for (int64_t b = 0; b < params->batch && readable; ++b) {
+      check_value(params->prefix_lengths[b] >= 0, args.op, "prefix_lengths[", b, "] is ", params->prefix_lengths[b],
+                  " and must be at least 0");
+    }
+  } else if (found->kind == ScheduleKind::kSegments) {
+    check_index_tensor(args, "boundaries", tensor);
+    check_value(tensor.shape[0] >= 1, args.op, "boundaries is empty and must have at least one entry");
+    schedule.boundaries = tensor.as<const int64_t>();
+    schedule.segments = tensor.shape[0] - 1;
+    schedule.causal = args.schedule_args[0] != 0;
+    for (int64_t s = 0; s < schedule.segments && readable; ++s) {
+      check_value(schedule.boundaries[s] <= schedule.boundaries[s + 1], args.op, "boundaries[", s + 1, "] is ",
+                  schedule.boundaries[s + 1], " and must not be less than the one before it, ", schedule.boundaries[s]);
+    }
+  }
+}
+
+// A float table [heads] or [heads, n].
+inline const void* check_table(const AttentionArgs& args, const AttentionParams& params, const char* name,
+                               const TensorView& view, int dims) {
+  if (!view.defined()) return nullptr;
+  const DType table = args.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  check_value(view.dtype == table, args.op, name, " is ", dtype_name(view.dtype), " and must be ", dtype_name(table));
+  check_value(view.dims == dims && view.shape[0] == params.heads, args.op, name, " has shape ", shape_text(view),
+              " and must be ", dims == 1 ? "[heads]" : "[heads, n]", ", with ", params.heads, " heads");
+  check_value(dims == 1 || view.shape[1] >= 1, args.op, name, " has no entries and must have at least one a head");
+  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1, args.op, name, "'s last dimension must be contiguous");
+  check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
+              " is on another device than query");
+  return view.data;
+}
+
+inline void check_options(const AttentionArgs& args, AttentionParams* params) {
+  check_value(!(args.distance_bias.defined() && args.alibi_slopes.defined()), args.op,
+              "distance_bias and alibi_slopes are both given; only one may be");
+  params->distance_bias = check_table(args, *params, "distance_bias", args.distance_bias, 2);
+  if (params->distance_bias) {
+    params->bias_length = args.distance_bias.shape[1];
+    params->bias_stride = args.distance_bias.strides[0];
+  }
+  params->alibi_slopes = check_table(args, *params, "alibi_slopes", args.alibi_slopes, 1);
+  params->sink_logits = check_table(args, *params, "sink_logits", args.sink_logits, 1);
+  check_value(std::isfinite(args.softcap) && args.softcap >= 0, args.op, "softcap is ", args.softcap,
+              " and must be finite and at least 0");
+  params->softcap = args.softcap;
+  check_value(args.dropout_p >= 0 && args.dropout_p < 1, args.op, "dropout_p is ", args.dropout_p,
+              " and must be at least 0 and less than 1");
+  params->dropout_p = args.dropout_p;
+  if (args.dropout_p == 0) return;
+  const TensorView& seed = args.dropout_seed;
+  check_value(seed.defined() && seed.dtype == DType::kInt64 && seed.count() == 1, args.op,
+              "dropout_seed must be one int64 number");
+  check_value(seed.device == args.query.device && seed.device_index == args.query.device_index, args.op,
+              "dropout_seed is on another device than query");
+  params->dropout_seed = seed.as<const int64_t>();
 }
 
 inline const int64_t* check_lengths(const AttentionArgs& args, const char* name, const TensorView& view, int64_t batch) {
@@ -124,7 +212,9 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
   }
   if (params->batch * params->heads * params->query_length == 0) return;
   // Without a causal bound a query may also stand before its keys, at any distance.
-  const int64_t needed = params->schedule.kind == ScheduleKind::kFull
+  const bool causal = params->schedule.kind != ScheduleKind::kFull && params->schedule.kind != ScheduleKind::kPrefix &&
+                      (params->schedule.kind != ScheduleKind::kSegments || params->schedule.causal);
+  const int64_t needed = !causal
                              ? std::max(positions, params->query_length)
                              : std::min(positions, params->distance_limit + kKeyTile);
   check_value(params->rope_rows >= needed, args.op, "rope has ", params->rope_rows, " rows and must have ", needed,
@@ -138,8 +228,9 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
 inline AttentionParams attention_params(const AttentionArgs& args) {
   const std::string& op = args.op;
   const TensorView& query = args.query;
-  check_value(query.dtype == DType::kFloat32 || query.dtype == DType::kFloat64, op, "query is ",
-              dtype_name(query.dtype), " and must be float32 or float64");
+  check_value(query.dtype == DType::kFloat32 || query.dtype == DType::kFloat64 || query.dtype == DType::kFloat16 ||
+                  query.dtype == DType::kBFloat16,
+              op, "query is ", dtype_name(query.dtype), " and must be float32, float16, bfloat16 or float64");
   check_value(query.device != Device::kOther, op, "query must be on the CPU or on a CUDA device");
   detail::check_4d(op, "query", query);
   detail::check_4d(op, "key", args.key);
@@ -177,7 +268,7 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   params.key_strides = strides(args.key);
   params.value_strides = strides(args.value);
 
-  params.schedule = detail::schedule_of(args);
+  detail::check_schedule(args, &params);
   check_value(std::isfinite(args.scale), op, "scale is ", args.scale, " and must be finite");
   params.scale = args.scale;
   check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
@@ -192,6 +283,7 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   params.query_lengths = detail::check_lengths(args, "query_lengths", args.query_lengths, params.batch);
   if (query.device == Device::kCpu) detail::check_length_values(args, params);
   detail::check_rope(args, &params);
+  detail::check_options(args, &params);
   return params;
 }
 
@@ -219,8 +311,8 @@ inline AttentionBackwardParams attention_backward_params(const AttentionArgs& ar
     check_value(view.dims == 3 && view.shape[0] == forward.batch && view.shape[1] == forward.heads &&
                     view.shape[2] == forward.query_length,
                 op, name, " has shape ", shape_text(view), " and must be [batch, heads, query length]");
-    check_value(view.dtype == args.query.dtype, op, name, " is ", dtype_name(view.dtype), " and must be ",
-                dtype_name(args.query.dtype));
+    const DType sum = args.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    check_value(view.dtype == sum, op, name, " is ", dtype_name(view.dtype), " and must be ", dtype_name(sum));
     check_value(view.count() == 0 || ((view.shape[2] == 1 || view.strides[2] == 1) &&
                                       (view.shape[1] == 1 || view.strides[1] == view.shape[2]) &&
                                       (view.shape[0] == 1 || view.strides[0] == view.shape[1] * view.shape[2])),

@@ -29,7 +29,7 @@ inline constexpr int64_t kSegmentTiles = 16;
 inline constexpr int64_t kNoTile = INT64_MAX;
 inline constexpr int64_t kFar = INT64_MAX / 4;  // "no limit" for distances and window sizes: sums of two do not overflow
 
-enum class ScheduleKind : int32_t { kFull = 0, kCausal = 1, kLambda = 2 };
+enum class ScheduleKind : int32_t { kFull, kCausal, kLambda, kPrefix, kSegments };
 enum class Cover : int32_t { kNone, kSome, kAll };
 
 // Bits lo..hi-1 set, for 0 <= lo and hi <= 64; none if hi <= lo.
@@ -48,48 +48,96 @@ PYCORE_HOST_DEVICE inline uint64_t tile_bits(int64_t base, int64_t from, int64_t
 
 struct TileSchedule {
   ScheduleKind kind = ScheduleKind::kCausal;
-  int64_t sink_size = 0;       // Λ: tokens kept from the start
-  int64_t window_size = kFar;  // Λ: newest tokens kept, the query's own among them
+  int64_t sink_size = 0;                // Λ: tokens kept from the start
+  int64_t window_size = kFar;           // Λ: newest tokens kept, the query's own among them
+  int64_t prefix = 0;                   // Prefix: tokens every query sees, also those before it
+  const int64_t* boundaries = nullptr;  // Segments: ascending positions; segment s is boundaries[s] .. boundaries[s+1]-1
+  int64_t segments = 0;
+  bool causal = true;                   // Segments: causal inside a segment
+
+  // The segment of a position, [*lo, *hi); empty where there is none.
+  PYCORE_HOST_DEVICE void segment_of(int64_t p, int64_t* lo, int64_t* hi) const {
+    *lo = *hi = p;
+    if (segments == 0 || p < boundaries[0] || p >= boundaries[segments]) return;
+    int64_t first = 0, last = segments - 1;  // the last segment that starts at or before p
+    while (first < last) {
+      const int64_t middle = (first + last + 1) / 2;
+      if (boundaries[middle] <= p) {
+        first = middle;
+      } else {
+        last = middle - 1;
+      }
+    }
+    *lo = boundaries[first];
+    *hi = boundaries[first + 1];
+  }
 
   PYCORE_HOST_DEVICE bool keeps(int64_t p, int64_t j) const {
-    const int64_t d = p - j;
-    if (kind == ScheduleKind::kFull) return true;
-    return d >= 0 && (kind == ScheduleKind::kCausal || d < window_size || j < sink_size);
+    return keep_bits(p, j / kKeyTile) >> (j % kKeyTile) & 1;
   }
 
   PYCORE_HOST_DEVICE uint64_t keep_bits(int64_t p, int64_t tile) const {
     const int64_t base = tile * kKeyTile;
     if (kind == ScheduleKind::kFull) return ~uint64_t{0};
-    const uint64_t causal = tile_bits(base, 0, p + 1);
-    if (kind == ScheduleKind::kCausal) return causal;
-    return causal & (tile_bits(base, 0, sink_size) | tile_bits(base, p - window_size + 1, p + 1));
+    if (kind == ScheduleKind::kSegments) {
+      int64_t lo, hi;
+      segment_of(p, &lo, &hi);
+      return tile_bits(base, lo, causal && p + 1 < hi ? p + 1 : hi);
+    }
+    const uint64_t past = tile_bits(base, 0, p + 1);
+    if (kind == ScheduleKind::kCausal) return past;
+    if (kind == ScheduleKind::kPrefix) return past | tile_bits(base, 0, prefix);
+    return past & (tile_bits(base, 0, sink_size) | tile_bits(base, p - window_size + 1, p + 1));
   }
 
   PYCORE_HOST_DEVICE Cover cover(int64_t p_lo, int64_t p_hi, int64_t tile) const {
     const int64_t first = tile * kKeyTile, last = first + kKeyTile - 1;
     if (kind == ScheduleKind::kFull) return Cover::kAll;
+    if (kind == ScheduleKind::kSegments) {
+      int64_t lo, hi, unused;
+      segment_of(p_lo, &lo, &unused);
+      segment_of(p_hi, &unused, &hi);
+      return last < lo || first >= (causal ? p_hi + 1 : hi) ? Cover::kNone : Cover::kSome;
+    }
+    if (kind == ScheduleKind::kPrefix) {
+      if (last < prefix || last <= p_lo) return Cover::kAll;
+      return first > p_hi && first >= prefix ? Cover::kNone : Cover::kSome;
+    }
     if (first > p_hi) return Cover::kNone;
-    const bool causal_all = last <= p_lo;
-    if (kind == ScheduleKind::kCausal) return causal_all ? Cover::kAll : Cover::kSome;
-    if (causal_all && (last < sink_size || p_hi - first < window_size)) return Cover::kAll;
+    const bool past_all = last <= p_lo;
+    if (kind == ScheduleKind::kCausal) return past_all ? Cover::kAll : Cover::kSome;
+    if (past_all && (last < sink_size || p_hi - first < window_size)) return Cover::kAll;
     if (first >= sink_size && p_lo - last >= window_size) return Cover::kNone;
     return Cover::kSome;
   }
 
   PYCORE_HOST_DEVICE int64_t next_tile(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    int64_t end = p_hi + 1;  // positions that some row may see stop here
+    int64_t oldest = 0;      // and, from this tile on, start here
     if (kind == ScheduleKind::kFull) return tile;
-    if (kind == ScheduleKind::kLambda && tile * kKeyTile >= sink_size) {
-      const int64_t oldest = p_lo - window_size + 1;
-      const int64_t window_tile = oldest > 0 ? oldest / kKeyTile : 0;
-      if (window_tile > tile) tile = window_tile;
+    if (kind == ScheduleKind::kPrefix && prefix > end) end = prefix;
+    if (kind == ScheduleKind::kLambda && tile * kKeyTile >= sink_size) oldest = p_lo - window_size + 1;
+    if (kind == ScheduleKind::kSegments) {
+      int64_t unused;
+      segment_of(p_lo, &oldest, &unused);
+      if (!causal) segment_of(p_hi, &unused, &end);
     }
-    return tile * kKeyTile <= p_hi ? tile : kNoTile;
+    if (oldest > 0 && oldest / kKeyTile > tile) tile = oldest / kKeyTile;
+    return tile * kKeyTile < end ? tile : kNoTile;
   }
 
   PYCORE_HOST_DEVICE void query_range(int64_t tile, int64_t* lo, int64_t* hi) const {
     const int64_t first = tile * kKeyTile, last = first + kKeyTile - 1;
-    *lo = kind == ScheduleKind::kFull ? -kFar : first;
+    const bool seen_early = kind == ScheduleKind::kFull || (kind == ScheduleKind::kPrefix && first < prefix);
+    *lo = seen_early ? -kFar : first;
     *hi = kind == ScheduleKind::kLambda && first >= sink_size && window_size < kFar ? last + window_size - 1 : kFar;
+    if (kind != ScheduleKind::kSegments || segments == 0) return;
+    // Between two segments there is none, so look from the nearest position inside.
+    int64_t unused;
+    if (!causal) segment_of(first, lo, &unused);
+    segment_of(last < boundaries[segments] ? last : boundaries[segments] - 1, &unused, hi);
+    *hi -= 1;
+    if (*hi < last) *hi = last;
   }
 };
 
