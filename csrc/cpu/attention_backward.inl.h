@@ -179,10 +179,14 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
     tile_product<false>(rows, forward.value_dim, grad_out + row * grad_out_stride, grad_out_stride,
                         buffers.value_columns, kKeyTile, begin, end, StoreBlock{grad_scores, kKeyTile});
     for (int m = 0; m < rows; ++m) {
-      const Vec row_lse = Vec::broadcast(lse[row + m] * kLog2E), row_delta = Vec::broadcast(delta[row + m]);
+      // lse in base 2 as a sum of two floats: rounded to one, it would be the largest error of every weight.
+      const double exact = lse[row + m] / kLn2;
+      const float rounded = static_cast<float>(exact);
+      const Vec row_lse = Vec::broadcast(-rounded), row_rest = Vec::broadcast(static_cast<float>(exact - rounded));
+      const Vec row_delta = Vec::broadcast(delta[row + m]);
       for (int64_t c = begin; c < end; c += Vec::kWidth) {
         // Columns that are not kept may hold anything here; accumulate_kept never reads them.
-        const Vec p = (Vec::load(weights + m * kKeyTile + c) * scale2 - row_lse).exp2();
+        const Vec p = (Vec::fma(Vec::load(weights + m * kKeyTile + c), scale2, row_lse) - row_rest).exp2();
         p.store(weights + m * kKeyTile + c);
         (p * (Vec::load(grad_scores + m * kKeyTile + c) - row_delta) * scale).store(grad_scores + m * kKeyTile + c);
       }
