@@ -85,7 +85,9 @@ def table(s: Settings) -> tuple[list[Folder], list[Library]]:
             "-Icsrc/include", *defines, *sanitize]  # fmt: skip
 
     def optimized(level: str) -> list[str]:
-        return ["-O0", "-g", "-Werror"] if s.debug else [level, "-DNDEBUG"]
+        if s.debug:
+            return ["-O0", "-g", "-Werror"]
+        return ["-O1" if s.sanitize else level, "-DNDEBUG"]  # instrumented kernels take minutes at -O3
 
     device = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", *(["-g"] if s.debug else []),
               "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "-ccbin", shlex.split(s.cxx)[-1],

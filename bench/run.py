@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -87,7 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
     if chosen.isa and os.environ.get("PYCORE_CPU_ISA") != chosen.isa:
         command = [sys.executable, "-m", "bench.run", *(sys.argv[1:] if arguments is None else arguments)]
-        os.execve(sys.executable, command, {**os.environ, **ISA_ENVIRONMENT[chosen.isa]})
+        # torch.compile's cache does not know the instruction set: what it holds for another one computes nonsense.
+        cache = pathlib.Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{chosen.isa}")
+        isa = {**ISA_ENVIRONMENT[chosen.isa], "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        os.execve(sys.executable, command, {**os.environ, **isa})
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda needs a GPU that torch can use; there is none here", file=sys.stderr)
         return 2

@@ -27,8 +27,8 @@ def lengths(*numbers: int) -> Tensor:
 
 
 def qkv(
-    batch: int, heads: int, kv_heads: int, query_length: int, key_length: int, head_dim: int, value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    batch: int, heads: int, kv_heads: int, query_length: int, key_length: int, head_dim: int,
+    value_dim: int | None = None, dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Normal query, key and value. float64 ones hold float32 numbers."""
     value_dim = head_dim if value_dim is None else value_dim
@@ -91,7 +91,11 @@ class Case:
 
     def options(self, dtype: torch.dtype, table_dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """The keyword arguments of `attention`, for inputs of this dtype. Tables are rounded to `table_dtype` first."""
-        options: dict[str, Any] = {"schedule": self.schedule, "distance_limit": self.distance_limit, "scale": self.scale}
+        options: dict[str, Any] = {
+            "schedule": self.schedule,
+            "distance_limit": self.distance_limit,
+            "scale": self.scale,
+        }
         if self.rope_dim:
             # A table reaches the largest distance, or the limit and a tile.
             rows = max(self.key_length + max(self.key_offset or [0]), self.query_length)

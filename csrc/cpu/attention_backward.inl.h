@@ -214,7 +214,11 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
     tile_product<false>(rows, forward.value_dim, grad_out + row * grad_out_stride, grad_out_stride,
                         buffers.value_columns, kKeyTile, begin, end, StoreBlock{grad_scores, kKeyTile});
     for (int m = 0; m < rows; ++m) {
-      const Vec row_lse = Vec::broadcast(lse[row + m] * kLog2E), row_delta = Vec::broadcast(delta[row + m]);
+      // lse in base 2 as a sum of two floats: rounded to one, it would be the largest error of every weight.
+      const double exact = lse[row + m] / kLn2;
+      const float rounded = static_cast<float>(exact);
+      const Vec row_lse = Vec::broadcast(-rounded), row_rest = Vec::broadcast(static_cast<float>(exact - rounded));
+      const Vec row_delta = Vec::broadcast(delta[row + m]);
       float* row_weights = weights + m * kKeyTile;
       float* row_grads = grad_scores + m * kKeyTile;
       float* row_slopes = buffers.slopes ? buffers.slopes + m * kKeyTile : nullptr;
@@ -229,8 +233,8 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
         drop_out(forward, row_grads, begin, end, dropped);
       }
       for (int64_t c = begin; c < end; c += Vec::kWidth) {
-        const Vec logit = plain ? Vec::load(row_weights + c) * scale2 : Vec::load(row_weights + c);
-        const Vec p = (logit - row_lse).exp2();
+        const Vec score = Vec::load(row_weights + c);
+        const Vec p = ((plain ? Vec::fma(score, scale2, row_lse) : score + row_lse) - row_rest).exp2();
         p.store(row_weights + c);
         Vec grad = p * (Vec::load(row_grads + c) - row_delta);
         if (parts.bias) {
@@ -292,24 +296,34 @@ void delta(const AttentionBackwardParams& params, int64_t b, int64_t h, int64_t 
   const int64_t n = forward.value_dim;
   BackwardBuffers buffers;
   buffers.bind(forward, memory);
-  for (int64_t i = first; i < first + count; ++i) {
+  AttentionStrides out_strides;
+  out_strides.row = n;
+  out_strides.head = n * forward.query_length;
+  out_strides.batch = out_strides.head * forward.heads;
+  // A lane a row, and one chain of FMAs over the channels as in <grad_out, v>: where a row keeps one key, the two then
+  // cancel as they should.
+  for (int64_t i = first; i < first + count; i += Vec::kWidth) {
+    const int64_t lanes = first + count - i < Vec::kWidth ? first + count - i : Vec::kWidth;
     const int64_t row = row_index(forward, b, h, i);
-    const char* out_row = static_cast<const char*>(forward.out) + row * n * dtype_size(forward.dtype);
-    const float* out = reinterpret_cast<const float*>(out_row);
-    int64_t stride;
-    const float* grad_out = query_rows(forward, params.grad_out, params.grad_out_strides, b, h, i, 1, n,
-                                       buffers.grad_out_copy, &stride);
-    if (forward.dtype != DType::kFloat32) {
-      load_row(forward.dtype, out_row, n, buffers.value_copy);
-      out = buffers.value_copy;
-    }
+    int64_t grad_stride, out_stride;
+    const float* grad_out = query_rows(forward, params.grad_out, params.grad_out_strides, b, h, i, lanes, n,
+                                       buffers.grad_out_copy, &grad_stride);
+    const float* out =
+        query_rows(forward, forward.out, out_strides, b, h, i, lanes, n, buffers.value_copy, &out_stride);
     Vec sum = Vec::zero();
     for (int64_t c = 0; c < n; c += Vec::kWidth) {
-      const int64_t lanes = n - c < Vec::kWidth ? n - c : Vec::kWidth;
-      sum = Vec::fma(Vec::load_first(grad_out + c, lanes), Vec::load_first(out + c, lanes), sum);
+      const int64_t channels = n - c < Vec::kWidth ? n - c : Vec::kWidth;
+      Vec x[Vec::kWidth], y[Vec::kWidth];
+      for (int64_t r = 0; r < Vec::kWidth; ++r) {
+        x[r] = r < lanes ? Vec::load_first(grad_out + r * grad_stride + c, channels) : Vec::zero();
+        y[r] = r < lanes ? Vec::load_first(out + r * out_stride + c, channels) : Vec::zero();
+      }
+      transpose(x);
+      transpose(y);
+      for (int64_t d = 0; d < channels; ++d) sum = Vec::fma(x[d], y[d], sum);
     }
-    static_cast<float*>(params.delta)[row] =
-        sum.reduce_add() - (params.grad_lse ? static_cast<const float*>(params.grad_lse)[row] : 0.0f);
+    if (params.grad_lse) sum = sum - Vec::load_first(static_cast<const float*>(params.grad_lse) + row, lanes);
+    sum.store_first(static_cast<float*>(params.delta) + row, lanes);
   }
 }
 

@@ -16,9 +16,9 @@ namespace {
 #include "linear.norm.inl.h"
 }  // namespace
 
-const LinearKernels linear_float = {sizeof(LinearScratch),   linear_forward_item,   linear_grad_x_item,
-                                    linear_grad_weight_item, linear_grad_bias_item, norm_rows,
-                                    norm_backward_rows};
+const LinearKernels linear_float = {
+    sizeof(ForwardScratch),  sizeof(BackwardScratch), linear_forward_item, linear_grad_x_item,
+    linear_grad_weight_item, linear_grad_bias_item,   norm_rows,           norm_backward_rows};
 
 }  // namespace pycore::avx2
 

@@ -58,7 +58,7 @@ void add_chunks(const void* partials, int64_t chunks, int64_t channels, void* ou
 
 int64_t linear_forward_scratch(const LinearParams& params, int64_t threads) {
   const LinearKernels* kernels = kernels_for(params.dtype);
-  return kernels ? threads * kernels->scratch : 0;
+  return kernels && params.x.rows > 1 ? threads * kernels->forward_scratch : 0;
 }
 
 Status linear_forward(const LinearParams& params, const Parallel& parallel, void* scratch) {
@@ -69,15 +69,16 @@ Status linear_forward(const LinearParams& params, const Parallel& parallel, void
   const int64_t height = item_rows(rows, column_items, parallel.threads);
   const Parallel pool = limited(parallel, rows * columns * params.in_features);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
-    kernels->forward(params, part(item / column_items, height, rows), part(item % column_items, kLinearColumns, columns),
-                     static_cast<char*>(scratch) + slot * kernels->scratch);
+    kernels->forward(params, part(item / column_items, height, rows),
+                     part(item % column_items, kLinearColumns, columns),
+                     static_cast<char*>(scratch) + slot * kernels->forward_scratch);
   });
   return {};
 }
 
 int64_t linear_backward_scratch(const LinearBackwardParams& params, int64_t threads) {
   const LinearKernels* kernels = kernels_for(params.dtype);
-  return kernels ? threads * kernels->scratch : 0;
+  return kernels ? threads * kernels->backward_scratch : 0;
 }
 
 Status linear_backward(const LinearBackwardParams& params, const Parallel& parallel, void* scratch) {
@@ -93,7 +94,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const Parallel pool = limited(parallel, rows * ins * outs);
   // One list, the largest items first, so that no thread waits between the three gradients.
   for_each_item(pool, weight_items + x_items + bias_items, [&](int64_t slot, int64_t item) {
-    void* slot_scratch = static_cast<char*>(scratch) + slot * kernels->scratch;
+    void* slot_scratch = static_cast<char*>(scratch) + slot * kernels->backward_scratch;
     if (item < weight_items) {
       kernels->grad_weight(params, part(item / weight_columns, kWeightRows, outs),
                            part(item % weight_columns, kWeightColumns, ins), slot_scratch);
@@ -123,7 +124,8 @@ Status rms_norm_forward(const RmsNormParams& params, const Parallel& parallel) {
 
 int64_t rms_norm_backward_scratch(const RmsNormBackwardParams& params, int64_t threads) {
   if (!params.grad_weight) return 0;
-  return (parts(params.x.rows, norm_chunk_rows(params.x.rows)) + threads) * params.channels * element_size(params.dtype);
+  return (parts(params.x.rows, norm_chunk_rows(params.x.rows)) + threads) * params.channels *
+         element_size(params.dtype);
 }
 
 Status rms_norm_backward(const RmsNormBackwardParams& params, const Parallel& parallel, void* scratch) {
@@ -131,7 +133,7 @@ Status rms_norm_backward(const RmsNormBackwardParams& params, const Parallel& pa
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, height = norm_chunk_rows(rows), chunks = parts(rows, height);
   const int64_t row_bytes = params.channels * element_size(params.dtype);
-  char* partials = static_cast<char*>(scratch);                  // [chunks, channels]
+  char* partials = static_cast<char*>(scratch);                                 // [chunks, channels]
   char* chains = params.grad_weight ? partials + chunks * row_bytes : nullptr;  // [threads, channels]
   const Parallel pool = limited(parallel, 8 * rows * params.channels);
   for_each_item(pool, chunks, [&](int64_t slot, int64_t item) {

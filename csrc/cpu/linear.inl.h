@@ -9,11 +9,15 @@ constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
 constexpr int64_t kFewRows = kProductRows, kFewColumns = 16, kSlice = 64;
 constexpr int64_t kBorrowedRows = 24;  // fewer rows than this do not pay for a copy of the weight in grad_x
 
-// What a thread has to write on, in floats.
-struct LinearScratch {
-  float panel[kLinearBlock * kWeightColumns];  // [depth][kPanel], in grad_weight kWeightColumns / kPanel of them
-  float rows[kLinearBlock * kWeightRows];      // rows of A: [kProductRows][kLinearBlock], or [depth][kWeightRows]
-  float chain[kFewRows * kPanel];              // unfinished chains
+// What a thread has to write on.
+struct ForwardScratch {
+  float panel[kLinearBlock * kPanel];       // [depth][kPanel]
+  float rows[kProductRows * kLinearBlock];  // gathered rows of x
+  float chain[kFewRows * kPanel];           // unfinished chains
+};
+struct BackwardScratch {
+  float panels[kLinearBlock * kWeightColumns];  // [depth][kPanel], kWeightColumns / kPanel of them; grad_x has one
+  float rows[kLinearBlock * kWeightRows];       // [depth][kWeightRows], or gathered rows as above
 };
 
 // Adds a block's chains to the sum. Between the slices of a block the chains rest in `chain`.
@@ -119,12 +123,14 @@ void forward_one_row(const LinearParams& params, int64_t row, Range columns) {
       int64_t k = block;
       for (; k + kWidth <= end; k += kWidth) {
         for (int g = 0; g < kGroups; ++g) {
-          load_transposed(weight + g * kWidth * params.weight_stride + k, params.weight_stride, counts[g], kWidth, square);
+          load_transposed(weight + g * kWidth * params.weight_stride + k, params.weight_stride, counts[g], kWidth,
+                          square);
           for (int j = 0; j < kWidth; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
         }
       }
       for (int g = 0; g < kGroups && k < end; ++g) {
-        load_transposed(weight + g * kWidth * params.weight_stride + k, params.weight_stride, counts[g], end - k, square);
+        load_transposed(weight + g * kWidth * params.weight_stride + k, params.weight_stride, counts[g], end - k,
+                        square);
         for (int j = 0; j < end - k; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
       }
       for (int g = 0; g < kGroups; ++g) total[g] = block == 0 ? chain[g] : total[g] + chain[g];
@@ -139,7 +145,7 @@ void forward_one_row(const LinearParams& params, int64_t row, Range columns) {
 
 void linear_forward_item(const LinearParams& params, Range rows, Range columns, void* memory) {
   if (rows.count() == 1) return forward_one_row(params, rows.begin, columns);
-  LinearScratch* scratch = static_cast<LinearScratch*>(memory);
+  ForwardScratch* scratch = static_cast<ForwardScratch*>(memory);
   const float* weight = static_cast<const float*>(params.weight);
   const float* bias = static_cast<const float*>(params.bias);
   const int64_t depth = params.in_features;
@@ -166,7 +172,7 @@ void linear_forward_item(const LinearParams& params, Range rows, Range columns, 
 }
 
 void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range columns, void* memory) {
-  LinearScratch* scratch = static_cast<LinearScratch*>(memory);
+  BackwardScratch* scratch = static_cast<BackwardScratch*>(memory);
   const int64_t depth = params.out_features;
   for (int64_t column = columns.begin; column < columns.end; column += kPanel) {
     const int64_t width = smaller(kPanel, columns.end - column);
@@ -176,7 +182,7 @@ void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range co
       const float* weight = static_cast<const float*>(params.weight) + n * params.weight_stride + column;
       const bool copy = rows.count() >= kBorrowedRows;
       for (int64_t i = 0; copy && i < end - n; ++i) {
-        copy_columns(weight + i * params.weight_stride, width, scratch->panel + i * kPanel);
+        copy_columns(weight + i * params.weight_stride, width, scratch->panels + i * kPanel);
       }
       const BlockSum sum = {static_cast<float*>(params.grad_x) + rows.begin * params.in_features + column,
                             params.in_features,
@@ -185,7 +191,7 @@ void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range co
                             false,
                             false,
                             n == 0};
-      multiply_rows(params.grad_out, rows, n, end - n, copy ? scratch->panel : weight,
+      multiply_rows(params.grad_out, rows, n, end - n, copy ? scratch->panels : weight,
                     copy ? kPanel : params.weight_stride, width, sum, scratch->rows);
       n = end;
     } while (n < depth);
@@ -193,7 +199,7 @@ void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range co
 }
 
 void linear_grad_weight_item(const LinearBackwardParams& params, Range outs, Range columns, void* memory) {
-  LinearScratch* scratch = static_cast<LinearScratch*>(memory);
+  BackwardScratch* scratch = static_cast<BackwardScratch*>(memory);
   int64_t row = 0;
   do {
     const int64_t end = smaller(row + kLinearBlock, params.x.rows), depth = end - row;
@@ -201,11 +207,12 @@ void linear_grad_weight_item(const LinearBackwardParams& params, Range outs, Ran
       copy_columns(params.grad_out.row<float>(row + r) + outs.begin, outs.count(), scratch->rows + r * kWeightRows);
       const float* x = params.x.row<float>(row + r);
       for (int64_t column = columns.begin, p = 0; column < columns.end; column += kPanel, ++p) {
-        copy_columns(x + column, smaller(kPanel, columns.end - column), scratch->panel + (p * kLinearBlock + r) * kPanel);
+        copy_columns(x + column, smaller(kPanel, columns.end - column),
+                     scratch->panels + (p * kLinearBlock + r) * kPanel);
       }
     }
     for (int64_t column = columns.begin, p = 0; column < columns.end; column += kPanel, ++p) {
-      const float* panel = scratch->panel + p * kLinearBlock * kPanel;
+      const float* panel = scratch->panels + p * kLinearBlock * kPanel;
       for (int64_t n = outs.begin; n < outs.end; n += kProductRows) {
         const BlockSum sum = {static_cast<float*>(params.grad_weight) + n * params.in_features + column,
                               params.in_features,

@@ -9,7 +9,8 @@
 namespace pycore::scalar {
 namespace {
 
-// The sum of terms(0) .. terms(count - 1): blocks of FMA chains, added in order. term(i, chain) is the chain's next link.
+// The sum of terms(0) .. terms(count - 1): blocks of FMA chains, added in order. term(i, chain) is the chain's next
+// link.
 template <class T, class Term>
 T block_sum(int64_t count, const Term& term) {
   T total = 0;
@@ -130,9 +131,9 @@ void norm_backward(const RmsNormBackwardParams& params, Range rows, void* partia
 
 }  // namespace
 
-const LinearKernels linear_float = {0, forward<float>, grad_x<float>, grad_weight<float>, grad_bias<float>,
-                                    norm<float>, norm_backward<float>};
-const LinearKernels linear_double = {0, forward<double>, grad_x<double>, grad_weight<double>, grad_bias<double>,
-                                     norm<double>, norm_backward<double>};
+const LinearKernels linear_float = {
+    0, 0, forward<float>, grad_x<float>, grad_weight<float>, grad_bias<float>, norm<float>, norm_backward<float>};
+const LinearKernels linear_double = {
+    0, 0, forward<double>, grad_x<double>, grad_weight<double>, grad_bias<double>, norm<double>, norm_backward<double>};
 
 }  // namespace pycore::scalar

@@ -14,9 +14,9 @@ struct Range {
 };
 
 struct LinearKernels {
-  int64_t scratch;  // bytes a thread, for any of the first three
+  int64_t forward_scratch, backward_scratch;  // bytes a thread
 
-  // out[rows][columns]; columns are output features.
+  // out[rows][columns]; columns are output features. One row needs no scratch.
   void (*forward)(const LinearParams& params, Range rows, Range columns, void* scratch);
   // grad_x[rows][columns]; columns are input features.
   void (*grad_x)(const LinearBackwardParams& params, Range rows, Range columns, void* scratch);
@@ -30,9 +30,9 @@ struct LinearKernels {
 };
 
 // The most an item may have.
-inline constexpr int64_t kLinearColumns = 64;                    // forward, grad_x
+inline constexpr int64_t kLinearColumns = 64;                      // forward, grad_x
 inline constexpr int64_t kWeightRows = 192, kWeightColumns = 128;  // grad_weight: both its operands are copied
-inline constexpr int64_t kBiasColumns = 256;                     // grad_bias
+inline constexpr int64_t kBiasColumns = 256;                       // grad_bias
 
 namespace scalar {
 extern const LinearKernels linear_float;

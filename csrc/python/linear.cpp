@@ -109,7 +109,8 @@ py::tuple rms_norm_backward(py::object grad_out, py::object x, py::object weight
   return py::make_tuple(of_x.object(), of_weight.object());
 }
 
-constexpr const char* kLinearDoc = R"(x weight^T + bias, every row with one order of summation: see pycore.ops.invariant_linear.
+constexpr const char* kLinearDoc =
+    R"(x weight^T + bias, every row with one order of summation: see pycore.ops.invariant_linear.
 
 x [..., K], weight [N, K], bias [N] or None: float32 or float64 NumPy arrays or DLPack tensors on the CPU, last dimension
 contiguous. out is a new array unless given. threads defaults to all processors. Returns [..., N].)";

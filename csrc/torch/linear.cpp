@@ -69,8 +69,8 @@ Tensor invariant_linear_cpu(const Tensor& x_any, const Tensor& weight_any, const
 }
 
 std::tuple<Tensor, Tensor, Tensor> invariant_linear_backward_cpu(const Tensor& grad_out_any, const Tensor& x_any,
-                                                             const Tensor& weight_any, bool need_x, bool need_weight,
-                                                             bool need_bias) {
+                                                                 const Tensor& weight_any, bool need_x,
+                                                                 bool need_weight, bool need_bias) {
   constexpr const char* kOp = "invariant_linear_backward";
   const Tensor grad_out = with_contiguous_rows(grad_out_any), x = with_contiguous_rows(x_any);
   const Tensor weight = with_contiguous_rows(weight_any);
@@ -105,8 +105,8 @@ Tensor rms_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad_out_any, const Tensor& x_any,
-                                             const std::optional<Tensor>& weight_any, double eps, bool need_x,
-                                             bool need_weight) {
+                                                 const std::optional<Tensor>& weight_any, double eps, bool need_x,
+                                                 bool need_weight) {
   constexpr const char* kOp = "rms_norm_backward";
   const Tensor grad_out = with_contiguous_rows(grad_out_any), x = with_contiguous_rows(x_any);
   const std::optional<Tensor> weight = with_contiguous_rows(weight_any);

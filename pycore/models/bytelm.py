@@ -116,7 +116,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: dict[str, Any]) -> Tensor:
         """x: ``[batch, length, dim]``; ``attend``: further arguments of the attention op."""
-        mixed: Tensor = ops.attention(*self.project(x), **attend)
+        mixed: Any = ops.attention(*self.project(x), **attend)  # a Tensor, as no lse is asked for
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 

@@ -7,6 +7,7 @@ csrc/cpu/attention.*.cpp or csrc/cuda/attention.cu.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -156,12 +157,23 @@ def _call(
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
+    if isinstance(schedule, Lambda):
+        _check_int(op, "sink_size", schedule.sink_size)
+        _check_int(op, "window_size", schedule.window_size)
+    for name, rows in zip(("key_starts", "key_lengths", "key_offset", "query_lengths"), lengths, strict=True):
+        if rows is not None and not isinstance(rows, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(rows).__name__} and must be a Tensor")
     cos, sin = _rope_tables(op, rope)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.dim() and query.shape[-1] else 1.0
-    limit = _NO_LIMIT if distance_limit is None else distance_limit
-    if distance_limit is not None and distance_limit < 0:
-        raise ValueError(f"{op}: distance_limit is {distance_limit} and must be at least 0")
+    elif isinstance(scale, (str, bytes)) or not hasattr(scale, "__float__"):
+        raise TypeError(f"{op}: scale is a {type(scale).__name__} and must be a number")
+    limit = _NO_LIMIT
+    if distance_limit is not None:
+        _check_int(op, "distance_limit", distance_limit)
+        if distance_limit < 0:
+            raise ValueError(f"{op}: distance_limit is {distance_limit} and must be at least 0")
+        limit = distance_limit
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
@@ -173,6 +185,13 @@ def _call(
         op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _check_int(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, (int, torch.SymInt)) and not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
+    if value >= 2**63:
+        raise ValueError(f"{op}: {name} is {value} and must be less than 2**63")
 
 
 def _rope_tables(op: str, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:

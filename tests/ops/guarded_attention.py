@@ -16,8 +16,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pycore
 from attention_inputs import tables
+
+import pycore
 from pycore.ops import attention
 from pycore.schedules import Causal, Full, Lambda
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_inputs import Case, lengths, qkv, tables
+from attention_inputs import Case, qkv, tables
 from tolerance import assert_as_accurate
 from torch import Tensor
 
@@ -57,7 +57,8 @@ ROPES = [
         (97, 97, Causal(), 40, 40, False, None), (97, 97, Causal(), 48, 2, False, None),
         (203, 113, Causal(), 64, 16, False, None), (113, 203, Full(), 32, 8, False, None),
         (203, 113, Full(), 32, 8, True, 30), (17, 97, Full(), 32, 32, False, 0),
-        (203, 203, Causal(), 32, 8, False, 0), (203, 203, Causal(), 32, 8, True, 50), (203, 203, Causal(), 32, 8, False, 64),
+        (203, 203, Causal(), 32, 8, False, 0), (203, 203, Causal(), 32, 8, True, 50),
+        (203, 203, Causal(), 32, 8, False, 64),
         (203, 203, Causal(), 32, 32, False, 2**62), (1, 339, Causal(), 32, 32, False, 100),
         (339, 339, Lambda(10, 64), 32, 8, False, 64), (339, 339, Lambda(10, 64), 32, 8, True, 65),
         (339, 339, Lambda(100, 63), 32, 32, False, 63), (339, 339, Lambda(70, 1), 40, 8, False, 1),
@@ -78,7 +79,9 @@ ROWS = [
     )
 ] + [
     Case(5, 60, schedule, batch=2, key_offset=(100, 0), rope_dim=8, distance_limit=limit, **rows)
-    for schedule, limit in ((Lambda(9, 50), 50), (Lambda(9, 20), 300), (Lambda(0, 50), 50), (Lambda(70, 50), 50), (Causal(), 90))
+    for schedule, limit in [
+        (Lambda(9, 50), 50), (Lambda(9, 20), 300), (Lambda(0, 50), 50), (Lambda(70, 50), 50), (Causal(), 90)
+    ]
     for rows in ({}, {"key_starts": (20, 3), "key_lengths": (60, 41), "query_lengths": (5, 2)})
 ]  # fmt: skip
 CASES = LENGTHS + HEAD_DIMS + GROUPS + LAMBDAS + ROPES + SCALES + ROWS
@@ -114,7 +117,7 @@ def test_float64_is_the_reference(case: Case) -> None:
         torch.testing.assert_close(x, exact, rtol=1e-13, atol=1e-13)
 
 
-# ---- LM-Infinite, section 3 -------------------------------------------------------------------------------------------
+# ---- LM-Infinite, section 3 ----------------------------------------------------------------------------------------
 
 
 def lm_infinite(q: Tensor, k: Tensor, v: Tensor, sinks: int, limit: int, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -136,15 +139,18 @@ def lm_infinite(q: Tensor, k: Tensor, v: Tensor, sinks: int, limit: int, rope: t
     stationary = rotated(q, torch.full_like(i, limit)) @ k.T
     is_local = (distance >= 0) & (distance < limit)
     is_global = (distance >= limit) & (j < sinks)
-    logits = torch.cat([local.masked_fill(~is_local, -torch.inf), stationary.masked_fill(~is_global, -torch.inf)], dim=1)
+    logits = torch.cat(
+        [local.masked_fill(~is_local, -torch.inf), stationary.masked_fill(~is_global, -torch.inf)], dim=1
+    )
     return (logits * q.shape[1] ** -0.5).softmax(dim=1) @ torch.cat([v, v])
 
 
 @pytest.mark.parametrize(
     "queries, keys, sinks, limit",
-    [(8, 8, 4, 16), (16, 16, 4, 16), (17, 17, 4, 16), (64, 64, 4, 16), (100, 100, 4, 16), (1, 100, 4, 16), (1, 10, 4, 16),
-     (1, 17, 4, 16), (1, 3, 4, 16), (33, 33, 20, 16), (5, 25, 4, 16), (40, 60, 4, 16), (7, 40, 4, 16), (300, 300, 80, 70)],
-    ids=lambda n: str(n),
+    [(8, 8, 4, 16), (16, 16, 4, 16), (17, 17, 4, 16), (64, 64, 4, 16), (100, 100, 4, 16), (1, 100, 4, 16),
+     (1, 10, 4, 16), (1, 17, 4, 16), (1, 3, 4, 16), (33, 33, 20, 16), (5, 25, 4, 16), (40, 60, 4, 16), (7, 40, 4, 16),
+     (300, 300, 80, 70)],
+    ids=str,
 )  # fmt: skip
 def test_lm_infinite_exactly(queries: int, keys: int, sinks: int, limit: int) -> None:
     """Its official code ties the limit to the window and refuses (7, 40): there a chunk meets a cache not yet cut."""
@@ -205,7 +211,7 @@ def test_absurd_sizes_mean_all(size: int, isa: str) -> None:
         assert all(t.grad.isfinite().all() for t in x)
 
 
-# ---- memory layouts ---------------------------------------------------------------------------------------------------
+# ---- memory layouts ------------------------------------------------------------------------------------------------
 
 
 def sliced(x: Tensor) -> Tensor:
@@ -268,7 +274,7 @@ def test_empty_inputs(shape: tuple[int, ...], schedule: Schedule) -> None:
         assert x.grad is not None and x.grad.shape == x.shape and x.grad.count_nonzero() == 0
 
 
-# ---- what must not be read, and what must show ------------------------------------------------------------------------
+# ---- what must not be read, and what must show ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [None, 30], ids=["no-rope", "rope-limit"])
@@ -343,7 +349,7 @@ def test_reads_stay_inside_the_inputs(isa: str) -> None:
     assert done.stdout.split() == ["tables", "ends", "middle"]
 
 
-# ---- cost -------------------------------------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------------------------
 
 
 def allocated(length: int, backward: bool) -> int:

@@ -56,14 +56,12 @@ def rows(pair: tuple[Tensor, Tensor], start: int, end: int) -> tuple[Tensor, Ten
     return pair[0][:, :, start:end], pair[1][:, :, start:end]
 
 
-# ---- forward ----------------------------------------------------------------------------------------------------------
+# ---- forward -------------------------------------------------------------------------------------------------------
 
 
 @some_options
 @pytest.mark.parametrize("chunk", [13, 64, 97, 501])
-def test_chunked_prefill(
-    chunk: int, options: dict[str, Any], inputs: tuple[Tensor, Tensor, Tensor], isa: str
-) -> None:
+def test_chunked_prefill(chunk: int, options: dict[str, Any], inputs: tuple[Tensor, Tensor, Tensor], isa: str) -> None:
     """Each chunk of queries sees the keys so far."""
     q, k, v = inputs
     whole = run(q, k, v, **options)
@@ -101,7 +99,9 @@ def test_batch_rows_alone(options: dict[str, Any], queries: int, isa: str) -> No
     q, k, v = qkv(5, HEADS, KV_HEADS, queries, 300, HEAD_DIM, VALUE_DIM)
     whole = run(q, k, v, **options)
     for b in range(5):
-        assert_same(run(q[b : b + 1], k[b : b + 1], v[b : b + 1], **options), (whole[0][b : b + 1], whole[1][b : b + 1]))
+        assert_same(
+            run(q[b : b + 1], k[b : b + 1], v[b : b + 1], **options), (whole[0][b : b + 1], whole[1][b : b + 1])
+        )
 
 
 @some_options
@@ -121,9 +121,7 @@ def test_threads(
 @lambda_options
 @pytest.mark.parametrize("queries", [1, 5, 80])
 @pytest.mark.parametrize("total", [80, 300, 1024, 1030, 1100])
-def test_evicted_cache(
-    total: int, queries: int, name: str, inputs: tuple[Tensor, Tensor, Tensor], isa: str
-) -> None:
+def test_evicted_cache(total: int, queries: int, name: str, inputs: tuple[Tensor, Tensor, Tensor], isa: str) -> None:
     """The sinks and the newest keys, without what lies between, give what the whole cache gives."""
     options, (q, k, v) = OPTIONS[name], inputs
     sinks, window = options["schedule"].args
@@ -138,16 +136,16 @@ def test_evicted_cache(
 
 @some_options
 @pytest.mark.parametrize("padding", [1, 64, 77])
-def test_left_padding(
-    padding: int, options: dict[str, Any], inputs: tuple[Tensor, Tensor, Tensor], isa: str
-) -> None:
+def test_left_padding(padding: int, options: dict[str, Any], inputs: tuple[Tensor, Tensor, Tensor], isa: str) -> None:
     """Beside a longer row of a batch, behind padding that must not be read."""
     q, k, v = inputs
     alone = run(q[:, :, padding:], k[:, :, : LENGTH - padding], v[:, :, : LENGTH - padding], **options)
     nan = torch.full((1, KV_HEADS, padding, 1), torch.nan)
     padded_k = torch.cat([torch.cat([nan.expand(-1, -1, -1, HEAD_DIM), k[:, :, :-padding]], dim=2), k])
     padded_v = torch.cat([torch.cat([nan.expand(-1, -1, -1, VALUE_DIM), v[:, :, :-padding]], dim=2), v])
-    together = run(q[:, :, padding:].expand(2, -1, -1, -1), padded_k, padded_v, key_starts=lengths(padding, 0), **options)
+    together = run(
+        q[:, :, padding:].expand(2, -1, -1, -1), padded_k, padded_v, key_starts=lengths(padding, 0), **options
+    )
     assert_same((together[0][:1], together[1][:1]), alone)
     assert_same((together[0][1:], together[1][1:]), run(q[:, :, padding:], k, v, **options))
 
@@ -179,7 +177,7 @@ def test_repeated_calls(inputs: tuple[Tensor, Tensor, Tensor], isa: str) -> None
         assert_same(run(*inputs, **OPTIONS["lambda-rope"]), first)
 
 
-# ---- backward ---------------------------------------------------------------------------------------------------------
+# ---- backward ------------------------------------------------------------------------------------------------------
 
 BACKWARD_OPTIONS = {name: OPTIONS[name] for name in ("causal-rope-limit", "lambda", "lambda-rope", "lambda-wide")}
 backward_options = pytest.mark.parametrize("options", BACKWARD_OPTIONS.values(), ids=BACKWARD_OPTIONS)

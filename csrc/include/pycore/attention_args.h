@@ -170,7 +170,8 @@ inline void check_length_values(const AttentionArgs& args, const AttentionParams
                 " and must be between 0 and key's length, ", params.key_length);
     check_value(start >= 0 && start <= end, args.op, "key_starts[", b, "] is ", start,
                 " and must be between 0 and key_lengths[", b, "], ", end);
-    check_value(offset >= 0 && offset < kFar, args.op, "key_offset[", b, "] is ", offset, " and must be at least 0");
+    check_value(offset >= 0 && offset < kFar, args.op, "key_offset[", b, "] is ", offset,
+                " and must be between 0 and ", kFar - 1);
     check_value(queries >= 0 && queries <= params.query_length, args.op, "query_lengths[", b, "] is ", queries,
                 " and must be between 0 and query's length, ", params.query_length);
   }

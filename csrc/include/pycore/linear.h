@@ -28,42 +28,42 @@ inline constexpr int64_t kNormRowBlock = 64;  // rows per FMA chain in the gradi
 struct LinearParams {
   DType dtype = DType::kFloat32;  // of everything; float32 or float64
   int64_t in_features = 0, out_features = 0;
-  RowView x;                      // [rows, in_features]
-  const void* weight = nullptr;   // [out_features, in_features], row stride weight_stride
+  RowView x;                     // [rows, in_features]
+  const void* weight = nullptr;  // [out_features, in_features], row stride weight_stride
   int64_t weight_stride = 0;
-  const void* bias = nullptr;     // [out_features] contiguous, or null
-  void* out = nullptr;            // [rows, out_features], contiguous
+  const void* bias = nullptr;  // [out_features] contiguous, or null
+  void* out = nullptr;         // [rows, out_features], contiguous
 };
 
 struct LinearBackwardParams {
   DType dtype = DType::kFloat32;
   int64_t in_features = 0, out_features = 0;
-  RowView grad_out;               // [rows, out_features]
-  RowView x;                      // [rows, in_features]
-  const void* weight = nullptr;   // [out_features, in_features], row stride weight_stride
+  RowView grad_out;              // [rows, out_features]
+  RowView x;                     // [rows, in_features]
+  const void* weight = nullptr;  // [out_features, in_features], row stride weight_stride
   int64_t weight_stride = 0;
-  void* grad_x = nullptr;         // [rows, in_features], contiguous; each of the three may be null
-  void* grad_weight = nullptr;    // [out_features, in_features], contiguous
-  void* grad_bias = nullptr;      // [out_features]
+  void* grad_x = nullptr;       // [rows, in_features], contiguous; each of the three may be null
+  void* grad_weight = nullptr;  // [out_features, in_features], contiguous
+  void* grad_bias = nullptr;    // [out_features]
 };
 
 struct RmsNormParams {
   DType dtype = DType::kFloat32;  // of everything; float32 or float64
   int64_t channels = 0;
-  RowView x;                      // [rows, channels]
-  const void* weight = nullptr;   // [channels] contiguous, or null: ones
+  RowView x;                     // [rows, channels]
+  const void* weight = nullptr;  // [channels] contiguous, or null: ones
   double eps = 1e-6;
-  void* out = nullptr;            // [rows, channels], contiguous
+  void* out = nullptr;  // [rows, channels], contiguous
 };
 
 struct RmsNormBackwardParams {
   DType dtype = DType::kFloat32;
   int64_t channels = 0;
-  RowView grad_out, x;            // [rows, channels]
-  const void* weight = nullptr;   // [channels] contiguous, or null
+  RowView grad_out, x;           // [rows, channels]
+  const void* weight = nullptr;  // [channels] contiguous, or null
   double eps = 1e-6;
-  void* grad_x = nullptr;         // [rows, channels], contiguous, or null
-  void* grad_weight = nullptr;    // [channels], or null
+  void* grad_x = nullptr;       // [rows, channels], contiguous, or null
+  void* grad_weight = nullptr;  // [channels], or null
 };
 
 // CPU. `scratch` holds …_scratch(params, threads) bytes, 64-byte aligned; it may be null where that is zero.

@@ -31,8 +31,8 @@ inline void check_last_contiguous(const char* op, const char* argument, const Te
 inline void check_same_shape(const char* op, const char* argument, const TensorView& view, TensorView expected,
                              int64_t last) {
   expected.shape[expected.dims - 1] = last;
-  check_value(shape_text(view) == shape_text(expected), op, argument, " has shape ", shape_text(view), " and must have ",
-              shape_text(expected));
+  check_value(shape_text(view) == shape_text(expected), op, argument, " has shape ", shape_text(view),
+              " and must have ", shape_text(expected));
 }
 
 // x [..., K], weight [N, K], bias [N] or absent.
@@ -40,7 +40,8 @@ inline void check_linear(const char* op, const TensorView& x, const TensorView& 
   check_float_cpu(op, "x", x);
   check_value(x.dims >= 1, op, "x is a scalar and must have shape [..., in_features]");
   check_dtype_is(op, "weight", weight, x.dtype);
-  check_value(weight.dims == 2, op, "weight has shape ", shape_text(weight), " and must be [out_features, in_features]");
+  check_value(weight.dims == 2, op, "weight has shape ", shape_text(weight),
+              " and must be [out_features, in_features]");
   check_value(weight.shape[1] == x.shape[x.dims - 1], op, "x has ", x.shape[x.dims - 1],
               " features in its last dimension and must have weight's ", weight.shape[1]);
   check_last_contiguous(op, "x", x);

@@ -12,11 +12,11 @@ namespace pycore {
 struct RowView {
   const void* data = nullptr;
   int64_t rows = 1;
-  int32_t dims = 0;                    // leading dimensions left after merging, innermost first
+  int32_t dims = 0;  // leading dimensions left after merging, innermost first
   int64_t shape[kMaxDims - 1] = {};
   int64_t strides[kMaxDims - 1] = {};  // in elements
 
-  bool uniform() const { return dims <= 1; }                    // row r starts at element r * row_stride()
+  bool uniform() const { return dims <= 1; }  // row r starts at element r * row_stride()
   int64_t row_stride() const { return dims ? strides[0] : 0; }
 
   int64_t offset(int64_t row) const {

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// The linear and norm kernels on odd shapes and strides, with buffers of exactly the size the contract names, so that
+// a sanitizer sees every read or write beside them. Results are compared with the scalar kernels' bit for bit.
+#include <pycore/cpu_isa.h>
+#include <pycore/linear.h>
+
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using pycore::Parallel;
+
+int failures = 0;
+uint32_t state = 1;
+
+float random_value() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int32_t>(state >> 8) - (1 << 23)) / (1 << 22);
+}
+
+// Exactly `count` values on the heap; a vector may have spare capacity that hides an overrun.
+struct Buffer {
+  explicit Buffer(int64_t count, bool random = true) : count(count), data(new float[static_cast<size_t>(count)]) {
+    for (int64_t i = 0; i < count; ++i) data[i] = random ? random_value() : -77.0f;
+  }
+  bool operator==(const Buffer& other) const {
+    return std::memcmp(data.get(), other.data.get(), static_cast<size_t>(count) * sizeof(float)) == 0;
+  }
+  int64_t count;
+  std::unique_ptr<float[]> data;
+};
+
+Parallel threads(int64_t count) {
+  Parallel parallel;
+  parallel.threads = count;
+  parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
+    std::vector<std::thread> team;
+    for (int64_t slot = 0; slot < slots; ++slot) team.emplace_back(body, argument, slot);
+    for (std::thread& thread : team) thread.join();
+  };
+  return parallel;
+}
+
+// Rows [outer, inner, width] with gaps between them: two dimensions that do not merge, or one if inner is 1.
+struct Rows {
+  Rows(int64_t outer, int64_t inner, int64_t width) : row(width + 3), block(inner * row + 5), buffer(outer * block) {
+    pycore::TensorView view;
+    // The last row ends where the buffer does.
+    view.data = buffer.data.get() + (outer > 0 ? block - (inner - 1) * row - width : 0);
+    view.dims = 3;
+    const int64_t shape[] = {outer, inner, width}, strides[] = {block, row, 1};
+    std::memcpy(view.shape, shape, sizeof(shape));
+    std::memcpy(view.strides, strides, sizeof(strides));
+    rows = pycore::row_view(view);
+  }
+  int64_t row, block;
+  Buffer buffer;
+  pycore::RowView rows;
+};
+
+struct Shape {
+  int64_t outer, inner, ins, outs;
+};
+
+struct Results {
+  Buffer out, grad_x, grad_weight, grad_bias, norm, norm_grad_x, norm_grad_weight;
+  explicit Results(const Shape& s, int64_t rows = 0)
+      : out((rows = s.outer * s.inner) * s.outs, false),
+        grad_x(rows * s.ins, false),
+        grad_weight(s.outs * s.ins, false),
+        grad_bias(s.outs, false),
+        norm(rows * s.ins, false),
+        norm_grad_x(rows * s.ins, false),
+        norm_grad_weight(s.ins, false) {}
+  bool operator==(const Results& o) const {
+    return out == o.out && grad_x == o.grad_x && grad_weight == o.grad_weight && grad_bias == o.grad_bias &&
+           norm == o.norm && norm_grad_x == o.norm_grad_x && norm_grad_weight == o.norm_grad_weight;
+  }
+};
+
+void run(const Shape& s, const Rows& x, const Rows& grad, const Buffer& weight, const Buffer& bias, const Buffer& scale,
+         int64_t count, Results* results) {
+  const Parallel parallel = threads(count);
+  pycore::LinearParams forward;
+  forward.in_features = s.ins;
+  forward.out_features = s.outs;
+  forward.x = x.rows;
+  forward.weight = weight.data.get();
+  forward.weight_stride = s.ins;
+  forward.bias = bias.data.get();
+  forward.out = results->out.data.get();
+  std::unique_ptr<char[]> scratch(new char[static_cast<size_t>(pycore::linear_forward_scratch(forward, count))]);
+  failures += !pycore::linear_forward(forward, parallel, scratch.get()).ok();
+
+  pycore::LinearBackwardParams backward;
+  backward.in_features = s.ins;
+  backward.out_features = s.outs;
+  backward.grad_out = grad.rows;
+  backward.x = x.rows;
+  backward.weight = weight.data.get();
+  backward.weight_stride = s.ins;
+  backward.grad_x = results->grad_x.data.get();
+  backward.grad_weight = results->grad_weight.data.get();
+  backward.grad_bias = results->grad_bias.data.get();
+  scratch.reset(new char[static_cast<size_t>(pycore::linear_backward_scratch(backward, count))]);
+  failures += !pycore::linear_backward(backward, parallel, scratch.get()).ok();
+
+  pycore::RmsNormParams norm;
+  norm.channels = s.ins;
+  norm.x = x.rows;
+  norm.weight = scale.data.get();
+  norm.out = results->norm.data.get();
+  failures += !pycore::rms_norm_forward(norm, parallel).ok();
+
+  pycore::RmsNormBackwardParams norm_backward;
+  norm_backward.channels = s.ins;
+  norm_backward.grad_out = norm_backward.x = x.rows;
+  norm_backward.weight = scale.data.get();
+  norm_backward.grad_x = results->norm_grad_x.data.get();
+  norm_backward.grad_weight = results->norm_grad_weight.data.get();
+  scratch.reset(new char[static_cast<size_t>(pycore::rms_norm_backward_scratch(norm_backward, count))]);
+  failures += !pycore::rms_norm_backward(norm_backward, parallel, scratch.get()).ok();
+}
+
+}  // namespace
+
+int main() {
+  const pycore::CpuIsa isa = pycore::cpu_isa();
+  const Shape shapes[] = {{0, 1, 5, 7},     {1, 1, 0, 7},     {1, 1, 1, 1},      {1, 1, 257, 83},   {3, 1, 17, 33},
+                          {2, 3, 64, 64},   {7, 1, 300, 129}, {5, 5, 63, 70},    {30, 13, 31, 200}, {300, 1, 9, 5},
+                          {1, 1, 600, 530}, {4, 1, 33, 400},  {270, 1, 130, 193}};
+  for (const Shape& s : shapes) {
+    const Rows x(s.outer, s.inner, s.ins), grad(s.outer, s.inner, s.outs);
+    const Buffer weight(s.outs * s.ins), bias(s.outs), scale(s.ins);
+    pycore::set_cpu_isa(pycore::CpuIsa::kScalar);
+    Results expected(s);
+    run(s, x, grad, weight, bias, scale, 1, &expected);
+    pycore::set_cpu_isa(isa);
+    for (int64_t count : {1, 3}) {
+      Results actual(s);
+      run(s, x, grad, weight, bias, scale, count, &actual);
+      if (actual == expected) continue;
+      std::fprintf(stderr, "failed: %ld x %ld rows of %ld to %ld on %ld threads\n", long(s.outer), long(s.inner),
+                   long(s.ins), long(s.outs), long(count));
+      ++failures;
+    }
+  }
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// The five functions of a schedule agree with each other: every one against `keeps`, the definition, on random schedules.
+#include <pycore/tile_schedule.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+namespace {
+
+using pycore::Cover;
+using pycore::kKeyTile;
+using pycore::TileSchedule;
+
+constexpr int64_t kTiles = 6, kKeys = kTiles * kKeyTile;
+
+std::mt19937 engine(7);
+
+int64_t draw(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(engine); }
+
+void expect(bool condition, const char* what, const TileSchedule& schedule, int64_t p_lo, int64_t p_hi, int64_t tile) {
+  if (condition) return;
+  std::fprintf(stderr, "%s: kind %d, sinks %lld, window %lld, positions %lld..%lld, tile %lld\n", what,
+               static_cast<int>(schedule.kind), static_cast<long long>(schedule.sink_size),
+               static_cast<long long>(schedule.window_size), static_cast<long long>(p_lo),
+               static_cast<long long>(p_hi), static_cast<long long>(tile));
+  std::exit(1);
+}
+
+// How many of the tile's pairs with rows p_lo..p_hi are kept, by definition.
+int64_t kept(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi, int64_t tile) {
+  int64_t count = 0;
+  for (int64_t p = p_lo; p <= p_hi; ++p) {
+    for (int64_t j = tile * kKeyTile; j < (tile + 1) * kKeyTile; ++j) count += schedule.keeps(p, j);
+  }
+  return count;
+}
+
+void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
+  for (int64_t tile = 0; tile < kTiles; ++tile) {
+    const int64_t count = kept(schedule, p_lo, p_hi, tile), all = (p_hi - p_lo + 1) * kKeyTile;
+    const Cover cover = schedule.cover(p_lo, p_hi, tile);
+    expect(cover != Cover::kNone || count == 0, "cover says none", schedule, p_lo, p_hi, tile);
+    expect(cover != Cover::kAll || count == all, "cover says all", schedule, p_lo, p_hi, tile);
+    for (int64_t p = p_lo; p <= p_hi; ++p) {
+      const uint64_t bits = schedule.keep_bits(p, tile);
+      for (int64_t c = 0; c < kKeyTile; ++c) {
+        expect((bits >> c & 1) == schedule.keeps(p, tile * kKeyTile + c), "keep_bits", schedule, p, p, tile);
+      }
+    }
+    int64_t lo, hi;
+    schedule.query_range(tile, &lo, &hi);
+    expect(p_lo >= lo || kept(schedule, p_lo, std::min(p_hi, lo - 1), tile) == 0, "query_range's lo", schedule, p_lo,
+           p_hi, tile);
+    expect(p_hi <= hi || kept(schedule, std::max(p_lo, hi + 1), p_hi, tile) == 0, "query_range's hi", schedule, p_lo,
+           p_hi, tile);
+    // next_tile steps over nothing that is kept, and forward.
+    const int64_t next = schedule.next_tile(p_lo, p_hi, tile);
+    expect(next >= tile, "next_tile goes back", schedule, p_lo, p_hi, tile);
+    for (int64_t t = tile; t < std::min(next, kTiles); ++t) {
+      expect(kept(schedule, p_lo, p_hi, t) == 0, "next_tile skips", schedule, p_lo, p_hi, t);
+    }
+  }
+}
+
+// Tiles a walk visits for one tile of queries.
+int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
+  int64_t count = 0;
+  const int64_t tiles = p_hi / kKeyTile + 1;
+  for (int64_t tile = schedule.next_tile(p_lo, p_hi, 0); tile < tiles; tile = schedule.next_tile(p_lo, p_hi, tile + 1)) {
+    count += schedule.cover(p_lo, p_hi, tile) != Cover::kNone;
+  }
+  return count;
+}
+
+TileSchedule random_schedule() {
+  TileSchedule schedule;
+  schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 2));
+  if (schedule.kind != pycore::ScheduleKind::kLambda) return schedule;
+  const int64_t sizes[] = {0, 1, 63, 64, 65, 128, draw(0, 200), kKeys, pycore::kFar};
+  schedule.sink_size = sizes[draw(0, 8)];
+  schedule.window_size = std::max<int64_t>(sizes[draw(0, 8)], 1);
+  return schedule;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
+  for (int i = 0; i < (quick ? 3000 : 20000); ++i) {
+    const int64_t p_lo = draw(-70, kKeys - 1);
+    check(random_schedule(), p_lo, std::min(p_lo + draw(0, draw(0, 1) ? 5 : 95), kKeys - 1));
+  }
+  // The cost of Λ: a tile of queries visits the sinks' tiles and the window's, however far it stands.
+  TileSchedule schedule;
+  schedule.kind = pycore::ScheduleKind::kLambda;
+  schedule.sink_size = 16;
+  schedule.window_size = 512;
+  for (int64_t p = 4096; p < int64_t{1} << 50; p = p * 3 + 1) {
+    const int64_t tiles = visited(schedule, p, p + 95);
+    expect(tiles <= 1 + (512 + 95) / kKeyTile + 2, "Λ visits too many tiles", schedule, p, p + 95, tiles);
+  }
+  return 0;
+}

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention ops as citizens of torch: opcheck, torch.compile, torch.export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_inputs import lengths, qkv, tables
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pycore.ops import attention, lambda_attention
+from pycore.schedules import Causal, Lambda
+
+ROPE = tables(300, 8)
+LENGTHS = (lengths(2, 0), lengths(9, 7), lengths(0, 3), lengths(5, 1))
+NO_LENGTHS = (None,) * 4
+
+# The arguments of torch.ops.pycore.attention after query, key and value.
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "causal": (None, None, *NO_LENGTHS, "attention", "causal", [], False, -1, 0.3),
+    "full-rope": (*ROPE, *NO_LENGTHS, "attention", "full", [], False, -1, 0.3),
+    "lambda-rope-limit": (*ROPE, *NO_LENGTHS, "lambda_attention", "lambda", [2, 4], True, 6, 0.3),
+    "lengths": (*ROPE, *LENGTHS, "lambda_attention", "lambda", [2, 4], False, 4, 0.3),
+}
+
+
+def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(cast(x) for x in ARGUMENTS[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck_forward(name: str, dtype: torch.dtype) -> None:
+    inputs = [x.requires_grad_() for x in qkv(2, 4, 2, 5, 9, 8, 6, dtype=dtype)]
+    results = torch.library.opcheck(torch.ops.pycore.attention.default, (*inputs, *arguments(name, dtype)))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: qkv(1, 2, 2, 3, 0, 8),
+        lambda: qkv(0, 2, 2, 3, 3, 8),
+        lambda: [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(2, 4, 2, 5, 9, 8)],
+        lambda: [x.transpose(2, 3).contiguous().transpose(2, 3) for x in qkv(2, 4, 2, 5, 9, 8)],
+    ],
+    ids=["no-keys", "no-batch", "batch-length-heads-dim", "last-dim-not-contiguous"],
+)
+def test_opcheck_layouts(make: Any) -> None:
+    inputs = [x.requires_grad_() for x in make()]
+    results = torch.library.opcheck(
+        torch.ops.pycore.attention.default, (*inputs, *arguments("lambda-rope-limit", torch.float32))
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out-and-lse"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck_backward(name: str, with_lse: bool) -> None:
+    inputs = qkv(2, 4, 2, 5, 9, 8, 6)
+    rest = arguments(name, torch.float32)
+    out, lse = torch.ops.pycore.attention(*inputs, *rest)
+    grads = (torch.randn_like(out), torch.randn_like(lse) if with_lse else None)
+    results = torch.library.opcheck(torch.ops.pycore.attention_backward.default, (*grads, out, lse, *inputs, *rest))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.fixture
+def counter() -> Any:
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+PREFILLS = [37, 38, 64, 65, 127, 200]
+# Torch takes lengths that are equal at first to stay equal, and compiles again when they differ: they differ at first.
+CHUNKS = [(3, 120), (1, 121), (1, 122), (5, 250), (129, 129), (37, 37), (2, 2), (200, 201)]
+
+
+def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two ops, with something of torch's between and around them."""
+    x = lambda_attention(2 * q, k, v, sink_size=3, window_size=20, rope=ROPE)
+    y, lse = attention(x + q, k, v, schedule=Causal(), rope=ROPE, distance_limit=30, return_lse=True)
+    return y * lse.sigmoid()[..., None]
+
+
+def test_compile_with_changing_lengths(counter: Any) -> None:
+    """Fullgraph: a graph for the first length, one for all others."""
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for n in PREFILLS:
+        inputs = qkv(1, 4, 2, n, n, 8)
+        assert torch.equal(compiled(*inputs), model(*inputs))
+    assert counter.frame_count <= 2
+
+
+def test_compile_prefill_then_decode(counter: Any) -> None:
+    """Query and key lengths that change apart from each other, and a single query."""
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for n, m in CHUNKS:
+        inputs = qkv(1, 4, 2, n, m, 8)
+        if counter.frame_count == 0:
+            for x in inputs:
+                torch._dynamo.mark_dynamic(x, 2)
+        assert torch.equal(compiled(*inputs), model(*inputs))
+    assert counter.frame_count <= 2  # torch always specializes a length of 1
+
+
+def test_compile_backward_with_changing_lengths(counter: Any) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for n in PREFILLS:
+        results = []
+        inputs = qkv(1, 4, 2, n, n, 8)
+        for f in (compiled, model):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = f(*leaves)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert counter.frame_count <= 2
+
+
+def test_compile_with_changing_sizes_and_counts(counter: Any) -> None:
+    """Windows, sinks, limits and the tensors of lengths: what changes per call compiles no graph per value."""
+
+    def f(
+        q: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, limit: int, starts: Tensor, offset: Tensor
+    ) -> Tensor:
+        return lambda_attention(
+            q, k, v, sink_size=sinks, window_size=window, distance_limit=limit, rope=ROPE, key_starts=starts,
+            key_offset=offset,
+        )  # fmt: skip
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    inputs = qkv(2, 4, 2, 5, 50, 8)
+    for step in range(10):
+        numbers = (3 + step, 10 + step, 20 + step, lengths(step, 2), lengths(0, 10 * step))
+        assert torch.equal(compiled(*inputs, *numbers), f(*inputs, *numbers))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
+def test_compile_with_inductor() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    inputs = [x.requires_grad_() for x in qkv(1, 4, 2, 40, 40, 8)]
+    actual, expected = compiled(*inputs), model(*inputs)
+    torch.testing.assert_close(actual, expected)
+    for x, y in zip(
+        torch.autograd.grad(actual.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+    torch._dynamo.reset()
+
+
+class Model(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        return attention(
+            q, k, v, schedule=Lambda(3, 20), rope=ROPE, distance_limit=20, key_starts=starts, return_lse=True
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_with_a_dynamic_length(strict: bool) -> None:
+    length = torch.export.Dim("length", min=2, max=1 << 20)
+    dynamic = ({2: length}, {2: length}, {2: length}, None)
+    exported = torch.export.export(
+        Model(), (*qkv(2, 4, 2, 40, 40, 8), lengths(0, 3)), dynamic_shapes=dynamic, strict=strict
+    )
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert targets.count("pycore.attention.default") == 1
+    for n in (17, 40, 113, 250):
+        inputs = (*qkv(2, 4, 2, n, n, 8), lengths(5, 0))
+        assert all(torch.equal(x, y) for x, y in zip(exported.module()(*inputs), Model()(*inputs), strict=True))
+
+
+def test_exported_program_is_a_file(tmp_path: Any) -> None:
+    inputs = (*qkv(2, 4, 2, 40, 40, 8), lengths(0, 3))
+    torch.export.save(torch.export.export(Model(), inputs), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    assert all(torch.equal(x, y) for x, y in zip(loaded(*inputs), Model()(*inputs), strict=True))
+
+
+def test_fake_tensors_have_the_right_shapes() -> None:
+    inputs = [x.to("meta") for x in qkv(2, 4, 2, 5, 9, 8, 6, dtype=torch.float64)]
+    out, lse = attention(*inputs, return_lse=True)
+    assert out.shape == (2, 4, 5, 6) and lse.shape == (2, 4, 5)
+    assert out.device.type == "meta" and out.dtype == lse.dtype == torch.float64
+
+
+def test_vmap_is_a_loop() -> None:
+    q, k, v = qkv(3, 2, 1, 5, 9, 8)
+    mapped = torch.vmap(lambda x: attention(x, k[:1], v[:1]))(q[:, None])
+    assert torch.equal(mapped, torch.stack([attention(x[None], k[:1], v[:1]) for x in q]))

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules as values, as masks, and as the tiles the kernels walk."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from pycore import schedules
+from pycore.ops import attention
+from pycore.reference.attention import keep_mask
+from pycore.schedules import Causal, Full, Lambda, Schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+ALL = [Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 100), Lambda(2**62, 2**62)]
+
+
+def test_public_names() -> None:
+    assert set(schedules.__all__) == {"Causal", "Full", "Lambda", "Schedule"}
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+def test_schedules_are_frozen_values(schedule: Schedule) -> None:
+    again = type(schedule)(*schedule.args)
+    assert schedule == again and hash(schedule) == hash(again)
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    assert isinstance(schedule, Schedule) and dataclasses.is_dataclass(schedule)
+    assert sum(schedule == other for other in ALL) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.sink_size = 3  # type: ignore[misc]
+
+
+def test_what_the_kernels_see() -> None:
+    assert (Full().kind, Full().args) == ("full", [])
+    assert (Causal().kind, Causal().args) == ("causal", [])
+    assert (Lambda(4, 8).kind, Lambda(4, 8).args) == ("lambda", [4, 8])
+    assert Lambda(sink_size=4, window_size=8) == Lambda(4, 8)
+
+
+def test_lambda_by_hand() -> None:
+    """Two sinks and a window of two, the query's own token in it."""
+    position = torch.arange(6)
+    rows = ["#.....", "##....", "###...", "####..", "##.##.", "##..##"]
+    mask = keep_mask(Lambda(2, 2), position[:, None], position[None])
+    assert ["".join(".#"[int(x)] for x in row) for row in mask] == rows
+
+
+def test_mask_of_an_unknown_schedule() -> None:
+    with pytest.raises(TypeError, match="must be one of pycore.schedules"):
+        keep_mask(Schedule(), torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=str)
+def test_kernels_keep_what_the_mask_says(schedule: Schedule, isa: str) -> None:
+    """Equal scores and one-hot values: the output is the mask, each row divided by what it keeps."""
+    length = 150
+    out, lse = attention(
+        torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), torch.eye(length)[None, None], schedule=schedule,
+        return_lse=True,
+    )  # fmt: skip
+    position = torch.arange(length)
+    mask = keep_mask(schedule, position[:, None], position[None])
+    assert torch.equal(out[0, 0] > 0, mask)
+    torch.testing.assert_close(out[0, 0], mask / mask.sum(1, keepdim=True), rtol=1e-6, atol=0)
+    torch.testing.assert_close(lse[0, 0], mask.sum(1).float().log(), rtol=1e-6, atol=1e-6)
+
+
+def test_tile_functions_agree_with_the_definition(tmp_path: Path) -> None:
+    """tests/native/tile_schedule.cpp: random schedules, and the tiles a Λ walk visits far down a stream."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "tile_schedule"
+    source = ROOT / "tests" / "native" / "tile_schedule.cpp"
+    flags = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc' / 'include'}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program), "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
