@@ -165,9 +165,7 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
   }
 
   int64_t key_tiles = 0;
-  for (int64_t b = 0; b < forward.batch; ++b) {
-    key_tiles = std::max(key_tiles, tiles(row_map(forward, b).positions(), kKeyTile));
-  }
+  for (int64_t b = 0; b < forward.batch; ++b) key_tiles = std::max(key_tiles, row_map(forward, b).present_tiles());
   // One pass (5 products a tile) keeps a key head on one thread; two passes (7 products) share it out. Both add the
   // same numbers in the same order, so the choice is a matter of time alone.
   const int64_t threads = std::max<int64_t>(parallel.threads, 1);
@@ -176,8 +174,8 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
     for_each_item(parallel, pairs, [&](int64_t slot, int64_t pair) {
       const int64_t b = pair / forward.kv_heads, kv_head = pair % forward.kv_heads;
       const RowMap map = row_map(forward, b);
-      for (int64_t tile = 0; tile * kKeyTile < map.positions(); ++tile) {
-        kernels->grad_key_value(params, map, b, kv_head, tile, {true, true, false}, slot_scratch(slot));
+      for (int64_t n = 0; n < map.present_tiles(); ++n) {
+        kernels->grad_key_value(params, map, b, kv_head, map.present_tile(n), {true, true, false}, slot_scratch(slot));
       }
     });
     return {};
@@ -195,9 +193,9 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
   for_each_item(parallel, pairs * key_tiles, [&](int64_t slot, int64_t item) {
     const int64_t pair = item % pairs, b = pair / forward.kv_heads;
     const RowMap map = row_map(forward, b);
-    const int64_t tile = item / pairs;
-    if (tile * kKeyTile >= map.positions()) return;
-    kernels->grad_key_value(params, map, b, pair % forward.kv_heads, tile, {false, true, false}, slot_scratch(slot));
+    if (item / pairs >= map.present_tiles()) return;
+    kernels->grad_key_value(params, map, b, pair % forward.kv_heads, map.present_tile(item / pairs),
+                            {false, true, false}, slot_scratch(slot));
   });
   return {};
 }

@@ -188,9 +188,7 @@ void forward_row(const AttentionParams& params, const RowMap& map, int64_t b, in
   total.restart(n);
   segment.restart(n);
   int64_t open_segment = 0;
-  const int64_t tiles = (map.positions() + kKeyTile - 1) / kKeyTile;
-  for (int64_t tile = map.schedule.next_tile(p, p, 0); tile < tiles;
-       tile = map.schedule.next_tile(p, p, tile + 1)) {
+  for (int64_t tile = map.next_tile(p, p, 0); tile != kNoTile; tile = map.next_tile(p, p, tile + 1)) {
     const RowTile<T> row(params, map, b, h, i, tile, rows);
     if (row.kept == 0) continue;
     if (tile / kSegmentTiles != open_segment) {
@@ -303,11 +301,9 @@ void grad_query(const AttentionBackwardParams& params, const RowMap& map, const 
                 void* scratch) {
   Rows<T> rows;
   rows.bind(params.forward, scratch);
-  const TileSchedule& schedule = map.schedule;
-  const int64_t tiles = (map.positions() + kKeyTile - 1) / kKeyTile;
   for (int64_t i = queries.first; i < queries.first + queries.count; ++i) {
     const int64_t p = map.query_position(i);
-    for (int64_t tile = schedule.next_tile(p, p, 0); tile < tiles; tile = schedule.next_tile(p, p, tile + 1)) {
+    for (int64_t tile = map.next_tile(p, p, 0); tile != kNoTile; tile = map.next_tile(p, p, tile + 1)) {
       backward_row<T>(params, map, queries.batch, queries.head, i, tile, parts, rows);
     }
   }

@@ -2,12 +2,15 @@
 // The backward pass in vectors. One step takes up to kBackwardRows queries of a head against one key tile:
 //   p = 2^(s - lse),  g = grad_out v^T,  ds = p (g - delta) scale   (times softcap's slope)
 //   grad_query += ds k,  grad_key += ds^T q,  grad_value += p^T grad_out
-// Steps run in a fixed order (keys ascending for a query, heads then queries ascending for a key) and every gradient
-// is one chain of FMAs along it, so that one pass and two passes, and any number of threads, give the same bits.
+// Steps run in a fixed order (keys ascending for a query, heads then queries ascending for a key), and what each adds does
+// not depend on who runs it, so that one pass and two passes, and any number of threads, give the same bits.
 // With rotation, ds k and ds^T q are taken in the tile's rotated frame and turned back before they are added.
 // Include after attention_forward.inl.h.
 
 constexpr int64_t kBackwardRows = 64;
+// A key's gradients are summed over this many steps, and those sums over all: a sink has as many queries as the sequence,
+// and one chain over them would lose accuracy.
+constexpr int64_t kSumSteps = 4;
 
 struct BackwardBuffers {
   // The key tile.
@@ -17,9 +20,10 @@ struct BackwardBuffers {
   float* key_rows = nullptr;       // [64, padded D] rotated
   float* key_copy = nullptr;       // [64, padded D] unrotated, where the rows themselves will not do
   float* value_copy = nullptr;     // [64, padded Dv] converted to float32
-  float* grad_key = nullptr;       // [64, padded D]
-  float* grad_key_far = nullptr;   // [64, padded D]
-  float* grad_value = nullptr;     // [64, padded Dv]
+  float* grad_key = nullptr;       // [64, padded D] of the open steps
+  float* grad_value = nullptr;     // [64, padded Dv], right behind it
+  float* grad_key_far = nullptr;   // [64, padded D], right behind that
+  float* totals = nullptr;         // the three, of the steps before
   // The queries.
   float* query = nullptr;          // [64, padded D] rotated for the tile, or a copy
   float* query_far = nullptr;      // [64, padded D] rotated by the limit
@@ -33,6 +37,11 @@ struct BackwardBuffers {
   float* strip = nullptr;          // [strip_length] biases
   float* grad_strip = nullptr;     // [strip_length] their gradient
 
+  // Floats of grad_key, grad_value and, where there is rotation, grad_key_far.
+  static int64_t sums(const AttentionParams& params) {
+    return kKeyTile * (padded(params.head_dim) * (params.rope_cos ? 2 : 1) + padded(params.value_dim));
+  }
+
   int64_t bind(const AttentionParams& params, void* memory) {
     const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
     const bool rope = params.rope_cos != nullptr;
@@ -40,8 +49,11 @@ struct BackwardBuffers {
     key_columns = scratch.take(d * kKeyTile);
     value_columns = scratch.take(dv * kKeyTile);
     key_copy = scratch.take(kKeyTile * d);
-    grad_key = scratch.take(kKeyTile * d);
-    grad_value = scratch.take(kKeyTile * dv);
+    grad_key = scratch.take(sums(params));
+    grad_value = grad_key + kKeyTile * d;
+    grad_key_far = grad_value + kKeyTile * dv;
+    totals = scratch.take(sums(params));
+    grad_query = scratch.take(kProductRows * d);
     weights = scratch.take(kBackwardRows * kKeyTile);
     grad_scores = scratch.take(kBackwardRows * kKeyTile);
     query = scratch.take(kBackwardRows * d);
@@ -58,9 +70,7 @@ struct BackwardBuffers {
     if (rope) {
       key_far = scratch.take(d * kKeyTile);
       key_rows = scratch.take(kKeyTile * d);
-      grad_key_far = scratch.take(kKeyTile * d);
       query_far = scratch.take(kBackwardRows * d);
-      grad_query = scratch.take(kProductRows * d);
       scores_far = scratch.take(kProductRows * kKeyTile);
     }
     return scratch.used;
@@ -137,6 +147,13 @@ PYCORE_INLINE const float* query_rows(const AttentionParams& params, const void*
     load_row(params.dtype, row_of(params, data, strides, b, h, first + r), n, copy + r * *stride);
   }
   return copy;
+}
+
+// out += x.
+PYCORE_INLINE void add_row(const float* x, int64_t n, float* out) {
+  int64_t at = 0;
+  for (; at + Vec::kWidth <= n; at += Vec::kWidth) (Vec::load(out + at) + Vec::load(x + at)).store(out + at);
+  if (at < n) (Vec::load_first(out + at, n - at) + Vec::load_first(x + at, n - at)).store_first(out + at, n - at);
 }
 
 // Rows first..first+count-1 of head h against the loaded tile.
@@ -248,30 +265,22 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
     }
     if (!parts.query) continue;
     float* grad_query = static_cast<float*>(params.grad_query) + (index + row) * forward.head_dim;
-    if (!rope) {
-      accumulate_kept<false>(rows, keeps, grad_scores, kKeyTile, loaded.key, loaded.key_stride, forward.head_dim,
-                             grad_query, forward.head_dim);
-      continue;
-    }
-    const auto add_turned_back = [&](const BlockKeeps& part, const float* key, int64_t key_stride, bool is_far) {
+    // The tile's share is one chain of FMAs, turned back and then added to what earlier tiles gave.
+    const auto add_share = [&](const BlockKeeps& part, const float* key, int64_t key_stride, bool is_far) {
       zero_rows(buffers.grad_query, rows * d);
       accumulate_kept<false>(rows, part, grad_scores, kKeyTile, key, key_stride, forward.head_dim, buffers.grad_query,
                              d);
       for (int m = 0; m < rows; ++m) {
         if (part.bits[m] == 0) continue;
-        float* turned = buffers.grad_query + m * d;
-        rotate(forward, turned, is_far ? -forward.distance_limit : base - (p_first + row + m), turned);
-        float* out = grad_query + m * forward.head_dim;
-        int64_t at = 0;
-        for (; at + Vec::kWidth <= forward.head_dim; at += Vec::kWidth) {
-          (Vec::load(out + at) + Vec::load(turned + at)).store(out + at);
-        }
-        const int64_t left = forward.head_dim - at;
-        if (left > 0) (Vec::load_first(out + at, left) + Vec::load(turned + at)).store_first(out + at, left);
+        float* share = buffers.grad_query + m * d;
+        if (rope) rotate(forward, share, is_far ? -forward.distance_limit : base - (p_first + row + m), share);
+        add_row(share, forward.head_dim, grad_query + m * forward.head_dim);
       }
     };
-    if (keeps_near.any) add_turned_back(keeps_near, buffers.key_rows, d, false);
-    if (keeps_far.any) add_turned_back(keeps_far, loaded.key, loaded.key_stride, true);
+    if (keeps_near.any) {
+      add_share(keeps_near, rope ? buffers.key_rows : loaded.key, rope ? d : loaded.key_stride, false);
+    }
+    if (keeps_far.any) add_share(keeps_far, loaded.key, loaded.key_stride, true);
   }
 
   if (parts.bias) {
@@ -333,9 +342,7 @@ void grad_query(const AttentionBackwardParams& params, const RowMap& map, const 
   BackwardBuffers buffers;
   buffers.bind(forward, memory);
   const int64_t p_lo = map.query_position(queries.first), p_hi = p_lo + queries.count - 1;
-  const int64_t tiles = (map.positions() + kKeyTile - 1) / kKeyTile;
-  for (int64_t tile = map.schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
-       tile = map.schedule.next_tile(p_lo, p_hi, tile + 1)) {
+  for (int64_t tile = map.next_tile(p_lo, p_hi, 0); tile != kNoTile; tile = map.next_tile(p_lo, p_hi, tile + 1)) {
     if (map.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
     const BackwardTile loaded = load_backward_tile(forward, map, queries.batch, queries.kv_head, tile, buffers);
     if (loaded.present == 0) continue;
@@ -354,9 +361,13 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   const bool rope = forward.rope_cos != nullptr;
   const BackwardTile loaded = load_backward_tile(forward, map, b, kv_head, tile, buffers);
   if (loaded.present == 0) return;
-  zero_rows(buffers.grad_key, kKeyTile * d);
-  zero_rows(buffers.grad_value, kKeyTile * dv);
-  if (rope) zero_rows(buffers.grad_key_far, kKeyTile * d);
+  const int64_t sums = BackwardBuffers::sums(forward);
+  zero_rows(buffers.grad_key, sums);
+  zero_rows(buffers.totals, sums);
+  const auto close_steps = [&]() {
+    add_row(buffers.grad_key, sums, buffers.totals);
+    zero_rows(buffers.grad_key, sums);
+  };
 
   int64_t lo, hi;
   map.schedule.query_range(tile, &lo, &hi);
@@ -364,24 +375,26 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   const int64_t first = lo > p0 ? lo - p0 : 0;
   const int64_t last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    int64_t open = 0;
     for (int64_t i = first; i <= last; i += kBackwardRows) {
       const int64_t count = last - i + 1 < kBackwardRows ? last - i + 1 : kBackwardRows;
       backward_step(params, map, b, h, i, count, loaded, parts, buffers);
+      if (++open % kSumSteps == 0) close_steps();
     }
+    close_steps();
   }
+  float* key = buffers.totals;
+  const float* value = key + kKeyTile * d;
+  const float* key_far = value + kKeyTile * dv;
   for (int64_t c = 0; c < kKeyTile; ++c) {
     if (!(loaded.present >> c & 1)) continue;
     const int64_t row = key_row_index(forward, b, kv_head, map.key_row(tile * kKeyTile + c));
-    float* key = buffers.grad_key + c * d;
     if (rope) {
-      rotate(forward, key, -c, key);
-      for (int64_t at = 0; at < d; at += Vec::kWidth) {
-        (Vec::load(key + at) + Vec::load(buffers.grad_key_far + c * d + at)).store(key + at);
-      }
+      rotate(forward, key + c * d, -c, key + c * d);
+      add_row(key_far + c * d, d, key + c * d);
     }
-    copy_row(key, forward.head_dim, static_cast<float*>(params.grad_key) + row * forward.head_dim);
-    copy_row(buffers.grad_value + c * dv, forward.value_dim,
-             static_cast<float*>(params.grad_value) + row * forward.value_dim);
+    copy_row(key + c * d, forward.head_dim, static_cast<float*>(params.grad_key) + row * forward.head_dim);
+    copy_row(value + c * dv, forward.value_dim, static_cast<float*>(params.grad_value) + row * forward.value_dim);
   }
 }
 

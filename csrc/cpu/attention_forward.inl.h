@@ -251,10 +251,8 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   zero_rows(buffers.accumulator, rows * dv);
   zero_rows(buffers.total, rows * dv);
 
-  const int64_t tiles = (map.positions() + kKeyTile - 1) / kKeyTile;
   int64_t open_segment = 0;
-  for (int64_t tile = map.schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
-       tile = map.schedule.next_tile(p_lo, p_hi, tile + 1)) {
+  for (int64_t tile = map.next_tile(p_lo, p_hi, 0); tile != kNoTile; tile = map.next_tile(p_lo, p_hi, tile + 1)) {
     LoadedTile loaded;
     loaded.tile = tile;
     loaded.present = map.present_bits(tile);

@@ -98,9 +98,8 @@ __global__ void attention_forward_kernel(AttentionParams params) {
 
   RowState total, segment;
   int64_t open_segment = 0;
-  const int64_t tiles = i < map.queries ? (map.positions() + kKeyTile - 1) / kKeyTile : 0;
-  for (int64_t tile = map.schedule.next_tile(p, p, 0); tile < tiles;
-       tile = map.schedule.next_tile(p, p, tile + 1)) {
+  for (int64_t tile = i < map.queries ? map.next_tile(p, p, 0) : kNoTile; tile != kNoTile;
+       tile = map.next_tile(p, p, tile + 1)) {
     const uint64_t kept = map.schedule.keep_bits(p, tile) & map.present_bits(tile);
     if (kept == 0) continue;
     if (tile / kSegmentTiles != open_segment) {

@@ -101,6 +101,31 @@ struct RowMap {
     if (offset == 0) return tile_bits(base, 0, keys);
     return tile_bits(base, 0, sinks) | tile_bits(base, sinks + offset, keys + offset);
   }
+  PYCORE_HOST_DEVICE int64_t tiles() const { return (positions() + kKeyTile - 1) / kKeyTile; }
+  // Eviction leaves a gap in the positions: tiles sink_tiles() .. after_gap() - 1 hold no key.
+  PYCORE_HOST_DEVICE int64_t sink_tiles() const { return offset == 0 ? 0 : (sinks + kKeyTile - 1) / kKeyTile; }
+  PYCORE_HOST_DEVICE int64_t after_gap() const {
+    const int64_t tile = offset == 0 ? 0 : (sinks + offset) / kKeyTile;
+    return tile > sink_tiles() ? tile : sink_tiles();
+  }
+  // Tiles outside the gap, in order.
+  PYCORE_HOST_DEVICE int64_t present_tiles() const {
+    const int64_t rest = tiles() - after_gap();
+    return sink_tiles() + (rest > 0 ? rest : 0);
+  }
+  PYCORE_HOST_DEVICE int64_t present_tile(int64_t index) const {
+    return index < sink_tiles() ? index : after_gap() + index - sink_tiles();
+  }
+  // The first tile >= `tile` outside the gap that some row of p_lo..p_hi may visit; kNoTile if there is none.
+  PYCORE_HOST_DEVICE int64_t next_tile(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    for (;;) {
+      if (tile >= sink_tiles() && tile < after_gap()) tile = after_gap();
+      const int64_t next = schedule.next_tile(p_lo, p_hi, tile);
+      if (next >= tiles()) return kNoTile;
+      if (next < sink_tiles() || next >= after_gap()) return next;
+      tile = next;
+    }
+  }
   // True if the tile's present positions lie in consecutive rows.
   PYCORE_HOST_DEVICE bool contiguous(int64_t tile) const {
     const int64_t base = tile * kKeyTile;

@@ -215,12 +215,18 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
   // Without a causal bound a query may also stand before its keys, at any distance.
   const bool causal = params->schedule.kind != ScheduleKind::kFull && params->schedule.kind != ScheduleKind::kPrefix &&
                       (params->schedule.kind != ScheduleKind::kSegments || params->schedule.causal);
-  const int64_t needed = !causal
-                             ? std::max(positions, params->query_length)
-                             : std::min(positions, params->distance_limit + kKeyTile);
-  check_value(params->rope_rows >= needed, args.op, "rope has ", params->rope_rows, " rows and must have ", needed,
-              " (the largest distance, ", std::max<int64_t>(std::min(positions - 1, params->distance_limit), 0),
-              ", and a tile of ", kKeyTile, ")");
+  if (!causal) {
+    const int64_t needed = std::max(positions, params->query_length);
+    check_value(params->rope_rows >= needed, args.op, "rope has ", params->rope_rows, " rows and must have ", needed,
+                ", one for every distance up to ", needed - 1);
+  } else if (positions <= params->distance_limit + kKeyTile) {
+    check_value(params->rope_rows >= positions, args.op, "rope has ", params->rope_rows, " rows and must have ",
+                positions, ", one for every distance up to ", positions - 1);
+  } else {
+    check_value(params->rope_rows >= params->distance_limit + kKeyTile, args.op, "rope has ", params->rope_rows,
+                " rows and must have ", params->distance_limit + kKeyTile, ": distance_limit, ",
+                params->distance_limit, ", and a tile of ", kKeyTile);
+  }
 }
 
 }  // namespace detail
