@@ -15,6 +15,8 @@ namespace scalar {
 namespace {
 
 constexpr int64_t kRows = 64;
+// A key's gradients are summed over this many queries, and those sums over all.
+constexpr int64_t kSumQueries = 256;
 
 template <class T>
 T dot(const T* x, const T* y, int64_t n) {
@@ -63,7 +65,12 @@ struct Rows {
   T *query, *query_near, *query_far, *key, *key_near, *value;
   T *accumulator, *total;                 // forward
   T *grad_out, *grad_near, *grad_far;     // backward: this row's
-  T *tile_near, *tile_far, *tile_value;   // backward: the key tile's, 64 rows each
+  T *tile_near, *tile_far, *tile_value;   // backward: the key tile's, 64 rows each, one behind the other
+  T* tile_totals;                         // the same three, of queries whose sums are closed
+
+  static int64_t tile_sums(const AttentionParams& params) {
+    return kKeyTile * (2 * params.head_dim + params.value_dim);
+  }
 
   int64_t bind(const AttentionParams& params, void* memory) {
     const int64_t n = params.head_dim, m = params.value_dim;
@@ -78,6 +85,7 @@ struct Rows {
     tile_near = take(kKeyTile * n);
     tile_far = take(kKeyTile * n);
     tile_value = take(kKeyTile * m);
+    tile_totals = take(tile_sums(params));
     return (used * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
   }
 };
@@ -316,28 +324,36 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   const int64_t n = forward.head_dim, m = forward.value_dim, group = forward.heads / forward.kv_heads;
   Rows<T> rows;
   rows.bind(forward, scratch);
-  clear(rows.tile_near, kKeyTile * n);
-  clear(rows.tile_far, kKeyTile * n);
-  clear(rows.tile_value, kKeyTile * m);
+  const int64_t sums = Rows<T>::tile_sums(forward);
+  clear(rows.tile_near, sums);
+  clear(rows.tile_totals, sums);
+  const auto close_sums = [&]() {
+    add_scaled(rows.tile_totals, T(1), rows.tile_near, sums);
+    clear(rows.tile_near, sums);
+  };
   int64_t lo, hi;
   map.schedule.query_range(tile, &lo, &hi);
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     for (int64_t i = 0; i < map.queries; ++i) {
       const int64_t p = map.query_position(i);
-      if (p < lo || p > hi) continue;
-      backward_row<T>(params, map, b, h, i, tile, parts, rows);
+      if (p >= lo && p <= hi) backward_row<T>(params, map, b, h, i, tile, parts, rows);
+      if (i % kSumQueries == kSumQueries - 1) close_sums();
     }
+    close_sums();
   }
+  T* total_near = rows.tile_totals;
+  const T* total_far = total_near + kKeyTile * n;
+  const T* total_value = total_far + kKeyTile * n;
   const uint64_t present = map.present_bits(tile);
   for (int64_t c = 0; c < kKeyTile; ++c) {
     if (!(present >> c & 1)) continue;
     const int64_t row = key_row_index(forward, b, kv_head, map.key_row(tile * kKeyTile + c));
-    T* near = rows.tile_near + c * n;
+    T* near = total_near + c * n;
     if (forward.rope_cos) rotate_row<T>(forward, near, -c, near);
     T* grad_key = static_cast<T*>(params.grad_key) + row * n;
     T* grad_value = static_cast<T*>(params.grad_value) + row * m;
-    for (int64_t d = 0; d < n; ++d) grad_key[d] = near[d] + rows.tile_far[c * n + d];
-    for (int64_t d = 0; d < m; ++d) grad_value[d] = rows.tile_value[c * m + d];
+    for (int64_t d = 0; d < n; ++d) grad_key[d] = near[d] + total_far[c * n + d];
+    for (int64_t d = 0; d < m; ++d) grad_value[d] = total_value[c * m + d];
   }
 }
 
