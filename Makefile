@@ -15,7 +15,8 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip
 ARGS ?=
 
-.PHONY: test bench lint lint-ruff lint-format lint-mypy lint-clang-format format build wheel sanitize schemas setup clean
+.PHONY: test bench lint lint-ruff lint-format lint-mypy lint-clang-format format build wheel sanitize schemas setup
+.PHONY: clean
 .DELETE_ON_ERROR:
 
 test: build
@@ -73,8 +74,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 	touch $@
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
-# Every tests/native/<name>.cpp is a program of its own, linked with all of csrc/cpu and run on each instruction set this
-# machine has. A program returns 0 when all is well.
+# Every tests/native/<name>.cpp is a program of its own, linked with all of csrc/cpu and run on each instruction set of this
+# machine. A program returns 0 when all is well.
 
 SAN := build/sanitize
 SAN_FLAGS := -std=c++17 -O1 -g -march=x86-64 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \

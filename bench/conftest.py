@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def measure_case(benchmark: Any, request: pytest.FixtureRequest) -> Any:
-    """Call it with the case: checks, times, and hands the record to the session."""
+    """Call it with the case: checks, times, and hands the record to bench.run."""
 
     def run(case: Case) -> None:
         config = request.config

@@ -130,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     chosen.out.mkdir(parents=True, exist_ok=True)
     stem = f"{about['date'][:10]}-{machine.label(about)}" + ("-quick" if options.quick else "")
+    stem += "-part" if chosen.only else ""
     path = chosen.out / f"{stem}.json"
     path.write_text(to_json(run))
     drawn = report.plots(run, chosen.out, stem)
