@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on the CPU: picks the instruction set, cuts the work into items and hands them to threads. Nothing here
 // decides a bit of the result: every reduction is cut by position inside the kernels.
-#include "attention_kernels.h"
-
 #include <pycore/cpu_isa.h>
 #include <pycore/dtype.h>
 
@@ -10,6 +8,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+
+#include "attention_kernels.h"
 
 namespace pycore {
 namespace {

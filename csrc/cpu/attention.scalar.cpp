@@ -3,12 +3,12 @@
 //   s_j = softcap(scale * <q rotated, k_j rotated>) + bias,  p_j = exp(s_j - lse),  out = sum_j p_j v_j
 // The softmax runs online: a key tile at a time inside a segment, then the segments' (max, sum, accumulator) merge
 // in order. Backward recomputes p from lse:  ds_j = p_j (<grad_out, v_j> - delta).
-#include "attention_kernels.h"
-#include "attention_rows.h"
-
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+
+#include "attention_kernels.h"
+#include "attention_rows.h"
 
 namespace pycore {
 namespace scalar {
@@ -63,10 +63,10 @@ void store_row(DType dtype, const T* x, int64_t n, char* row) {
 template <class T>
 struct Rows {
   T *query, *query_near, *query_far, *key, *key_near, *value;
-  T *accumulator, *total;                 // forward
-  T *grad_out, *grad_near, *grad_far;     // backward: this row's
-  T *tile_near, *tile_far, *tile_value;   // backward: the key tile's, 64 rows each, one behind the other
-  T* tile_totals;                         // the same three, of queries whose sums are closed
+  T *accumulator, *total;                // forward
+  T *grad_out, *grad_near, *grad_far;    // backward: this row's
+  T *tile_near, *tile_far, *tile_value;  // backward: the key tile's, 64 rows each, one behind the other
+  T* tile_totals;                        // the same three, of queries whose sums are closed
 
   static int64_t tile_sums(const AttentionParams& params) {
     return kKeyTile * (2 * params.head_dim + params.value_dim);
@@ -107,8 +107,14 @@ struct RowTile {
 
   RowTile(const AttentionParams& params, const RowMap& map, int64_t b, int64_t h, int64_t i, int64_t tile,
           const Rows<T>& rows)
-      : params(params), map(map), rows(rows), b(b), h(h), kv_head(h / (params.heads / params.kv_heads)),
-        p(map.query_position(i)), tile(tile) {
+      : params(params),
+        map(map),
+        rows(rows),
+        b(b),
+        h(h),
+        kv_head(h / (params.heads / params.kv_heads)),
+        p(map.query_position(i)),
+        tile(tile) {
     kept = map.schedule.keep_bits(p, tile) & map.present_bits(tile);
     far = far_bits(params, p, tile);
     if (kept == 0) return;
@@ -358,7 +364,7 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
 }
 
 template <class T>
-constexpr AttentionKernels kKernels = {kRows,    kRows,         scratch_bytes<T>,  forward<T>, backward_scratch<T>,
+constexpr AttentionKernels kKernels = {kRows,    kRows,         scratch_bytes<T>, forward<T>, backward_scratch<T>,
                                        delta<T>, grad_query<T>, grad_key_value<T>};
 
 }  // namespace

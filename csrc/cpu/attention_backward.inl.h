@@ -2,14 +2,14 @@
 // The backward pass in vectors. One step takes up to kBackwardRows queries of a head against one key tile:
 //   p = 2^(s - lse),  g = grad_out v^T,  ds = p (g - delta) scale   (times softcap's slope)
 //   grad_query += ds k,  grad_key += ds^T q,  grad_value += p^T grad_out
-// Steps run in a fixed order (keys ascending for a query, heads then queries ascending for a key), and what each adds does
-// not depend on who runs it, so that one pass and two passes, and any number of threads, give the same bits.
-// With rotation, ds k and ds^T q are taken in the tile's rotated frame and turned back before they are added.
-// Include after attention_forward.inl.h.
+// Steps run in a fixed order (keys ascending for a query, heads then queries ascending for a key), and what each adds
+// does not depend on who runs it, so that one pass and two passes, and any number of threads, give the same bits. With
+// rotation, ds k and ds^T q are taken in the tile's rotated frame and turned back before they are added. Include after
+// attention_forward.inl.h.
 
 constexpr int64_t kBackwardRows = 64;
-// A key's gradients are summed over this many steps, and those sums over all: a sink has as many queries as the sequence,
-// and one chain over them would lose accuracy.
+// A key's gradients are summed over this many steps, and those sums over all: a sink has as many queries as the
+// sequence, and one chain over them would lose accuracy.
 constexpr int64_t kSumSteps = 4;
 
 struct BackwardBuffers {
@@ -286,10 +286,12 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   if (parts.bias) {
     float* grad_bias = static_cast<float*>(params.grad_bias) + h * forward.bias_length;
     const int64_t distance = p_first + count - 1 - base;
-    for (int64_t t = 0; t < strip_length(count); ++t) grad_bias[bias_index(forward, distance - t)] += buffers.grad_strip[t];
+    for (int64_t t = 0; t < strip_length(count); ++t)
+      grad_bias[bias_index(forward, distance - t)] += buffers.grad_strip[t];
   }
   if (!parts.key_value) return;
-  accumulate_columns(kept, count, buffers.weights, grad_out, grad_out_stride, forward.value_dim, buffers.grad_value, dv);
+  accumulate_columns(kept, count, buffers.weights, grad_out, grad_out_stride, forward.value_dim, buffers.grad_value,
+                     dv);
   if (any_near) {
     accumulate_columns(near_bits, count, buffers.grad_scores, query_near, near_stride, forward.head_dim,
                        buffers.grad_key, d);
@@ -346,8 +348,7 @@ void grad_query(const AttentionBackwardParams& params, const RowMap& map, const 
     if (map.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
     const BackwardTile loaded = load_backward_tile(forward, map, queries.batch, queries.kv_head, tile, buffers);
     if (loaded.present == 0) continue;
-    backward_step(params, map, queries.batch, queries.head, queries.first, queries.count, loaded, parts,
-                  buffers);
+    backward_step(params, map, queries.batch, queries.head, queries.first, queries.count, loaded, parts, buffers);
   }
 }
 

@@ -4,31 +4,30 @@
 // base 2 (scale * log2 e folded into one factor).
 //
 // Floors for one block against one full tile, D channels: 2 * 6 * 64 * D FMAs (3072 cycles at D = 64 with two 8-lane or
-// one 16-lane FMA a cycle) against 6 * 64 exponentials (about 20 instructions a vector). The tile's own bytes are shared
-// by all blocks.
-// Include after attention_logits.inl.h.
+// one 16-lane FMA a cycle) against 6 * 64 exponentials (about 20 instructions a vector). The tile's own bytes are
+// shared by all blocks. Include after attention_logits.inl.h.
 
 constexpr int64_t kForwardRows = 192;
 constexpr float kNegativeInfinity = -__builtin_inff();
 
 struct ForwardBuffers {
-  float* query = nullptr;         // [rows, padded D] unrotated
-  float* query_far = nullptr;     // [rows, padded D] rotated by the distance limit
-  float* query_block = nullptr;   // [6, padded D] a block rotated for one tile
-  float* key_columns = nullptr;   // [padded D, 64] keys, rotated by place in the tile
-  float* key_far = nullptr;       // [padded D, 64] keys, unrotated
-  float* key_rows = nullptr;      // [64, padded D] rotated rows on their way to key_columns
-  float* key_copy = nullptr;      // [64, padded D] keys converted to float32
-  float* strips = nullptr;        // [heads of the tile, strip_length] biases
-  float* value_rows = nullptr;    // [64, padded Dv]
-  float* scores = nullptr;        // [6, 64]
-  float* scores_far = nullptr;    // [6, 64]
-  float* max = nullptr;           // [rows] of the open segment; base-2 logits
-  float* sum = nullptr;           // [rows, width] of the open segment, by lane
-  float* accumulator = nullptr;   // [rows, padded Dv] of the open segment
-  float* total_max = nullptr;     // the segments merged so far
-  float* total_sum = nullptr;     // [rows]
-  float* total = nullptr;         // [rows, padded Dv]
+  float* query = nullptr;        // [rows, padded D] unrotated
+  float* query_far = nullptr;    // [rows, padded D] rotated by the distance limit
+  float* query_block = nullptr;  // [6, padded D] a block rotated for one tile
+  float* key_columns = nullptr;  // [padded D, 64] keys, rotated by place in the tile
+  float* key_far = nullptr;      // [padded D, 64] keys, unrotated
+  float* key_rows = nullptr;     // [64, padded D] rotated rows on their way to key_columns
+  float* key_copy = nullptr;     // [64, padded D] keys converted to float32
+  float* strips = nullptr;       // [heads of the tile, strip_length] biases
+  float* value_rows = nullptr;   // [64, padded Dv]
+  float* scores = nullptr;       // [6, 64]
+  float* scores_far = nullptr;   // [6, 64]
+  float* max = nullptr;          // [rows] of the open segment; base-2 logits
+  float* sum = nullptr;          // [rows, width] of the open segment, by lane
+  float* accumulator = nullptr;  // [rows, padded Dv] of the open segment
+  float* total_max = nullptr;    // the segments merged so far
+  float* total_sum = nullptr;    // [rows]
+  float* total = nullptr;        // [rows, padded Dv]
 
   int64_t bind(const AttentionParams& params, void* memory) {
     const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
@@ -75,8 +74,8 @@ PYCORE_INLINE void scale_row(float* row, int64_t n, Vec factor) {
   for (int64_t d = 0; d < n; d += Vec::kWidth) (Vec::load(row + d) * factor).store(row + d);
 }
 
-// The maximum of one row's scores (columns begin..end-1, whole vectors; what is not kept becomes -inf) times `scale` > 0
-// joins the row's open segment, which is rescaled when it grows.
+// The maximum of one row's scores (columns begin..end-1, whole vectors; what is not kept becomes -inf) times `scale` >
+// 0 joins the row's open segment, which is rescaled when it grows.
 PYCORE_INLINE void update_max(float* scores, int64_t begin, int64_t end, uint64_t kept, bool masked, float scale,
                               float* max, float* sum, float* accumulator, int64_t dv) {
   const Vec nothing = Vec::broadcast(kNegativeInfinity);
@@ -162,9 +161,9 @@ struct LoadedTile {
 };
 
 // `positions`: where the block's rows stand.
-PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& map, const QueryTile& queries, const LoadedTile& loaded,
-                                 const int64_t* positions,
-                                 const ForwardBuffers& buffers, int64_t row, int64_t rows) {
+PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
+                                 const LoadedTile& loaded, const int64_t* positions, const ForwardBuffers& buffers,
+                                 int64_t row, int64_t rows) {
   const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
   BlockKeeps keeps;
   uint64_t far[kProductRows];
@@ -203,7 +202,8 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
   }
   const float scale = folds_scale(params) ? static_cast<float>(params.scale) * kLog2E : 1.0f;
   for (int m = 0; m < rows && !plain_logits(params); ++m) {
-    const int64_t strip_row = row + m, head = strip_row / queries.count, behind = queries.count - 1 - strip_row % queries.count;
+    const int64_t strip_row = row + m, head = strip_row / queries.count,
+                  behind = queries.count - 1 - strip_row % queries.count;
     const float* strip = buffers.strips ? buffers.strips + head * strip_length(queries.count) + behind : nullptr;
     logits_of(params, buffers.scores + m * kKeyTile, begin, end, strip, nullptr);
   }
@@ -270,8 +270,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     tile_rows(params, params.value, params.value_strides, map, queries.batch, queries.kv_head, tile, loaded.present,
               params.value_dim, buffers.value_rows, &values);
     for (int64_t h = 0; h < queries.heads && buffers.strips; ++h) {
-      fill_strip(params, queries.head + h, p_hi, tile, queries.count,
-                 buffers.strips + h * strip_length(queries.count));
+      fill_strip(params, queries.head + h, p_hi, tile, queries.count, buffers.strips + h * strip_length(queries.count));
     }
     if (loaded.far) transpose_rows(keys, params.head_dim, buffers.key_far);
     if (loaded.near) {
@@ -292,8 +291,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
         row_index(params, queries.batch, queries.head + r / queries.count, queries.first + r % queries.count);
     float max = buffers.total_max[r], sum = buffers.total_sum[r];
     if (params.sink_logits) {
-      const float sink =
-          static_cast<const float*>(params.sink_logits)[queries.head + r / queries.count] * kLog2E;
+      const float sink = static_cast<const float*>(params.sink_logits)[queries.head + r / queries.count] * kLog2E;
       const float new_max = max > sink ? max : sink, rescale = exp2_of(max - new_max);
       sum = sum * rescale + exp2_of(sink - new_max);
       max = new_max;
@@ -303,8 +301,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     scale_row(buffers.total + r * dv, dv, Vec::broadcast(sum == 0 ? 0.0f : 1.0f / sum));
     store_row(params.dtype, buffers.total + r * dv, params.value_dim,
               static_cast<char*>(params.out) + index * params.value_dim * dtype_size(params.dtype));
-    static_cast<float*>(params.lse)[index] =
-        static_cast<float>(max * kLn2 + __builtin_log(static_cast<double>(sum)));
+    static_cast<float*>(params.lse)[index] = static_cast<float>(max * kLn2 + __builtin_log(static_cast<double>(sum)));
   }
 }
 

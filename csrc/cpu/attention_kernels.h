@@ -12,7 +12,7 @@ namespace pycore {
 struct QueryTile {
   int64_t batch = 0;
   int64_t kv_head = 0;
-  int64_t head = 0;   // the first of `heads` consecutive query heads
+  int64_t head = 0;  // the first of `heads` consecutive query heads
   int64_t heads = 1;
   int64_t first = 0;  // query row
   int64_t count = 0;
@@ -28,8 +28,8 @@ struct BackwardParts {
 };
 
 struct AttentionKernels {
-  int64_t forward_rows;   // most rows a QueryTile may have in the forward pass
-  int64_t backward_rows;  // most query rows (of one head) in a backward step
+  int64_t forward_rows;                                       // most rows a QueryTile may have in the forward pass
+  int64_t backward_rows;                                      // most query rows (of one head) in a backward step
   int64_t (*forward_scratch)(const AttentionParams& params);  // bytes a thread
   void (*forward)(const AttentionParams& params, const RowMap& map, const QueryTile& tile, void* scratch);
   int64_t (*backward_scratch)(const AttentionBackwardParams& params);

@@ -2,7 +2,7 @@
 // From scores to logits where more than a scale stands between them: softcap, distance bias, ALiBi; and dropout.
 // Logits are in base 2. Include after attention_tiles.inl.h.
 
-constexpr float kTanh[] = {-3.333333323e-1f, 1.333331329e-1f, -5.396164700e-2f,
+constexpr float kTanh[] = {-3.333333323e-1f, 1.333331329e-1f,  -5.396164700e-2f,
                            2.178906705e-2f,  -8.412441214e-3f, 2.373401437e-3f};
 
 // tanh within a few units in the last place: an odd polynomial near zero, 1 - 2 / (e^2x + 1) elsewhere.
@@ -22,8 +22,8 @@ PYCORE_INLINE Vec tanh_of(Vec x) {
 // Whether a logit is its score times a positive factor, the common case.
 PYCORE_INLINE bool plain_logits(const AttentionParams& params) { return params.softcap == 0 && !has_bias(params); }
 
-// Consecutive queries against one tile see count + 63 distances, so a head's biases are one strip: the query at position
-// p reads strip[p_hi - p + c] for key c of the tile.
+// Consecutive queries against one tile see count + 63 distances, so a head's biases are one strip: the query at
+// position p reads strip[p_hi - p + c] for key c of the tile.
 PYCORE_INLINE int64_t strip_length(int64_t count) { return count + kKeyTile - 1; }
 
 PYCORE_INLINE void fill_strip(const AttentionParams& params, int64_t h, int64_t p_hi, int64_t tile, int64_t count,
@@ -32,8 +32,8 @@ PYCORE_INLINE void fill_strip(const AttentionParams& params, int64_t h, int64_t 
   for (int64_t t = 0; t < strip_length(count); ++t) strip[t] = bias_of<float>(params, h, distance - t) * kLog2E;
 }
 
-// One row's scores in place -> logits, columns begin..end-1 (whole vectors). `strip` is this row's, or null; `slopes`, if
-// not null, gets the derivative of softcap.
+// One row's scores in place -> logits, columns begin..end-1 (whole vectors). `strip` is this row's, or null; `slopes`,
+// if not null, gets the derivative of softcap.
 PYCORE_INLINE void logits_of(const AttentionParams& params, float* scores, int64_t begin, int64_t end,
                              const float* strip, float* slopes) {
   const float cap = static_cast<float>(params.softcap);

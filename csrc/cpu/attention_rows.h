@@ -62,9 +62,9 @@ template <class T>
 // Which of the four keys 4 * quad .. 4 * quad + 3 the query at position p drops: bit k for the k-th.
 [[gnu::always_inline]] inline uint32_t dropped_bits(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
                                                     int64_t quad) {
-  const PhiloxWords words = philox({{static_cast<uint32_t>(quad), static_cast<uint32_t>(p), static_cast<uint32_t>(h),
-                                     static_cast<uint32_t>(b)}},
-                                   static_cast<uint64_t>(*params.dropout_seed));
+  const PhiloxWords words = philox(
+      {{static_cast<uint32_t>(quad), static_cast<uint32_t>(p), static_cast<uint32_t>(h), static_cast<uint32_t>(b)}},
+      static_cast<uint64_t>(*params.dropout_seed));
   const uint64_t threshold = static_cast<uint64_t>(params.dropout_p * 4294967296.0);
   uint32_t bits = 0;
   for (int k = 0; k < 4; ++k) bits |= static_cast<uint32_t>(words.word[k] < threshold) << k;

@@ -88,9 +88,9 @@ PYCORE_INLINE void transpose(Vec (&rows)[Vec::kWidth]) {
     b[4 * g + 3] = _mm512_shuffle_ps(a[4 * g + 1], a[4 * g + 3], 0xee);
   }
   for (int c = 0; c < 4; ++c) {
-    const __m512 even_lo = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);        // lanes 0, 2 of rows 0-3 and 4-7
-    const __m512 odd_lo = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);         // lanes 1, 3
-    const __m512 even_hi = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);   // the same of rows 8-15
+    const __m512 even_lo = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);       // lanes 0, 2 of rows 0-3 and 4-7
+    const __m512 odd_lo = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);        // lanes 1, 3
+    const __m512 even_hi = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);  // the same of rows 8-15
     const __m512 odd_hi = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
     rows[c].v = _mm512_shuffle_f32x4(even_lo, even_hi, 0x88);
     rows[8 + c].v = _mm512_shuffle_f32x4(even_lo, even_hi, 0xdd);

@@ -52,7 +52,8 @@ PYCORE_INLINE void product_block(int64_t depth, const float* a, int64_t a_row, c
   for (int64_t k = 0; k < depth; ++k, b_k += b_row) {
     Vec columns[V];
     for (int v = 0; v < V; ++v) {
-      columns[v] = kTail && v == V - 1 ? Vec::load_first(b_k + v * Vec::kWidth, tail) : Vec::load(b_k + v * Vec::kWidth);
+      columns[v] =
+          kTail && v == V - 1 ? Vec::load_first(b_k + v * Vec::kWidth, tail) : Vec::load(b_k + v * Vec::kWidth);
     }
     for (int m = 0; m < M; ++m) {
       const Vec x = Vec::broadcast(kTransposed ? a[k * a_row + m] : a_rows[m][k]);

@@ -4,9 +4,8 @@
 //
 // Each warp walks its row's key tiles in order, so a row's bits do not depend on the rows beside it: a lane holds the
 // score of one key and, for the values, a strided share of the channels.
-#include <pycore/attention.h>
-
 #include <cuda_runtime.h>
+#include <pycore/attention.h>
 
 #include <cstdint>
 
@@ -109,7 +108,8 @@ __global__ void attention_forward_kernel(AttentionParams params) {
     }
     const int64_t base = tile * kKeyTile;
     __syncwarp();
-    for (int64_t c = lane; c < params.head_dim; c += kWarp) near[c] = rope ? rotated(params, query, p - base, c) : query[c];
+    for (int64_t c = lane; c < params.head_dim; c += kWarp)
+      near[c] = rope ? rotated(params, query, p - base, c) : query[c];
     __syncwarp();
     for (int64_t first = 0; first < kKeyTile; first += kWarp) {
       const uint32_t bits = static_cast<uint32_t>(kept >> first);

@@ -38,14 +38,14 @@ class Keywords {
       return given.cast<T>();
     } catch (const py::cast_error&) {
       throw py::type_error(std::string(op_) + ": " + name + " is a " +
-                           py::str(py::type::of(given).attr("__name__")).cast<std::string>() +
-                           ", which it cannot be");
+                           py::str(py::type::of(given).attr("__name__")).cast<std::string>() + ", which it cannot be");
     }
   }
   // Whatever is left has a name that the function does not know.
   void finish() const {
     for (const auto& item : left_) {
-      throw py::type_error(std::string(op_) + ": there is no argument '" + py::str(item.first).cast<std::string>() + "'");
+      throw py::type_error(std::string(op_) + ": there is no argument '" + py::str(item.first).cast<std::string>() +
+                           "'");
     }
   }
 
@@ -135,8 +135,8 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
               "query is on a CUDA device and the backward pass runs on the CPU");
   const Array grad_out_array = input(grad_out, kOp, "grad_out"), out_array = input(out, kOp, "out");
   const Array lse_array = input(lse, kOp, "lse"), grad_lse_array = optional_input(grad_lse, kOp, "grad_lse");
-  AttentionBackwardParams params = attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view,
-                                                             out_array.view, lse_array.view);
+  AttentionBackwardParams params =
+      attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view, out_array.view, lse_array.view);
   const AttentionParams& shape = params.forward;
   std::vector<Array> gradients;
   const auto gradient = [&](const char* name, const std::vector<int64_t>& sizes) {

@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pycore.attention and attention_backward: schema, validation, allocation, registration.
-#include "stream.h"
-#include "tensor.h"
-
 #include <pycore/attention_args.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -12,6 +9,9 @@
 #include <tuple>
 #include <vector>
 
+#include "stream.h"
+#include "tensor.h"
+
 namespace pycore {
 namespace {
 
@@ -20,21 +20,21 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The arguments that forward and backward share, three times in one order: schema, parameters, names.
-#define PYCORE_SCHEMA                                                                                                \
-  "Tensor query, Tensor key, Tensor value, Tensor? rope_cos, Tensor? rope_sin, Tensor? distance_bias, "              \
-  "Tensor? alibi_slopes, Tensor? sink_logits, Tensor? key_starts, Tensor? key_lengths, Tensor? key_offset, "         \
-  "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, str op, str schedule, "                     \
+#define PYCORE_SCHEMA                                                                                        \
+  "Tensor query, Tensor key, Tensor value, Tensor? rope_cos, Tensor? rope_sin, Tensor? distance_bias, "      \
+  "Tensor? alibi_slopes, Tensor? sink_logits, Tensor? key_starts, Tensor? key_lengths, Tensor? key_offset, " \
+  "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, str op, str schedule, "             \
   "SymInt[] schedule_args, bool interleaved, SymInt distance_limit, float scale, float softcap, float dropout_p"
-#define PYCORE_PARAMETERS                                                                                            \
-  Tensor query, Tensor key, Tensor value, OptionalTensor rope_cos, OptionalTensor rope_sin,                          \
-      OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor sink_logits,                         \
-      OptionalTensor key_starts, OptionalTensor key_lengths, OptionalTensor key_offset,                              \
-      OptionalTensor query_lengths, OptionalTensor schedule_tensor, OptionalTensor dropout_seed, std::string op,     \
-      std::string schedule, std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit,            \
-      double scale, double softcap, double dropout_p
-#define PYCORE_NAMES                                                                                                 \
-  query, key, value, rope_cos, rope_sin, distance_bias, alibi_slopes, sink_logits, key_starts, key_lengths,          \
-      key_offset, query_lengths, schedule_tensor, dropout_seed, op, schedule, schedule_args, interleaved,            \
+#define PYCORE_PARAMETERS                                                                                             \
+  Tensor query, Tensor key, Tensor value, OptionalTensor rope_cos, OptionalTensor rope_sin,                           \
+      OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor sink_logits,                          \
+      OptionalTensor key_starts, OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths, \
+      OptionalTensor schedule_tensor, OptionalTensor dropout_seed, std::string op, std::string schedule,              \
+      std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit, double scale, double softcap,     \
+      double dropout_p
+#define PYCORE_NAMES                                                                                        \
+  query, key, value, rope_cos, rope_sin, distance_bias, alibi_slopes, sink_logits, key_starts, key_lengths, \
+      key_offset, query_lengths, schedule_tensor, dropout_seed, op, schedule, schedule_args, interleaved,   \
       distance_limit, scale, softcap, dropout_p
 
 Tensor last_contiguous(const Tensor& x) {

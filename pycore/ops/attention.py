@@ -119,7 +119,7 @@ def lambda_attention(
     Args:
         sink_size: tokens kept from the start, at least 0.
         window_size: newest tokens kept, the query's own among them (FlashAttention's window (left, 0) is left + 1).
-        alibi_slopes: [H], float32 (float64): -slope * min(d, distance_limit) is added to a logit, as distance_bias would.
+        alibi_slopes: [H], float32 (float64): -slope * min(d, distance_limit) is added to a logit, as by a distance_bias.
         distance_limit: `window_size` by default, as in LM-Infinite; must be at least that. 2**62 for no limit.
 
     The other arguments, the return value and the errors are those of `attention`.
@@ -190,7 +190,8 @@ def _call(
 def _check_int(op: str, name: str, value: Any) -> None:
     if not isinstance(value, (int, torch.SymInt)) and not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
-    if value >= 2**63:
+    number: Any = value
+    if number >= 2**63:
         raise ValueError(f"{op}: {name} is {value} and must be less than 2**63")
 
 

@@ -11,9 +11,9 @@
 // tile's first position; beyond the limit the query is rotated by `limit` and the key not at all. So a table needs
 // only the largest distance plus a tile.
 //
-// A logit is softcap(scale <q, k>) + bias: softcap(s) = cap tanh(s / cap), and the bias either distance_bias[h][min(d', n-1)]
-// or -alibi_slopes[h] d' (d' is 0 for keys after the query). sink_logits[h] joins the softmax and carries no value.
-// Dropout multiplies weight (b, h, p, j) by 0 or 1 / (1 - dropout_p), after the softmax's sum is taken.
+// A logit is softcap(scale <q, k>) + bias: softcap(s) = cap tanh(s / cap), and the bias either distance_bias[h][min(d',
+// n-1)] or -alibi_slopes[h] d' (d' is 0 for keys after the query). sink_logits[h] joins the softmax and carries no
+// value. Dropout multiplies weight (b, h, p, j) by 0 or 1 / (1 - dropout_p), after the softmax's sum is taken.
 #pragma once
 
 #include <pycore/export.h>
@@ -51,16 +51,16 @@ struct AttentionParams {
   const void* rope_cos = nullptr;  // [rope_rows, rope_dim / 2], row stride rope_stride; float32 (float64 for float64)
   const void* rope_sin = nullptr;
   int64_t rope_rows = 0, rope_dim = 0, rope_stride = 0;
-  bool rope_interleaved = false;   // pairs (2i, 2i + 1) instead of (i, i + rope_dim / 2)
+  bool rope_interleaved = false;  // pairs (2i, 2i + 1) instead of (i, i + rope_dim / 2)
   int64_t distance_limit = kFar;
 
   // Tables: float32 (float64 for float64), null where there is none.
   const void* distance_bias = nullptr;  // [heads, bias_length], row stride bias_stride
   int64_t bias_length = 0, bias_stride = 0;
-  const void* alibi_slopes = nullptr;  // [heads]
-  const void* sink_logits = nullptr;   // [heads]
-  double softcap = 0.0;                // 0: none
-  double dropout_p = 0.0;              // in [0, 1)
+  const void* alibi_slopes = nullptr;     // [heads]
+  const void* sink_logits = nullptr;      // [heads]
+  double softcap = 0.0;                   // 0: none
+  double dropout_p = 0.0;                 // in [0, 1)
   const int64_t* dropout_seed = nullptr;  // one number, read when dropout_p > 0
 
   const int64_t* key_starts = nullptr;     // [batch] or null: 0
@@ -70,11 +70,11 @@ struct AttentionParams {
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;          // out and lse hold the forward pass's results
-  const void* grad_out = nullptr;   // [batch, heads, query_length, value_dim]
+  AttentionParams forward;         // out and lse hold the forward pass's results
+  const void* grad_out = nullptr;  // [batch, heads, query_length, value_dim]
   AttentionStrides grad_out_strides;
-  const void* grad_lse = nullptr;   // [batch, heads, query_length], contiguous, or null
-  void* delta = nullptr;            // [batch, heads, query_length], scratch of lse's dtype
+  const void* grad_lse = nullptr;  // [batch, heads, query_length], contiguous, or null
+  void* delta = nullptr;           // [batch, heads, query_length], scratch of lse's dtype
   // Contiguous, of the accumulation dtype (float32, or float64 for float64).
   void* grad_query = nullptr;        // [batch, heads, query_length, head_dim]
   void* grad_key = nullptr;          // [batch, kv_heads, key_length, head_dim]

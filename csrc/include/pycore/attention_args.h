@@ -16,11 +16,11 @@ namespace pycore {
 struct AttentionArgs {
   std::string op;  // the public function called; it opens every message
   TensorView query, key, value;
-  TensorView rope_cos, rope_sin;                               // not defined(): no rotation
+  TensorView rope_cos, rope_sin;                                  // not defined(): no rotation
   TensorView key_starts, key_lengths, key_offset, query_lengths;  // not defined(): defaults
   TensorView distance_bias, alibi_slopes, sink_logits;            // not defined(): none
   TensorView dropout_seed;                                        // int64, one number; read if dropout_p > 0
-  std::string schedule;                // "full", "causal", "lambda", "prefix" or "segments"
+  std::string schedule;                                           // "full", "causal", "lambda", "prefix" or "segments"
   std::vector<int64_t> schedule_args;  // lambda: sink_size, window_size; segments: 1 if causal
   TensorView schedule_tensor;          // prefix: lengths [batch]; segments: boundaries [S + 1]
   bool interleaved = false;
@@ -33,9 +33,10 @@ struct AttentionArgs {
 namespace detail {
 
 inline void check_4d(const std::string& op, const char* name, const TensorView& view) {
-  check_value(view.dims == 4, op, name, " has ", view.dims, " dimensions and must have 4: [batch, heads, length, head_dim]");
-  check_value(view.strides[3] == 1 || view.shape[3] <= 1 || view.count() == 0, op, name, "'s last dimension has stride ", view.strides[3],
-              " and must be contiguous");
+  check_value(view.dims == 4, op, name, " has ", view.dims,
+              " dimensions and must have 4: [batch, heads, length, head_dim]");
+  check_value(view.strides[3] == 1 || view.shape[3] <= 1 || view.count() == 0, op, name,
+              "'s last dimension has stride ", view.strides[3], " and must be contiguous");
 }
 
 inline void check_same(const std::string& op, const char* name, const TensorView& view, const TensorView& query) {
@@ -117,7 +118,8 @@ inline const void* check_table(const AttentionArgs& args, const AttentionParams&
   check_value(view.dims == dims && view.shape[0] == params.heads, args.op, name, " has shape ", shape_text(view),
               " and must be ", dims == 1 ? "[heads]" : "[heads, n]", ", with ", params.heads, " heads");
   check_value(dims == 1 || view.shape[1] >= 1, args.op, name, " has no entries and must have at least one a head");
-  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1, args.op, name, "'s last dimension must be contiguous");
+  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1, args.op, name,
+              "'s last dimension must be contiguous");
   check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
               " is on another device than query");
   return view.data;
@@ -148,7 +150,8 @@ inline void check_options(const AttentionArgs& args, AttentionParams* params) {
   params->dropout_seed = seed.as<const int64_t>();
 }
 
-inline const int64_t* check_lengths(const AttentionArgs& args, const char* name, const TensorView& view, int64_t batch) {
+inline const int64_t* check_lengths(const AttentionArgs& args, const char* name, const TensorView& view,
+                                    int64_t batch) {
   if (!view.defined()) return nullptr;
   check_value(view.dtype == DType::kInt64, args.op, name, " is ", dtype_name(view.dtype), " and must be int64");
   check_value(view.dims == 1 && view.shape[0] == batch, args.op, name, " has shape ", shape_text(view),
@@ -170,8 +173,8 @@ inline void check_length_values(const AttentionArgs& args, const AttentionParams
                 " and must be between 0 and key's length, ", params.key_length);
     check_value(start >= 0 && start <= end, args.op, "key_starts[", b, "] is ", start,
                 " and must be between 0 and key_lengths[", b, "], ", end);
-    check_value(offset >= 0 && offset < kFar, args.op, "key_offset[", b, "] is ", offset,
-                " and must be between 0 and ", kFar - 1);
+    check_value(offset >= 0 && offset < kFar, args.op, "key_offset[", b, "] is ", offset, " and must be between 0 and ",
+                kFar - 1);
     check_value(queries >= 0 && queries <= params.query_length, args.op, "query_lengths[", b, "] is ", queries,
                 " and must be between 0 and query's length, ", params.query_length);
   }
@@ -224,8 +227,8 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
                 positions, ", one for every distance up to ", positions - 1);
   } else {
     check_value(params->rope_rows >= params->distance_limit + kKeyTile, args.op, "rope has ", params->rope_rows,
-                " rows and must have ", params->distance_limit + kKeyTile, ": distance_limit, ",
-                params->distance_limit, ", and a tile of ", kKeyTile);
+                " rows and must have ", params->distance_limit + kKeyTile, ": distance_limit, ", params->distance_limit,
+                ", and a tile of ", kKeyTile);
   }
 }
 
@@ -308,10 +311,9 @@ inline AttentionBackwardParams attention_backward_params(const AttentionArgs& ar
     const int64_t shape[4] = {forward.batch, forward.heads, forward.query_length, forward.value_dim};
     check_value(std::equal(shape, shape + 4, view.shape), op, name, " has shape ", shape_text(view),
                 " and must have the output's");
-    const bool dense = view.count() == 0 ||
-                       ((shape[2] == 1 || view.strides[2] == shape[3]) &&
-                        (shape[1] == 1 || view.strides[1] == shape[2] * shape[3]) &&
-                        (shape[0] == 1 || view.strides[0] == shape[1] * shape[2] * shape[3]));
+    const bool dense = view.count() == 0 || ((shape[2] == 1 || view.strides[2] == shape[3]) &&
+                                             (shape[1] == 1 || view.strides[1] == shape[2] * shape[3]) &&
+                                             (shape[0] == 1 || view.strides[0] == shape[1] * shape[2] * shape[3]));
     check_value(!contiguous || dense, op, name, " must be contiguous");
   };
   const auto check_like_lse = [&](const char* name, const TensorView& view) {

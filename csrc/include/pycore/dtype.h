@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// float16 and bfloat16 as bits, in plain integer arithmetic: what the scalar kernels use and the faster ones agree with.
+// float16 and bfloat16 as bits, in plain integer arithmetic: what the scalar kernels use and the faster ones agree
+// with.
 #pragma once
 
 #include <pycore/tensor_view.h>
@@ -34,7 +35,9 @@ namespace pycore {
   return bits;
 }
 
-[[gnu::always_inline]] inline float float_from_bfloat16(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
+[[gnu::always_inline]] inline float float_from_bfloat16(uint16_t bits) {
+  return float_from_bits(static_cast<uint32_t>(bits) << 16);
+}
 
 // To nearest, ties to even; NaN stays NaN.
 [[gnu::always_inline]] inline uint16_t bfloat16_from_float(float x) {

@@ -27,7 +27,8 @@ namespace pycore {
 inline constexpr int64_t kKeyTile = 64;
 inline constexpr int64_t kSegmentTiles = 16;
 inline constexpr int64_t kNoTile = INT64_MAX;
-inline constexpr int64_t kFar = INT64_MAX / 4;  // "no limit" for distances and window sizes: sums of two do not overflow
+inline constexpr int64_t kFar =
+    INT64_MAX / 4;  // "no limit" for distances and window sizes: sums of two do not overflow
 
 enum class ScheduleKind : int32_t { kFull, kCausal, kLambda, kPrefix, kSegments };
 enum class Cover : int32_t { kNone, kSome, kAll };
@@ -48,12 +49,13 @@ PYCORE_HOST_DEVICE inline uint64_t tile_bits(int64_t base, int64_t from, int64_t
 
 struct TileSchedule {
   ScheduleKind kind = ScheduleKind::kCausal;
-  int64_t sink_size = 0;                // Λ: tokens kept from the start
-  int64_t window_size = kFar;           // Λ: newest tokens kept, the query's own among them
-  int64_t prefix = 0;                   // Prefix: tokens every query sees, also those before it
-  const int64_t* boundaries = nullptr;  // Segments: ascending positions; segment s is boundaries[s] .. boundaries[s+1]-1
+  int64_t sink_size = 0;       // Λ: tokens kept from the start
+  int64_t window_size = kFar;  // Λ: newest tokens kept, the query's own among them
+  int64_t prefix = 0;          // Prefix: tokens every query sees, also those before it
+  const int64_t* boundaries =
+      nullptr;  // Segments: ascending positions; segment s is boundaries[s] .. boundaries[s+1]-1
   int64_t segments = 0;
-  bool causal = true;                   // Segments: causal inside a segment
+  bool causal = true;  // Segments: causal inside a segment
 
   // The segment of a position, [*lo, *hi); empty where there is none.
   PYCORE_HOST_DEVICE void segment_of(int64_t p, int64_t* lo, int64_t* hi) const {
@@ -72,9 +74,7 @@ struct TileSchedule {
     *hi = boundaries[first + 1];
   }
 
-  PYCORE_HOST_DEVICE bool keeps(int64_t p, int64_t j) const {
-    return keep_bits(p, j / kKeyTile) >> (j % kKeyTile) & 1;
-  }
+  PYCORE_HOST_DEVICE bool keeps(int64_t p, int64_t j) const { return keep_bits(p, j / kKeyTile) >> (j % kKeyTile) & 1; }
 
   PYCORE_HOST_DEVICE uint64_t keep_bits(int64_t p, int64_t tile) const {
     const int64_t base = tile * kKeyTile;
