@@ -160,21 +160,26 @@ def _call(
     if isinstance(schedule, Lambda):
         _check_int(op, "sink_size", schedule.sink_size)
         _check_int(op, "window_size", schedule.window_size)
-    for name, rows in zip(("key_starts", "key_lengths", "key_offset", "query_lengths"), lengths, strict=True):
-        if rows is not None and not isinstance(rows, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(rows).__name__} and must be a Tensor")
+    names = ("key_starts", "key_lengths", "key_offset", "query_lengths", "distance_bias", "alibi_slopes", "sink_logits")
+    for name, tensor in zip(names, (*lengths, distance_bias, alibi_slopes, sink_logits), strict=True):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
+    if schedule.tensor is not None and not isinstance(schedule.tensor, Tensor):
+        name = "prefix_lengths" if schedule.kind == "prefix" else "boundaries"
+        raise TypeError(f"{op}: {name} is a {type(schedule.tensor).__name__} and must be a Tensor")
     cos, sin = _rope_tables(op, rope)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.dim() and query.shape[-1] else 1.0
-    elif isinstance(scale, (str, bytes)) or not hasattr(scale, "__float__"):
-        raise TypeError(f"{op}: scale is a {type(scale).__name__} and must be a number")
+    for name, number in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
+        if isinstance(number, (str, bytes)) or not hasattr(number, "__float__"):
+            raise TypeError(f"{op}: {name} is a {type(number).__name__} and must be a number")
     limit = _NO_LIMIT
     if distance_limit is not None:
         _check_int(op, "distance_limit", distance_limit)
         if distance_limit < 0:
             raise ValueError(f"{op}: distance_limit is {distance_limit} and must be at least 0")
         limit = distance_limit
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     seed = None

@@ -12,7 +12,7 @@ from attention_inputs import lengths, qkv, tables
 from torch import Tensor
 
 from pycore.ops import attention, lambda_attention
-from pycore.schedules import Causal, Full, Lambda, Schedule
+from pycore.schedules import Causal, Full, Lambda, Prefix, Schedule, Segments
 
 B, H, HKV, LQ, LK, D, DV = 2, 4, 2, 5, 9, 8, 6
 LENGTHS = ("key_starts", "key_lengths", "key_offset", "query_lengths")
@@ -53,11 +53,10 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "value-dims": ({"value": zeros(LK)}, "value has 1 dimensions and must have 4: [batch, heads, length, head_dim]"),
     "too-many-dims": ({"query": zeros(*[1] * 9)}, "query has 9 dimensions and may have 8"),
-    "query-float16": (
-        {"query": zeros(B, H, LQ, D, dtype=torch.float16)},
-        "query is float16 and must be float32 or float64",
+    "query-int64": (
+        {"query": zeros(B, H, LQ, D, dtype=torch.int64)},
+        "query is int64 and must be float32, float16, bfloat16 or float64",
     ),
-    "query-int64": ({"query": zeros(B, H, LQ, D, dtype=torch.int64)}, "query is int64 and must be float32 or float64"),
     "query-complex": (
         {"query": zeros(B, H, LQ, D, dtype=torch.complex64)},
         "query has dtype ComplexFloat, which no kernel takes",
@@ -117,6 +116,65 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"rope": (zeros(9, 4), zeros(9, 8)[:, :4])},
         "rope's cos has shape [9, 4] and sin [9, 4]; both must have the same shape and strides",
     ),
+    "prefix-lengths-dtype": (
+        {"schedule": Prefix(zeros(B))},
+        "prefix_lengths must be an int64 tensor of one dimension",
+    ),
+    "prefix-lengths-dims": (
+        {"schedule": Prefix(torch.tensor(3))},
+        "prefix_lengths must be an int64 tensor of one dimension",
+    ),
+    "prefix-lengths-stride": (
+        {"schedule": Prefix(lengths(1, 2, 3, 4)[::2])},
+        "prefix_lengths must be contiguous",
+    ),
+    "prefix-lengths-count": (
+        {"schedule": Prefix(lengths(1, 2, 3))},
+        "prefix_lengths has 3 entries and must have one for each of 2 batch rows",
+    ),
+    "prefix-lengths-negative": (
+        {"schedule": Prefix(lengths(1, -2))},
+        "prefix_lengths[1] is -2 and must be at least 0",
+    ),
+    "boundaries-dtype": (
+        {"schedule": Segments(torch.zeros(3, dtype=torch.int32))},
+        "boundaries must be an int64 tensor of one dimension",
+    ),
+    "boundaries-dims": (
+        {"schedule": Segments(lengths(0, 9)[None])},
+        "boundaries must be an int64 tensor of one dimension",
+    ),
+    "boundaries-stride": ({"schedule": Segments(lengths(0, 1, 2, 3)[::2])}, "boundaries must be contiguous"),
+    "boundaries-empty": ({"schedule": Segments(lengths())}, "boundaries is empty and must have at least one entry"),
+    "boundaries-order": (
+        {"schedule": Segments(lengths(0, 5, 4, 9))},
+        "boundaries[2] is 4 and must not be less than the one before it, 5",
+    ),
+    "bias-dtype": ({"distance_bias": zeros(H, 3).half()}, "distance_bias is float16 and must be float32"),
+    "bias-dtype-64": ({"distance_bias": zeros(H, 3).double()}, "distance_bias is float64 and must be float32"),
+    "bias-dims": (
+        {"distance_bias": zeros(H)},
+        "distance_bias has shape [4] and must be [heads, n], with 4 heads",
+    ),
+    "bias-heads": (
+        {"distance_bias": zeros(HKV, 3)},
+        "distance_bias has shape [2, 3] and must be [heads, n], with 4 heads",
+    ),
+    "bias-empty": (
+        {"distance_bias": zeros(H, 0)},
+        "distance_bias has no entries and must have at least one a head",
+    ),
+    "bias-stride": ({"distance_bias": zeros(3, H).T}, "distance_bias's last dimension must be contiguous"),
+    "sinks-dtype": ({"sink_logits": zeros(H).bfloat16()}, "sink_logits is bfloat16 and must be float32"),
+    "sinks-dims": ({"sink_logits": zeros(H, 1)}, "sink_logits has shape [4, 1] and must be [heads], with 4 heads"),
+    "sinks-heads": ({"sink_logits": zeros(H + 1)}, "sink_logits has shape [5] and must be [heads], with 4 heads"),
+    "sinks-stride": ({"sink_logits": zeros(2 * H)[::2]}, "sink_logits's last dimension must be contiguous"),
+    "softcap-negative": ({"softcap": -1.0}, "softcap is -1 and must be finite and at least 0"),
+    "softcap-inf": ({"softcap": float("inf")}, "softcap is inf and must be finite and at least 0"),
+    "softcap-nan": ({"softcap": float("nan")}, "softcap is nan and must be finite and at least 0"),
+    "dropout-1": ({"dropout_p": 1.0}, "dropout_p is 1 and must be at least 0 and less than 1"),
+    "dropout-negative": ({"dropout_p": -0.5}, "dropout_p is -0.5 and must be at least 0 and less than 1"),
+    "dropout-nan": ({"dropout_p": float("nan")}, "dropout_p is nan and must be at least 0 and less than 1"),
     "rope-channels": ({"rope": tables(9, 10)}, "rope rotates 10 channels and must rotate at most head_dim, 8"),
 }
 
@@ -125,6 +183,40 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_value(name: str) -> None:
     changes, message = VALUES[name]
     refused(ValueError, f"attention: {message}", **changes)
+
+
+# And of `lambda_attention`, which has alibi_slopes.
+ALIBI: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype": ({"alibi_slopes": zeros(H).double()}, "alibi_slopes is float64 and must be float32"),
+    "dims": ({"alibi_slopes": zeros(1, H)}, "alibi_slopes has shape [1, 4] and must be [heads], with 4 heads"),
+    "heads": ({"alibi_slopes": zeros(3)}, "alibi_slopes has shape [3] and must be [heads], with 4 heads"),
+    "stride": ({"alibi_slopes": zeros(2 * H)[::2]}, "alibi_slopes's last dimension must be contiguous"),
+    "and-bias": (
+        {"alibi_slopes": zeros(H), "distance_bias": zeros(H, 3)},
+        "distance_bias and alibi_slopes are both given; only one may be",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIBI)
+def test_bad_alibi_slopes(name: str) -> None:
+    changes, message = ALIBI[name]
+    refused(ValueError, f"lambda_attention: {message}", lambda_attention, sink_size=1, window_size=2, **changes)
+
+
+def test_alibi_slopes_are_lambda_attentions() -> None:
+    with pytest.raises(TypeError, match="alibi_slopes"):
+        attention(**good(), alibi_slopes=zeros(H))
+
+
+def test_tables_of_float64_queries() -> None:
+    """Tables follow the accumulation: float64 for float64, float32 for every other dtype."""
+    wide = {name: good()[name].double() for name in ("query", "key", "value")} | {"rope": tables(LK, D, torch.float64)}
+    half = {name: good()[name].half() for name in ("query", "key", "value")}
+    for name, shape in (("distance_bias", (H, 3)), ("sink_logits", (H,))):
+        refused(ValueError, f"attention: {name} is float32 and must be float64", **wide, **{name: zeros(*shape)})
+        refused(ValueError, f"attention: {name} is float16 and must be float32", **half, **{name: zeros(*shape).half()})
+        attention(**good() | half, **{name: zeros(*shape)})
 
 
 def test_the_op_that_was_called_is_named() -> None:
@@ -142,6 +234,8 @@ def test_the_op_that_was_called_is_named() -> None:
         (Causal(), None, 5, 100, 0, 100), (Causal(), None, 5, 100, 50, 150), (Causal(), 10, 5, 100, 0, 74),
         (Causal(), 0, 5, 100, 0, 64), (Causal(), 90, 5, 100, 0, 100), (Lambda(2, 10), 10, 5, 100, 0, 74),
         (Lambda(2, 10), 10, 5, 100, 1 << 40, 74), (Full(), None, 5, 100, 0, 100), (Full(), None, 100, 5, 0, 100),
+        (Prefix(lengths(0)), None, 100, 5, 0, 100), (Prefix(lengths(9)), 10, 5, 100, 0, 100),
+        (Segments(lengths(0, 100), causal=False), 10, 100, 100, 0, 100), (Segments(lengths(0, 100)), 10, 5, 100, 0, 74),
     ],
     ids=str,
 )  # fmt: skip
@@ -258,60 +352,80 @@ def test_sizes_fit_int64(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("scale", ["1", (1.0,)], ids=str)
-def test_scale_is_a_number(scale: Any) -> None:
-    refused(TypeError, f"attention: scale is a {type(scale).__name__} and must be a number", scale=scale)
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+@pytest.mark.parametrize("number", ["1", (1.0,)], ids=str)
+def test_factors_are_numbers(name: str, number: Any) -> None:
+    refused(TypeError, f"attention: {name} is a {type(number).__name__} and must be a number", **{name: number})
 
 
-# ---- what this version does not have -------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["distance_bias", "sink_logits"])
+def test_options_are_tensors(name: str) -> None:
+    refused(TypeError, f"attention: {name} is a list and must be a Tensor", **{name: [1.0] * H})
+    refused(TypeError, f"attention: {name} is a float and must be a Tensor", **{name: 0.5})
 
 
-@pytest.mark.parametrize("function", [attention, lambda_attention], ids=["attention", "lambda_attention"])
-@pytest.mark.parametrize("name", ["alibi_slopes", "distance_bias", "sink_logits", "softcap", "dropout_p"])
-def test_not_available(name: str, function: Any) -> None:
-    if name == "alibi_slopes" and function is attention:
-        with pytest.raises(TypeError, match="alibi_slopes"):
-            attention(**good(), alibi_slopes=zeros(H))
-        return
-    sizes = {"sink_size": 1, "window_size": 2} if function is lambda_attention else {}
-    number = name in ("softcap", "dropout_p")
-    message = f"{name} is 0.5, is not available in this version and must be 0" if number else (
-        f"{name} is not available in this version and must be None"
-    )  # fmt: skip
-    argument = 0.5 if number else zeros(H, 1)
-    refused(NotImplementedError, f"{function.__name__}: {message}", function, **{name: argument}, **sizes)
+def test_alibi_slopes_are_a_tensor() -> None:
+    message = "lambda_attention: alibi_slopes is a list and must be a Tensor"
+    refused(TypeError, message, lambda_attention, sink_size=1, window_size=2, alibi_slopes=[1.0] * H)
+
+
+def test_schedules_hold_tensors() -> None:
+    refused(TypeError, "attention: prefix_lengths is a list and must be a Tensor", schedule=Prefix([1, 2]))
+    refused(TypeError, "attention: boundaries is a tuple and must be a Tensor", schedule=Segments((0, 9)))
 
 
 # ---- the ops themselves, whose other callers have no wrapper --------------------------------------------------------
 
 
-def op_arguments(schedule: str = "causal", numbers: tuple[int, ...] = (), limit: int = -1) -> tuple[Any, ...]:
-    """Those of torch.ops.pycore.attention after the tables."""
-    return (None, None, None, None, "attention", schedule, list(numbers), False, limit, 1.0)
+# What stands between value and op: two tables of rope, three of the options, four lengths, a schedule's tensor, a seed.
+NO_TENSORS = dict.fromkeys(
+    ("rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits", *LENGTHS, "schedule_tensor", "dropout_seed")
+)
+
+
+def op_arguments(
+    schedule: str = "causal", numbers: tuple[int, ...] = (), limit: int = -1, softcap: float = 0.0,
+    dropout_p: float = 0.0, **tensors: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of torch.ops.pycore.attention after value."""
+    given = NO_TENSORS | tensors
+    assert len(given) == len(NO_TENSORS)
+    return (*given.values(), "attention", schedule, list(numbers), False, limit, 1.0, softcap, dropout_p)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (op_arguments("wavy"), 'schedule is "wavy" and must be "full", "causal" or "lambda"'),
-        (op_arguments("causal", (1,)), 'schedule "causal" has 1 numbers and takes none'),
-        (op_arguments("full", (1, 2)), 'schedule "full" has 2 numbers and takes none'),
-        (op_arguments("lambda", (1,)), 'schedule "lambda" has 1 numbers and takes 2: sink_size and window_size'),
+        (
+            op_arguments("wavy"),
+            'schedule is "wavy" and must be "full", "causal", "lambda", "prefix" or "segments"',
+        ),
+        (op_arguments("causal", (1,)), 'schedule "causal" has 1 numbers and takes 0'),
+        (op_arguments("full", (1, 2)), 'schedule "full" has 2 numbers and takes 0'),
+        (op_arguments("lambda", (1,)), 'schedule "lambda" has 1 numbers and takes 2'),
+        (op_arguments("segments", schedule_tensor=lengths(0, 9)), 'schedule "segments" has 0 numbers and takes 1'),
+        (op_arguments("causal", schedule_tensor=lengths(0, 9)), 'schedule "causal" takes no tensor'),
+        (op_arguments("prefix"), 'schedule "prefix" takes one tensor'),
+        (op_arguments("segments", (1,)), 'schedule "segments" takes one tensor'),
         (op_arguments(limit=-2), "distance_limit is -2 and must be at least 0"),
+        (op_arguments(dropout_p=0.5), "dropout_seed must be one int64 number"),
+        (op_arguments(dropout_p=0.5, dropout_seed=zeros(1)), "dropout_seed must be one int64 number"),
+        (op_arguments(dropout_p=0.5, dropout_seed=lengths(1, 2)), "dropout_seed must be one int64 number"),
     ],
-    ids=["schedule", "causal-numbers", "full-numbers", "lambda-numbers", "distance-limit"],
-)
+    ids=["schedule", "causal-numbers", "full-numbers", "lambda-numbers", "segments-numbers", "causal-tensor",
+         "prefix-tensor", "segments-tensor", "distance-limit", "no-seed", "seed-dtype", "two-seeds"],
+)  # fmt: skip
 def test_op_arguments(arguments: tuple[Any, ...], message: str) -> None:
     inputs = qkv(B, H, HKV, LQ, LK, D, DV)
     with pytest.raises(ValueError, match=f"^{re.escape(f'attention: {message}')}$"):
-        torch.ops.pycore.attention(*inputs, None, None, *arguments)
+        torch.ops.pycore.attention(*inputs, *arguments)
 
 
 def test_op_wants_both_tables() -> None:
     cos, sin = tables(LK, D)
-    for rope in ((cos, None), (None, sin)):
+    for rope in ({"rope_cos": cos}, {"rope_sin": sin}):
         with pytest.raises(ValueError, match=r"^attention: rope must hold both tables, cos and sin$"):
-            torch.ops.pycore.attention(*qkv(B, H, HKV, LQ, LK, D, DV), *rope, *op_arguments())
+            torch.ops.pycore.attention(*qkv(B, H, HKV, LQ, LK, D, DV), *op_arguments(**rope))
 
 
 @pytest.mark.parametrize(
@@ -328,18 +442,23 @@ def test_op_wants_both_tables() -> None:
         ("lse", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "lse must be contiguous"),
         ("grad_lse", lambda x: x[:, :, 1:], "grad_lse has shape [2, 4, 4] and must be [batch, heads, query length]"),
         ("grad_lse", lambda x: x.double(), "grad_lse is float64 and must be float32"),
+        ("bias_gradient", lambda x: True, "distance_bias has no gradient where there is none"),
+        ("sink_gradient", lambda x: True, "sink_logits has no gradient where there is none"),
     ],
     ids=["grad_out-dims", "grad_out-dtype", "grad_out-shape", "out-shape", "out-strides", "lse-dims", "lse-shape",
-         "lse-dtype", "lse-strides", "grad_lse-shape", "grad_lse-dtype"],
+         "lse-dtype", "lse-strides", "grad_lse-shape", "grad_lse-dtype", "bias-gradient", "sink-gradient"],
 )  # fmt: skip
 def test_backward_op_arguments(name: str, make: Any, message: str) -> None:
     inputs = qkv(B, H, HKV, LQ, LK, D, DV)
-    out, lse = torch.ops.pycore.attention(*inputs, None, None, *op_arguments())
-    tensors = {"grad_out": torch.ones_like(out), "grad_lse": torch.ones_like(lse), "out": out, "lse": lse}
-    torch.ops.pycore.attention_backward(*tensors.values(), *inputs, None, None, *op_arguments())
-    tensors[name] = make(tensors[name])
+    out, lse = torch.ops.pycore.attention(*inputs, *op_arguments())
+    first = {
+        "grad_out": torch.ones_like(out), "grad_lse": torch.ones_like(lse), "out": out, "lse": lse,
+        "bias_gradient": False, "sink_gradient": False,
+    }  # fmt: skip
+    torch.ops.pycore.attention_backward(*first.values(), *inputs, *op_arguments())
+    first[name] = make(first[name])
     with pytest.raises(ValueError, match=f"^{re.escape(f'attention: {message}')}$"):
-        torch.ops.pycore.attention_backward(*tensors.values(), *inputs, None, None, *op_arguments())
+        torch.ops.pycore.attention_backward(*first.values(), *inputs, *op_arguments())
 
 
 @pytest.mark.cuda
@@ -348,15 +467,11 @@ def test_other_devices() -> None:
         refused(ValueError, f"attention: {name} is on another device than query", **{name: good()[name].cuda()})
     for name in LENGTHS:
         message = f"attention: {name} is on another device than query"
-        refused(
-            ValueError,
-            message,
-            **{
-                name: zeros(
-                    B,
-                    dtype=torch.int64,
-                ).cuda()
-            },
-        )
+        refused(ValueError, message, **{name: zeros(B, dtype=torch.int64).cuda()})
+    for name, x in (("distance_bias", zeros(H, 3)), ("sink_logits", zeros(H))):
+        refused(ValueError, f"attention: {name} is on another device than query", **{name: x.cuda()})
+    for name, schedule in (("prefix_lengths", Prefix), ("boundaries", Segments)):
+        message = f"attention: {name} is on another device than query"
+        refused(ValueError, message, schedule=schedule(lengths(0, 9).cuda()))
     cos, sin = tables(LK, D)
     refused(ValueError, "attention: rope's sin is on another device than query", rope=(cos, sin.cuda()))
