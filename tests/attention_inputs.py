@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycore.schedules import Causal, Full, Lambda, Schedule
+from pycore.schedules import Full, Prefix, Schedule, Segments
 
 __all__ = ["Case", "lengths", "qkv", "tables"]
 
@@ -58,11 +58,15 @@ class Case:
     key_lengths: tuple[int, ...] | None = None
     key_offset: tuple[int, ...] | None = None
     query_lengths: tuple[int, ...] | None = None
+    bias: int | None = None  # entries a head of distance_bias
+    alibi: bool = False
+    sinks: bool = False
+    softcap: float = 0.0
 
     def __str__(self) -> str:
         """The test's id."""
-        kinds = {Causal: "causal", Full: "full", Lambda: "lambda"}
-        text = kinds[type(self.schedule)] + "".join(f"-{number}" for number in self.schedule.args)
+        numbers = [] if self.schedule.tensor is None else self.schedule.tensor.tolist()
+        text = self.schedule.kind + "".join(f"-{number}" for number in (*self.schedule.args, *numbers))
         text += f"-L{self.query_length}x{self.key_length}-D{self.head_dim}"
         text += "" if self.value_dim is None else f"v{self.value_dim}"
         text += f"-B{self.batch}" if self.batch != 1 else ""
@@ -70,8 +74,9 @@ class Case:
         text += f"-rope{self.rope_dim}{'i' if self.interleaved else ''}" if self.rope_dim else ""
         text += "" if self.distance_limit is None else f"-limit{self.distance_limit}"
         text += "" if self.scale is None else f"-scale{self.scale}"
-        for name in ("key_starts", "key_lengths", "key_offset", "query_lengths"):
-            text += "" if getattr(self, name) is None else f"-{name}"
+        text += "" if self.bias is None else f"-bias{self.bias}"
+        for name in ("alibi", "sinks", "softcap", "key_starts", "key_lengths", "key_offset", "query_lengths"):
+            text += f"-{name}" if getattr(self, name) else ""
         return text
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +104,9 @@ class Case:
         if self.rope_dim:
             # A table reaches the largest distance, or the limit and a tile.
             rows = max(self.key_length + max(self.key_offset or [0]), self.query_length)
-            if self.distance_limit is not None and not isinstance(self.schedule, Full):
+            s = self.schedule
+            causal = not isinstance(s, Full | Prefix) and not (isinstance(s, Segments) and not s.causal)
+            if self.distance_limit is not None and causal:
                 rows = min(rows, self.distance_limit + 64)
             cos, sin = tables(rows, self.rope_dim, table_dtype)
             options |= {"rope": (cos.to(dtype), sin.to(dtype)), "interleaved": self.interleaved}
@@ -107,4 +114,13 @@ class Case:
             numbers = getattr(self, name)
             if numbers is not None:
                 options[name] = lengths(*numbers)
+        generator = torch.Generator().manual_seed(self.heads)
+        if self.bias is not None:
+            options["distance_bias"] = torch.randn(self.heads, self.bias, generator=generator).to(dtype)
+        if self.alibi:
+            options["alibi_slopes"] = (torch.rand(self.heads, generator=generator) / 16).to(dtype)
+        if self.sinks:
+            options["sink_logits"] = (2 * torch.randn(self.heads, generator=generator)).to(dtype)
+        if self.softcap:
+            options["softcap"] = self.softcap
         return options

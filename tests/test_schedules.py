@@ -23,7 +23,7 @@ ALL = [Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 1
 
 
 def test_public_names() -> None:
-    assert set(schedules.__all__) == {"Causal", "Full", "Lambda", "Schedule"}
+    assert set(schedules.__all__) == {"Causal", "Full", "Lambda", "Prefix", "Schedule", "Segments"}
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=str)

@@ -26,8 +26,9 @@ namespace {
 
 }  // namespace
 
-const AttentionKernels attention_float = {kForwardRows,     kBackwardRows, forward_scratch, forward,
-                                          backward_scratch, delta,         grad_query,      grad_key_value};
+const AttentionKernels attention_float = {kForwardRows,  kBackwardRows,   forward_scratch,  forward,
+                                          forward_merge, forward_partial, backward_scratch, delta,
+                                          grad_query,    grad_key_value};
 
 }  // namespace avx2
 }  // namespace pycore

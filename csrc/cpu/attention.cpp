@@ -71,38 +71,102 @@ void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
 
 }  // namespace
 
+namespace {
+
+// The n-th segment that rows p_lo..p_hi visit, or -1.
+int64_t visited_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t n) {
+  int64_t tile = map.next_tile(p_lo, p_hi, 0);
+  for (; n > 0 && tile != kNoTile; --n) tile = map.next_tile(p_lo, p_hi, (tile / kSegmentTiles + 1) * kSegmentTiles);
+  return tile == kNoTile ? -1 : tile / kSegmentTiles;
+}
+
+// How the forward pass is cut into items.
+struct ForwardPlan {
+  const AttentionParams& params;
+  int64_t rows;        // query rows a tile
+  int64_t tile_heads;  // heads a tile: few queries, and the heads that share a key head share its tiles too
+  int64_t head_tiles, query_tiles, tiles;
+  int64_t segments = 1;  // items a tile: more than one only where there are fewer tiles than threads
+  int64_t slot_bytes, partial_bytes = 0;
+
+  ForwardPlan(const AttentionParams& params, const AttentionKernels& kernels, int64_t threads) : params(params) {
+    const int64_t group = params.heads / params.kv_heads;
+    rows = std::min(params.query_length, kernels.forward_rows);
+    tile_heads = std::clamp<int64_t>(kernels.forward_rows / rows, 1, group);
+    head_tiles = pycore::tiles(group, tile_heads);
+    query_tiles = pycore::tiles(params.query_length, rows);
+    tiles = query_tiles * params.batch * params.kv_heads * head_tiles;
+    slot_bytes = kernels.forward_scratch(params);
+    if (tiles >= threads || kernels.forward_merge == nullptr) return;
+    partial_bytes = kernels.forward_partial(params, rows * tile_heads);
+    for (int64_t b = 0; b < params.batch; ++b) {
+      const RowMap map = row_map(params, b);
+      if (map.queries == 0) continue;
+      int64_t count = 0, p_lo = map.query_position(0), p_hi = map.query_position(map.queries - 1);
+      int64_t tile = map.next_tile(p_lo, p_hi, 0);
+      for (; tile != kNoTile; ++count) tile = map.next_tile(p_lo, p_hi, (tile / kSegmentTiles + 1) * kSegmentTiles);
+      segments = std::max(segments, count);
+    }
+  }
+
+  QueryTile tile(int64_t index, RowMap* map) const {
+    QueryTile tile;
+    const int64_t group = params.heads / params.kv_heads, others = tiles / query_tiles, rest = index % others;
+    // Under a causal schedule the last queries cost most: first come, first served.
+    tile.first = (query_tiles - 1 - index / others) * rows;
+    tile.batch = rest / (params.kv_heads * head_tiles);
+    tile.kv_head = rest / head_tiles % params.kv_heads;
+    const int64_t head_in_group = rest % head_tiles * tile_heads;
+    tile.head = tile.kv_head * group + head_in_group;
+    tile.heads = std::min(tile_heads, group - head_in_group);
+    *map = row_map(params, tile.batch);
+    tile.count = std::min(rows, map->queries - tile.first);
+    return tile;
+  }
+};
+
+}  // namespace
+
 int64_t attention_forward_scratch(const AttentionParams& params, int64_t threads) {
   const AttentionKernels* kernels = kernels_for(params.dtype);
-  return kernels ? threads * kernels->forward_scratch(params) : 0;
+  if (!kernels || params.batch * params.heads * params.query_length == 0) return 0;
+  const ForwardPlan plan(params, *kernels, threads);
+  return threads * plan.slot_bytes + (plan.segments > 1 ? plan.tiles * plan.segments * plan.partial_bytes : 0);
 }
 
 Status attention_forward(const AttentionParams& params, const Parallel& parallel, void* scratch) {
   const AttentionKernels* kernels = kernels_for(params.dtype);
   if (!kernels) return kNoKernel;
   if (params.batch * params.heads * params.query_length == 0) return {};
-  const int64_t slot_bytes = kernels->forward_scratch(params);
-  // Few queries: the heads that share a key head share its tiles too.
-  const int64_t group = params.heads / params.kv_heads;
-  const int64_t count = std::min(params.query_length, kernels->forward_rows);
-  const int64_t tile_heads = std::clamp<int64_t>(kernels->forward_rows / count, 1, group);
-  const int64_t head_tiles = tiles(group, tile_heads);
-  const int64_t query_tiles = tiles(params.query_length, count);
-  const int64_t items = query_tiles * params.batch * params.kv_heads * head_tiles;
-  for_each_item(parallel, items, [&](int64_t slot, int64_t item) {
-    QueryTile tile;
-    // Under a causal schedule the last queries cost most: first come, first served.
-    const int64_t query_tile = query_tiles - 1 - item / (params.batch * params.kv_heads * head_tiles);
-    const int64_t rest = item % (params.batch * params.kv_heads * head_tiles);
-    tile.batch = rest / (params.kv_heads * head_tiles);
-    tile.kv_head = rest / head_tiles % params.kv_heads;
-    const int64_t head_in_group = rest % head_tiles * tile_heads;
-    tile.head = tile.kv_head * group + head_in_group;
-    tile.heads = std::min(tile_heads, group - head_in_group);
-    tile.first = query_tile * count;
-    const RowMap map = row_map(params, tile.batch);
-    tile.count = std::min(count, map.queries - tile.first);
-    if (tile.count > 0) kernels->forward(params, map, tile, static_cast<char*>(scratch) + slot * slot_bytes);
-  });
+  const ForwardPlan plan(params, *kernels, parallel.threads);
+  char* const partials = static_cast<char*>(scratch) + parallel.threads * plan.slot_bytes;
+  const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * plan.slot_bytes; };
+  if (plan.segments == 1) {
+    for_each_item(parallel, plan.tiles, [&](int64_t slot, int64_t item) {
+      RowMap map;
+      const QueryTile tile = plan.tile(item, &map);
+      if (tile.count > 0) kernels->forward(params, map, tile, {}, slot_scratch(slot), nullptr);
+    });
+  } else {
+    // A state for every segment a tile visits, in order, and then their merging: what one thread does by itself.
+    const auto walk = [&](int64_t slot, int64_t item) {
+      RowMap map;
+      const QueryTile tile = plan.tile(item / plan.segments, &map);
+      if (tile.count <= 0) return;
+      const int64_t p_lo = map.query_position(tile.first);
+      const int64_t segment = visited_segment(map, p_lo, p_lo + tile.count - 1, item % plan.segments);
+      const SegmentRange range = segment < 0 ? SegmentRange{0, 0} : SegmentRange{segment, segment + 1};
+      kernels->forward(params, map, tile, range, slot_scratch(slot), partials + item * plan.partial_bytes);
+    };
+    for_each_item(parallel, plan.tiles * plan.segments, walk);
+    for_each_item(parallel, plan.tiles, [&](int64_t slot, int64_t item) {
+      RowMap map;
+      const QueryTile tile = plan.tile(item, &map);
+      if (tile.count <= 0) return;
+      kernels->forward_merge(params, tile, partials + item * plan.segments * plan.partial_bytes, plan.partial_bytes,
+                             plan.segments, slot_scratch(slot));
+    });
+  }
   if (params.query_lengths) {
     for (int64_t b = 0; b < params.batch; ++b) clear_rows(params, b, params.query_lengths[b]);
   }

@@ -238,7 +238,8 @@ void forward_row(const AttentionParams& params, const RowMap& map, int64_t b, in
 }
 
 template <class T>
-void forward(const AttentionParams& params, const RowMap& map, const QueryTile& tile, void* scratch) {
+void forward(const AttentionParams& params, const RowMap& map, const QueryTile& tile, SegmentRange, void* scratch,
+             void*) {
   Rows<T> rows;
   rows.bind(params, scratch);
   for (int64_t h = tile.head; h < tile.head + tile.heads; ++h) {
@@ -364,8 +365,9 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
 }
 
 template <class T>
-constexpr AttentionKernels kKernels = {kRows,    kRows,         scratch_bytes<T>, forward<T>, backward_scratch<T>,
-                                       delta<T>, grad_query<T>, grad_key_value<T>};
+constexpr AttentionKernels kKernels = {
+    kRows,    kRows,         scratch_bytes<T>, forward<T>, nullptr, nullptr, backward_scratch<T>,
+    delta<T>, grad_query<T>, grad_key_value<T>};
 
 }  // namespace
 

@@ -120,31 +120,36 @@ PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float sc
   row_sum.store(sum);
 }
 
+// One row's state after a later segment joins the total.
+PYCORE_INLINE void merge_row(const ForwardBuffers& buffers, int64_t r, float max, float sum, const float* accumulator,
+                             int64_t dv) {
+  if (max == kNegativeInfinity) return;
+  float* total = buffers.total + r * dv;
+  const float total_max = buffers.total_max[r];
+  if (total_max == kNegativeInfinity) {
+    buffers.total_max[r] = max;
+    buffers.total_sum[r] = sum;
+    copy_row(accumulator, dv, total);
+    return;
+  }
+  const float new_max = max > total_max ? max : total_max;
+  const Vec old_factor = Vec::broadcast(exp2_of(total_max - new_max));
+  const Vec factor = Vec::broadcast(exp2_of(max - new_max));
+  float lanes[Vec::kWidth];
+  Vec::fma(Vec::broadcast(sum), factor, Vec::broadcast(buffers.total_sum[r]) * old_factor).store(lanes);
+  buffers.total_sum[r] = lanes[0];
+  buffers.total_max[r] = new_max;
+  for (int64_t d = 0; d < dv; d += Vec::kWidth) {
+    Vec::fma(Vec::load(accumulator + d), factor, Vec::load(total + d) * old_factor).store(total + d);
+  }
+}
+
 // The open segment joins the total, and a new one opens.
 PYCORE_INLINE void merge_segment(const ForwardBuffers& buffers, int64_t rows, int64_t dv) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float max = buffers.max[r];
-    if (max == kNegativeInfinity) continue;
+    if (buffers.max[r] == kNegativeInfinity) continue;
     float* accumulator = buffers.accumulator + r * dv;
-    float* total = buffers.total + r * dv;
-    const float sum = Vec::load(buffers.sum + r * Vec::kWidth).reduce_add();
-    const float total_max = buffers.total_max[r];
-    if (total_max == kNegativeInfinity) {
-      buffers.total_max[r] = max;
-      buffers.total_sum[r] = sum;
-      copy_row(accumulator, dv, total);
-    } else {
-      const float new_max = max > total_max ? max : total_max;
-      const Vec old_factor = Vec::broadcast(exp2_of(total_max - new_max));
-      const Vec factor = Vec::broadcast(exp2_of(max - new_max));
-      float lanes[Vec::kWidth];
-      Vec::fma(Vec::broadcast(sum), factor, Vec::broadcast(buffers.total_sum[r]) * old_factor).store(lanes);
-      buffers.total_sum[r] = lanes[0];
-      buffers.total_max[r] = new_max;
-      for (int64_t d = 0; d < dv; d += Vec::kWidth) {
-        Vec::fma(Vec::load(accumulator + d), factor, Vec::load(total + d) * old_factor).store(total + d);
-      }
-    }
+    merge_row(buffers, r, buffers.max[r], Vec::load(buffers.sum + r * Vec::kWidth).reduce_add(), accumulator, dv);
     buffers.max[r] = kNegativeInfinity;
     Vec::zero().store(buffers.sum + r * Vec::kWidth);
     zero_rows(accumulator, dv);
@@ -226,7 +231,33 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
                          buffers.accumulator + row * dv, dv);
 }
 
-void forward(const AttentionParams& params, const RowMap& map, const QueryTile& queries, void* memory) {
+// The rows' results from their totals.
+PYCORE_INLINE void finish_rows(const AttentionParams& params, const QueryTile& queries, const ForwardBuffers& buffers) {
+  const int64_t dv = padded(params.value_dim);
+  for (int64_t r = 0; r < queries.rows(); ++r) {
+    const int64_t index =
+        row_index(params, queries.batch, queries.head + r / queries.count, queries.first + r % queries.count);
+    float max = buffers.total_max[r], sum = buffers.total_sum[r];
+    if (params.sink_logits) {
+      const float sink = static_cast<const float*>(params.sink_logits)[queries.head + r / queries.count] * kLog2E;
+      const float new_max = max > sink ? max : sink, rescale = exp2_of(max - new_max);
+      sum = sum * rescale + exp2_of(sink - new_max);
+      max = new_max;
+      scale_row(buffers.total + r * dv, dv, Vec::broadcast(rescale));
+    }
+    // A row that kept no key has an accumulator of zeros, and without a sink a sum of 0; NaN goes through.
+    scale_row(buffers.total + r * dv, dv, Vec::broadcast(sum == 0 ? 0.0f : 1.0f / sum));
+    store_row(params.dtype, buffers.total + r * dv, params.value_dim,
+              static_cast<char*>(params.out) + index * params.value_dim * dtype_size(params.dtype));
+    static_cast<float*>(params.lse)[index] = static_cast<float>(max * kLn2 + __builtin_log(static_cast<double>(sum)));
+  }
+}
+
+// A row's state in a partial: its largest logit, its sum, and dv accumulated values.
+PYCORE_INLINE int64_t state_floats(const AttentionParams& params) { return 2 + padded(params.value_dim); }
+
+void forward(const AttentionParams& params, const RowMap& map, const QueryTile& queries, SegmentRange segments,
+             void* memory, void* partial) {
   ForwardBuffers buffers;
   buffers.bind(params, memory);
   const int64_t d = padded(params.head_dim), dv = padded(params.value_dim), rows = queries.rows();
@@ -251,8 +282,9 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   zero_rows(buffers.accumulator, rows * dv);
   zero_rows(buffers.total, rows * dv);
 
-  int64_t open_segment = 0;
-  for (int64_t tile = map.next_tile(p_lo, p_hi, 0); tile != kNoTile; tile = map.next_tile(p_lo, p_hi, tile + 1)) {
+  int64_t open_segment = segments.first;
+  for (int64_t tile = map.next_tile(p_lo, p_hi, segments.first * kSegmentTiles);
+       tile != kNoTile && tile / kSegmentTiles < segments.last; tile = map.next_tile(p_lo, p_hi, tile + 1)) {
     LoadedTile loaded;
     loaded.tile = tile;
     loaded.present = map.present_bits(tile);
@@ -285,24 +317,36 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     }
   }
   merge_segment(buffers, rows, dv);
-
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t index =
-        row_index(params, queries.batch, queries.head + r / queries.count, queries.first + r % queries.count);
-    float max = buffers.total_max[r], sum = buffers.total_sum[r];
-    if (params.sink_logits) {
-      const float sink = static_cast<const float*>(params.sink_logits)[queries.head + r / queries.count] * kLog2E;
-      const float new_max = max > sink ? max : sink, rescale = exp2_of(max - new_max);
-      sum = sum * rescale + exp2_of(sink - new_max);
-      max = new_max;
-      scale_row(buffers.total + r * dv, dv, Vec::broadcast(rescale));
-    }
-    // A row that kept no key has an accumulator of zeros, and without a sink a sum of 0; NaN goes through.
-    scale_row(buffers.total + r * dv, dv, Vec::broadcast(sum == 0 ? 0.0f : 1.0f / sum));
-    store_row(params.dtype, buffers.total + r * dv, params.value_dim,
-              static_cast<char*>(params.out) + index * params.value_dim * dtype_size(params.dtype));
-    static_cast<float*>(params.lse)[index] = static_cast<float>(max * kLn2 + __builtin_log(static_cast<double>(sum)));
+  if (partial == nullptr) return finish_rows(params, queries, buffers);
+  float* state = static_cast<float*>(partial);
+  for (int64_t r = 0; r < rows; ++r, state += state_floats(params)) {
+    state[0] = buffers.total_max[r];
+    state[1] = buffers.total_sum[r];
+    copy_row(buffers.total + r * dv, dv, state + 2);
   }
+}
+
+int64_t forward_partial(const AttentionParams& params, int64_t rows) {
+  return round_up(rows * state_floats(params) * static_cast<int64_t>(sizeof(float)), 64);
+}
+
+void forward_merge(const AttentionParams& params, const QueryTile& queries, const void* partials, int64_t stride,
+                   int64_t count, void* memory) {
+  ForwardBuffers buffers;
+  buffers.bind(params, memory);
+  const int64_t dv = padded(params.value_dim), rows = queries.rows();
+  zero_rows(buffers.total, rows * dv);
+  for (int64_t r = 0; r < rows; ++r) {
+    buffers.total_max[r] = kNegativeInfinity;
+    buffers.total_sum[r] = 0;
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    const float* state = reinterpret_cast<const float*>(static_cast<const char*>(partials) + n * stride);
+    for (int64_t r = 0; r < rows; ++r, state += state_floats(params)) {
+      merge_row(buffers, r, state[0], state[1], state + 2, dv);
+    }
+  }
+  finish_rows(params, queries, buffers);
 }
 
 int64_t forward_scratch(const AttentionParams& params) {

@@ -20,6 +20,10 @@ struct QueryTile {
   int64_t rows() const { return heads * count; }
 };
 
+struct SegmentRange {
+  int64_t first = 0, last = INT64_MAX;
+};
+
 // Which gradients a backward call is to produce.
 struct BackwardParts {
   bool query = false;
@@ -31,7 +35,15 @@ struct AttentionKernels {
   int64_t forward_rows;                                       // most rows a QueryTile may have in the forward pass
   int64_t backward_rows;                                      // most query rows (of one head) in a backward step
   int64_t (*forward_scratch)(const AttentionParams& params);  // bytes a thread
-  void (*forward)(const AttentionParams& params, const RowMap& map, const QueryTile& tile, void* scratch);
+  // One tile over its segments first..last-1 in order, and then its rows' results; or, with `partial`, only the state
+  // of the rows after these segments, forward_partial(params, rows) bytes.
+  void (*forward)(const AttentionParams& params, const RowMap& map, const QueryTile& tile, SegmentRange segments,
+                  void* scratch, void* partial);
+  // The rows' results from `count` such states, of one segment each, in order and `stride` bytes apart. Null: tiles are
+  // never split.
+  void (*forward_merge)(const AttentionParams& params, const QueryTile& tile, const void* partials, int64_t stride,
+                        int64_t count, void* scratch);
+  int64_t (*forward_partial)(const AttentionParams& params, int64_t rows);
   int64_t (*backward_scratch)(const AttentionBackwardParams& params);
   // Rows first..first+count-1 of a head: delta = sum(grad_out * out) - grad_lse.
   void (*delta)(const AttentionBackwardParams& params, int64_t batch, int64_t head, int64_t first, int64_t count,

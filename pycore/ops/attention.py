@@ -119,7 +119,7 @@ def lambda_attention(
     Args:
         sink_size: tokens kept from the start, at least 0.
         window_size: newest tokens kept, the query's own among them (FlashAttention's window (left, 0) is left + 1).
-        alibi_slopes: [H], float32 (float64): -slope * min(d, distance_limit) is added to a logit, as by a distance_bias.
+        alibi_slopes: [H], float32 (float64): -slope * min(d, distance_limit) is added to a logit, as distance_bias is.
         distance_limit: `window_size` by default, as in LM-Infinite; must be at least that. 2**62 for no limit.
 
     The other arguments, the return value and the errors are those of `attention`.

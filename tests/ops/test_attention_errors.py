@@ -246,7 +246,11 @@ def test_rope_must_reach(
     q, k, v = qkv(1, 1, 1, queries, keys, 8)
     options = {"schedule": schedule, "distance_limit": limit, "key_offset": lengths(offset)}
     assert attention(q, k, v, rope=tables(needed, 8), **options).isfinite().all()
-    with pytest.raises(ValueError, match=rf"^attention: rope has {needed - 1} rows and must have {needed} \(.*\)$"):
+    why = f": distance_limit, {limit}, and a tile of 64"
+    if limit is None or needed != limit + 64:
+        why = f", one for every distance up to {needed - 1}"
+    message = f"attention: rope has {needed - 1} rows and must have {needed}{why}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         attention(q, k, v, rope=tables(needed - 1, 8), **options)
 
 
@@ -377,10 +381,9 @@ def test_schedules_hold_tensors() -> None:
 # ---- the ops themselves, whose other callers have no wrapper --------------------------------------------------------
 
 
-# What stands between value and op: two tables of rope, three of the options, four lengths, a schedule's tensor, a seed.
-NO_TENSORS = dict.fromkeys(
-    ("rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits", *LENGTHS, "schedule_tensor", "dropout_seed")
-)
+# What stands between value and op: the tables, the lengths, a schedule's tensor and a seed.
+TABLES = ("rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits")
+NO_TENSORS = dict.fromkeys((*TABLES, *LENGTHS, "schedule_tensor", "dropout_seed"))
 
 
 def op_arguments(

@@ -16,29 +16,64 @@ from pycore.schedules import Causal, Lambda
 
 ROPE = tables(300, 8)
 LENGTHS = (lengths(2, 0), lengths(9, 7), lengths(0, 3), lengths(5, 1))
-NO_LENGTHS = (None,) * 4
+NO_ROPE, NO_TABLES, NO_LENGTHS, NO_OTHERS = (None,) * 2, (None,) * 3, (None,) * 4, (None,) * 2
+NO_OPTIONS = (0.0, 0.0)
+BIAS, SLOPES, SINKS = torch.linspace(-1, 1, 20).view(4, 5), torch.tensor([0.5, 0.25, 0.1, 0.0]), torch.arange(4.0)
+SEED = torch.tensor([2**62 + 7])
 
-# The arguments of torch.ops.pycore.attention after query, key and value.
+# The arguments of torch.ops.pycore.attention after query, key and value: rope, tables, lengths, schedule's tensor and
+# seed, then numbers.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "causal": (None, None, *NO_LENGTHS, "attention", "causal", [], False, -1, 0.3),
-    "full-rope": (*ROPE, *NO_LENGTHS, "attention", "full", [], False, -1, 0.3),
-    "lambda-rope-limit": (*ROPE, *NO_LENGTHS, "lambda_attention", "lambda", [2, 4], True, 6, 0.3),
-    "lengths": (*ROPE, *LENGTHS, "lambda_attention", "lambda", [2, 4], False, 4, 0.3),
-}
+    "causal": (
+        *NO_ROPE, *NO_TABLES, *NO_LENGTHS, *NO_OTHERS, "attention", "causal", [], False, -1, 0.3, *NO_OPTIONS,
+    ),
+    "full-rope": (*ROPE, *NO_TABLES, *NO_LENGTHS, *NO_OTHERS, "attention", "full", [], False, -1, 0.3, *NO_OPTIONS),
+    "lambda-rope-limit": (
+        *ROPE, *NO_TABLES, *NO_LENGTHS, *NO_OTHERS, "lambda_attention", "lambda", [2, 4], True, 6, 0.3, *NO_OPTIONS,
+    ),
+    "lengths": (
+        *ROPE, *NO_TABLES, *LENGTHS, *NO_OTHERS, "lambda_attention", "lambda", [2, 4], False, 4, 0.3, *NO_OPTIONS,
+    ),
+    "bias-sinks-softcap": (
+        *NO_ROPE, BIAS, None, SINKS, *NO_LENGTHS, *NO_OTHERS, "attention", "causal", [], False, -1, 0.3, 5.0, 0.0,
+    ),
+    "alibi-dropout": (
+        *NO_ROPE, None, SLOPES, None, *LENGTHS, None, SEED, "lambda_attention", "lambda", [2, 4], False, 4, 0.3, 0.0,
+        0.25,
+    ),
+    "prefix": (
+        *NO_ROPE, BIAS, None, None, *NO_LENGTHS, lengths(3, 8), None, "attention", "prefix", [], False, -1, 0.3,
+        *NO_OPTIONS,
+    ),
+    "segments": (
+        *NO_ROPE, None, None, SINKS, *NO_LENGTHS, lengths(0, 6, 9), None, "attention", "segments", [0], False, -1, 0.3,
+        *NO_OPTIONS,
+    ),
+}  # fmt: skip
 
 
 def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Tables in the dtype that accumulates."""
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
     def cast(x: Any) -> Any:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        return x.to(table_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     return tuple(cast(x) for x in ARGUMENTS[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_opcheck_forward(name: str, dtype: torch.dtype) -> None:
+    """With gradients of the tables that have one."""
     inputs = [x.requires_grad_() for x in qkv(2, 4, 2, 5, 9, 8, 6, dtype=dtype)]
-    results = torch.library.opcheck(torch.ops.pycore.attention.default, (*inputs, *arguments(name, dtype)))
+    rest = list(arguments(name, dtype))
+    for place in (2, 4):  # distance_bias and sink_logits
+        rest[place] = None if rest[place] is None else rest[place].clone().requires_grad_()
+    results = torch.library.opcheck(torch.ops.pycore.attention.default, (*inputs, *rest))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -62,12 +97,14 @@ def test_opcheck_layouts(make: Any) -> None:
 
 @pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out-and-lse"])
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_opcheck_backward(name: str, with_lse: bool) -> None:
-    inputs = qkv(2, 4, 2, 5, 9, 8, 6)
-    rest = arguments(name, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_opcheck_backward(name: str, dtype: torch.dtype, with_lse: bool) -> None:
+    inputs = qkv(2, 4, 2, 5, 9, 8, 6, dtype=dtype)
+    rest = arguments(name, dtype)
     out, lse = torch.ops.pycore.attention(*inputs, *rest)
-    grads = (torch.randn_like(out), torch.randn_like(lse) if with_lse else None)
-    results = torch.library.opcheck(torch.ops.pycore.attention_backward.default, (*grads, out, lse, *inputs, *rest))
+    first = (torch.randn_like(out), torch.randn_like(lse) if with_lse else None, out, lse)
+    wants = (rest[2] is not None, rest[4] is not None)
+    results = torch.library.opcheck(torch.ops.pycore.attention_backward.default, (*first, *wants, *inputs, *rest))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -190,9 +227,3 @@ def test_fake_tensors_have_the_right_shapes() -> None:
     out, lse = attention(*inputs, return_lse=True)
     assert out.shape == (2, 4, 5, 6) and lse.shape == (2, 4, 5)
     assert out.device.type == "meta" and out.dtype == lse.dtype == torch.float64
-
-
-def test_vmap_is_a_loop() -> None:
-    q, k, v = qkv(3, 2, 1, 5, 9, 8)
-    mapped = torch.vmap(lambda x: attention(x, k[:1], v[:1]))(q[:, None])
-    assert torch.equal(mapped, torch.stack([attention(x[None], k[:1], v[:1]) for x in q]))
