@@ -140,7 +140,6 @@ def cases(options: Options) -> Iterable[Case]:
         main,
         Work(8192, device=device),
         ("masked SDPA", "compiled FlexAttention", "chunked SDPA"),
-        targets={"masked SDPA": 15.0, "compiled FlexAttention": 3.0, "chunked SDPA": 1.7} if device == "cpu" else {},
         memory=("pycore", "masked SDPA", "compiled FlexAttention", "chunked SDPA"),
     )
     named = inputs.text_model()
@@ -165,7 +164,6 @@ def cases(options: Options) -> Iterable[Case]:
         "causal forward",
         Work(8192, None, None, device=device),
         ("SDPA is_causal",) if options.quick and device == "cpu" else ("SDPA is_causal", "compiled FlexAttention"),
-        targets={"SDPA is_causal": 1.0} if device == "cpu" else {},
         memory=("pycore", "SDPA is_causal"),
     )
     if device == "cpu":  # there is no backward on CUDA yet
@@ -174,7 +172,6 @@ def cases(options: Options) -> Iterable[Case]:
             "Λ forward and backward",
             Work(4096, backward=True),
             ("masked SDPA", "chunked SDPA"),
-            targets={"masked SDPA": 6.0, "chunked SDPA": 2.0},
             memory=("pycore", "masked SDPA", "chunked SDPA"),
         )
     lengths = (1024, 4096, 16384, 131072) if options.quick else tuple(2**power for power in range(10, 18))

@@ -73,7 +73,6 @@ def _case(name: str, group: str, work: Work) -> Case:
         check=check,
         tolerance=BACKWARD_TOLERANCE if work.backward else FORWARD_TOLERANCE,
         flops=work.flops,
-        targets={"torch": 0.8} if work.rows > 1 and work.outs else {},
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Case:
         tolerance: largest error at which a contender's time counts.
         flops: useful floating-point operations, by the convention in bench/README.md; 0 if the notion does not apply.
         axis: ("length", 8192.0) for a point of a sweep.
-        targets: peer -> least ratio peer / subject that design asks for, shown beside the measured one.
+        bytes: bytes that have to move at least, where they and not the arithmetic are the limit; then flops is 0.
         memory: contenders whose peak memory is measured (in a process of its own).
         device: "cpu" or "cuda".
     """
@@ -51,7 +51,7 @@ class Case:
     tolerance: float
     flops: float = 0.0
     axis: tuple[str, float] | None = None
-    targets: Mapping[str, float] = field(default_factory=dict)
+    bytes: float = 0.0
     memory: Sequence[str] = ()
     device: str = "cpu"
 

@@ -144,8 +144,8 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
         "device": case.device,
         "axis": list(case.axis) if case.axis else None,
         "flops": case.flops,
+        "bytes": case.bytes,
         "tolerance": case.tolerance,
-        "targets": dict(case.targets),
         "subject": subject,
         "gemm_ms": [round(s * 1e3, 4) for s in gemm.seconds] if gemm else None,
         "results": {

@@ -35,8 +35,8 @@ class Row:
     high: float
     rounds: int
     ratio: float | None
-    target: float | None
     gflops: float | None
+    gbs: float | None
     share: float | None
     peak_mb: float | None
     error: float
@@ -52,7 +52,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def rows(run: Mapping[str, Any]) -> list[Row]:
     """Every measured contender of a run, in the order of the cases."""
-    gemm_everywhere = run["limits"].get("gemm_gflops")
+    gemm_everywhere, read = run["limits"].get("gemm_gflops"), run["limits"].get("read_gbs")
     found = []
     for case in run["cases"]:
         gemm = gemm_everywhere
@@ -63,6 +63,8 @@ def rows(run: Mapping[str, Any]) -> list[Row]:
         for name, result in case["results"].items():
             low, median, high = quartiles(result["ms"])
             gflops = case["flops"] / median / 1e6 if case["flops"] else None
+            gbs = case["bytes"] / median / 1e6 if case["bytes"] else None
+            speed, limit = (gbs, read) if gbs else (gflops, gemm)
             peak = result.get("peak_bytes")
             found.append(
                 Row(
@@ -74,9 +76,9 @@ def rows(run: Mapping[str, Any]) -> list[Row]:
                     high=high,
                     rounds=len(result["ms"]),
                     ratio=None if name == subject else median / subject_median,
-                    target=case["targets"].get(name),
                     gflops=gflops,
-                    share=gflops / gemm if gflops and gemm else None,
+                    gbs=gbs,
+                    share=speed / limit if speed and limit else None,
                     peak_mb=None if peak is None else peak / 2**20,
                     error=result["error"],
                 )
@@ -93,7 +95,7 @@ def number(value: float | None, unit: str = "") -> str:
     return f"{value:.{2 if abs(value) < 10 else 1}f}{unit}"
 
 
-_COLUMNS = ("contender", "median ms", "quartiles", "n", "ratio", "target", "GFLOP/s", "of GEMM", "peak MB", "error")
+_COLUMNS = ("contender", "median ms", "quartiles", "n", "ratio", "GFLOP/s", "GB/s", "of limit", "peak MB", "error")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -103,8 +105,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{number(row.low)}–{number(row.high)}",
         str(row.rounds),
         number(row.ratio, "×"),
-        f"≥ {row.target:g}×" if row.target else "",
         number(row.gflops),
+        number(row.gbs),
         "" if row.share is None else f"{row.share:.0%}",
         "" if row.peak_mb is None else number(row.peak_mb),
         f"{row.error:.0e}",
@@ -225,16 +227,17 @@ def markdown(run: Mapping[str, Any]) -> str:
     lines = [
         f"{machine_line(run)}. {limits_line(run)}.",
         "",
-        "| work | contender | median ms | quartiles | over pycore | GFLOP/s | of GEMM | peak memory MB |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| work | contender | median ms | quartiles | over pycore | GFLOP/s | GB/s | of limit | peak memory MB |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     case = None
     for row in rows(run):
         if row.case in sweeps:
             continue
-        _, median, spread, _, ratio, _, gflops, share, peak, _ = _cells(row)
+        _, median, spread, _, ratio, gflops, gbs, share, peak, _ = _cells(row)
         first = row.case if row.case != case else ""
-        lines.append(f"| {first} | {row.contender} | {median} | {spread} | {ratio} | {gflops} | {share} | {peak} |")
+        cells = (first, row.contender, median, spread, ratio, gflops, gbs, share, peak)
+        lines.append(f"| {' | '.join(cells)} |")
         case = row.case
     notes = [note for note in footnotes(run) if not note.startswith("FAILED")]
     return "\n".join([*lines, *(["", *[f"- {note}" for note in notes]] if notes else [])])

@@ -19,7 +19,7 @@ def small_run() -> dict[str, Any]:
             "device": "cpu",
             "axis": axis,
             "flops": 2e9,
-            "targets": {"peer": 2.0},
+            "bytes": 0.0,
             "subject": "pycore",
             "gemm_ms": [100.0],
             "results": {
@@ -50,19 +50,26 @@ def small_run() -> dict[str, Any]:
 def test_rows_hold_ratios_and_shares_of_the_limit_measured_beside_them() -> None:
     ours, theirs = report.rows(small_run())[:2]
     assert (ours.low, ours.median, ours.high, ours.rounds) == (15.0, 20.0, 25.0, 3)
-    assert ours.ratio is None and theirs.ratio == 4.0 and theirs.target == 2.0
+    assert ours.ratio is None and theirs.ratio == 4.0
     assert ours.gflops == pytest.approx(100.0)
     assert ours.share == pytest.approx(0.5)  # of the 200 measured in that case, not of the run's 100
     assert ours.peak_mb == 1.5 and theirs.peak_mb is None
 
 
+def test_where_bytes_are_the_limit_the_share_is_of_memory_reads() -> None:
+    run = small_run()
+    run["cases"][0] |= {"flops": 0.0, "bytes": 3e8}
+    ours = report.rows(run)[0]
+    assert ours.gflops is None and ours.gbs == pytest.approx(15.0) and ours.share == pytest.approx(0.5)
+
+
 def test_tables_say_everything_once() -> None:
     text = report.text_table(small_run())
-    assert text.count("A CPU") == 1 and "main" in text and "4.00×" in text and "≥ 2×" in text
+    assert text.count("A CPU") == 1 and "main" in text and "4.00×" in text
     assert "main: other left out (no compiler)" in text
     assert "1.50× the time per token at 8192 as at 4096" in text
     table = report.markdown(small_run())
-    assert "| main | pycore | 20.0 | 15.0–25.0 |  | 100 | 50% | 1.50 |" in table
+    assert "| main | pycore | 20.0 | 15.0–25.0 |  | 100 |  | 50% | 1.50 |" in table
     assert "| short" not in table
 
 

@@ -52,18 +52,37 @@ void clear_rows(const AttentionParams& params, int64_t b, int64_t from) {
   }
 }
 
-// The sink takes exp(sink - lse) of every row's weight and gives nothing for it.
+// Element i of a row of any dtype.
+double element(DType dtype, const void* row, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat64: return static_cast<const double*>(row)[i];
+    case DType::kFloat16: return float_from_float16(static_cast<const uint16_t*>(row)[i]);
+    case DType::kBFloat16: return float_from_bfloat16(static_cast<const uint16_t*>(row)[i]);
+    default: return static_cast<const float*>(row)[i];
+  }
+}
+
+// The sink takes exp(sink - lse) of every row's weight and gives nothing for it. A sum over all rows: in double, and so
+// is what it adds up, delta once more.
 template <class T>
 void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
   const AttentionParams& forward = params.forward;
+  const int64_t size = dtype_size(forward.dtype);
   const T sink = static_cast<const T*>(forward.sink_logits)[h];
   double sum = 0;
   for (int64_t b = 0; b < forward.batch; ++b) {
     const int64_t queries = row_map(forward, b).queries;
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t row = (b * forward.heads + h) * forward.query_length + i;
-      sum -= std::exp(static_cast<double>(sink - static_cast<const T*>(forward.lse)[row])) *
-             static_cast<const T*>(params.delta)[row];
+      const char* out = static_cast<const char*>(forward.out) + row * forward.value_dim * size;
+      const AttentionStrides& strides = params.grad_out_strides;
+      const char* grad_out = static_cast<const char*>(params.grad_out) +
+                             (b * strides.batch + h * strides.head + i * strides.row) * size;
+      double delta = params.grad_lse ? -static_cast<double>(static_cast<const T*>(params.grad_lse)[row]) : 0.0;
+      for (int64_t c = 0; c < forward.value_dim; ++c) {
+        delta += element(forward.dtype, grad_out, c) * element(forward.dtype, out, c);
+      }
+      sum -= std::exp(static_cast<double>(sink) - static_cast<const T*>(forward.lse)[row]) * delta;
     }
   }
   static_cast<T*>(params.grad_sink_logits)[h] = static_cast<T>(sum);
@@ -173,17 +192,24 @@ Status attention_forward(const AttentionParams& params, const Parallel& parallel
   return {};
 }
 
+// A thread's scratch: the sums of a row of grad_bias, then the kernels'.
+int64_t bias_sum_bytes(const AttentionParams& params) { return tiles(params.bias_length * 8, 64) * 64; }
+
+int64_t backward_slot_bytes(const AttentionBackwardParams& params, const AttentionKernels& kernels) {
+  return bias_sum_bytes(params.forward) + kernels.backward_scratch(params);
+}
+
 int64_t attention_backward_scratch(const AttentionBackwardParams& params, int64_t threads) {
   const AttentionKernels* kernels = kernels_for(params.forward.dtype);
-  return kernels ? threads * kernels->backward_scratch(params) : 0;
+  return kernels ? threads * backward_slot_bytes(params, *kernels) : 0;
 }
 
 Status attention_backward(const AttentionBackwardParams& params, const Parallel& parallel, void* scratch) {
   const AttentionParams& forward = params.forward;
   const AttentionKernels* kernels = kernels_for(forward.dtype);
   if (!kernels) return kNoKernel;
-  const int64_t slot_bytes = kernels->backward_scratch(params);
-  const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * slot_bytes; };
+  const int64_t slot_bytes = backward_slot_bytes(params, *kernels), bias_bytes = bias_sum_bytes(forward);
+  const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * slot_bytes + bias_bytes; };
   const int64_t size = sum_size(forward.dtype);
   const int64_t group = forward.kv_heads ? forward.heads / forward.kv_heads : 0;
   const int64_t query_tiles = tiles(forward.query_length, kernels->backward_rows);
@@ -203,18 +229,18 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
   });
 
   if (params.grad_sink_logits) {
-    for (int64_t h = 0; h < forward.heads; ++h) {
+    for_each_item(parallel, forward.heads, [&](int64_t, int64_t h) {
       if (forward.dtype == DType::kFloat64) {
         grad_sink_logit<double>(params, h);
       } else {
         grad_sink_logit<float>(params, h);
       }
-    }
+    });
   }
   if (params.grad_bias) {
     for_each_item(parallel, forward.heads, [&](int64_t slot, int64_t h) {
-      const int64_t row_bytes = forward.bias_length * size;
-      clear(params.grad_bias, h * row_bytes, row_bytes);
+      double* sums = reinterpret_cast<double*>(slot_scratch(slot) - bias_bytes);
+      std::fill_n(sums, forward.bias_length, 0.0);
       QueryTile tile;
       tile.head = h;
       tile.kv_head = h / group;
@@ -222,7 +248,15 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
         const RowMap map = row_map(forward, tile.batch);
         for (tile.first = 0; tile.first < map.queries; tile.first += kernels->backward_rows) {
           tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
-          kernels->grad_query(params, map, tile, {false, false, true}, slot_scratch(slot));
+          kernels->grad_query(params, map, tile, {false, false, sums}, slot_scratch(slot));
+        }
+      }
+      for (int64_t i = 0; i < forward.bias_length; ++i) {
+        const int64_t at = h * forward.bias_length + i;
+        if (forward.dtype == DType::kFloat64) {
+          static_cast<double*>(params.grad_bias)[at] = sums[i];
+        } else {
+          static_cast<float*>(params.grad_bias)[at] = static_cast<float>(sums[i]);
         }
       }
     });
@@ -239,7 +273,7 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
       const int64_t b = pair / forward.kv_heads, kv_head = pair % forward.kv_heads;
       const RowMap map = row_map(forward, b);
       for (int64_t n = 0; n < map.present_tiles(); ++n) {
-        kernels->grad_key_value(params, map, b, kv_head, map.present_tile(n), {true, true, false}, slot_scratch(slot));
+        kernels->grad_key_value(params, map, b, kv_head, map.present_tile(n), {true, true, nullptr}, slot_scratch(slot));
       }
     });
     return {};
@@ -252,14 +286,14 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
     tile.first = (query_tiles - 1 - item % query_tiles) * kernels->backward_rows;
     const RowMap map = row_map(forward, tile.batch);
     tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
-    if (tile.count > 0) kernels->grad_query(params, map, tile, {true, false, false}, slot_scratch(slot));
+    if (tile.count > 0) kernels->grad_query(params, map, tile, {true, false, nullptr}, slot_scratch(slot));
   });
   for_each_item(parallel, pairs * key_tiles, [&](int64_t slot, int64_t item) {
     const int64_t pair = item % pairs, b = pair / forward.kv_heads;
     const RowMap map = row_map(forward, b);
     if (item / pairs >= map.present_tiles()) return;
     kernels->grad_key_value(params, map, b, pair % forward.kv_heads, map.present_tile(item / pairs),
-                            {false, true, false}, slot_scratch(slot));
+                            {false, true, nullptr}, slot_scratch(slot));
   });
   return {};
 }

@@ -270,7 +270,7 @@ void delta(const AttentionBackwardParams& params, int64_t b, int64_t h, int64_t 
   }
 }
 
-// One row against one tile: adds to what `parts` names. grad_bias is this head's row.
+// One row against one tile: adds to what `parts` names.
 template <class T>
 void backward_row(const AttentionBackwardParams& params, const RowMap& map, int64_t b, int64_t h, int64_t i,
                   int64_t tile, BackwardParts parts, const Rows<T>& rows) {
@@ -297,7 +297,7 @@ void backward_row(const AttentionBackwardParams& params, const RowMap& map, int6
       if (factor != 0) add_scaled(rows.tile_value + c * m, weight * factor, grad_out, m);
     }
     if (parts.bias) {
-      static_cast<T*>(params.grad_bias)[h * forward.bias_length + bias_index(forward, row.distance(c))] += grad_logit;
+      parts.bias[bias_index(forward, row.distance(c))] += grad_logit;
     }
   }
   if (!parts.query) return;

@@ -284,10 +284,9 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   }
 
   if (parts.bias) {
-    float* grad_bias = static_cast<float*>(params.grad_bias) + h * forward.bias_length;
     const int64_t distance = p_first + count - 1 - base;
     for (int64_t t = 0; t < strip_length(count); ++t)
-      grad_bias[bias_index(forward, distance - t)] += buffers.grad_strip[t];
+      parts.bias[bias_index(forward, distance - t)] += buffers.grad_strip[t];
   }
   if (!parts.key_value) return;
   accumulate_columns(kept, count, buffers.weights, grad_out, grad_out_stride, forward.value_dim, buffers.grad_value,

@@ -28,7 +28,7 @@ struct SegmentRange {
 struct BackwardParts {
   bool query = false;
   bool key_value = false;
-  bool bias = false;
+  double* bias = nullptr;  // the head's row of sums, [bias_length]: one chain of floats over all pairs would not do
 };
 
 struct AttentionKernels {
@@ -48,8 +48,8 @@ struct AttentionKernels {
   // Rows first..first+count-1 of a head: delta = sum(grad_out * out) - grad_lse.
   void (*delta)(const AttentionBackwardParams& params, int64_t batch, int64_t head, int64_t first, int64_t count,
                 void* scratch);
-  // One tile of one head over all its key tiles in order: adds to grad_query and, with parts.bias, to the head's row of
-  // grad_bias (whose tiles must then come in order, from one thread).
+  // One tile of one head over all its key tiles in order: adds to grad_query and to parts.bias (the head's tiles must
+  // then come in order, from one thread).
   void (*grad_query)(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& tile,
                      BackwardParts parts, void* scratch);
   // grad_key and grad_value of one key tile, over the group's heads and their queries in order; with parts.query

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode: one query row against a long cache, where reading keys and values is the limit, not the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.case import Case, Options, Outputs, largest_error
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+# Of the largest output: twenty rounding units of float32, three of the rounded bfloat16 result.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _inputs(length: int, dtype: torch.dtype) -> Inputs:
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(1, HEADS, 1, HEAD_DIM, generator=generator).to(dtype)
+    key = torch.randn(1, KV_HEADS, length, HEAD_DIM, generator=generator).to(dtype)
+    value = torch.randn(1, KV_HEADS, length, HEAD_DIM, generator=generator).to(dtype)
+    return query, key, value
+
+
+def _folded(query: torch.Tensor) -> torch.Tensor:
+    """The heads of a group as rows of one head: what a user does by hand, since all see the same keys."""
+    return query.view(1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+
+
+def _pycore(tensors: Inputs) -> Callable[[], Outputs]:
+    from pycore import ops
+
+    return lambda: (ops.attention(*tensors),)
+
+
+def _folded_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
+    query, key, value = tensors
+    return lambda: (scaled_dot_product_attention(_folded(query), key, value).view_as(query),)
+
+
+def _grouped_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
+    query, key, value = tensors
+    return lambda: (scaled_dot_product_attention(query, key, value, enable_gqa=True),)
+
+
+def _check(tensors: Inputs) -> Callable[[Outputs], float]:
+    query, key, value = (tensor.double() for tensor in tensors)
+    reference = scaled_dot_product_attention(_folded(query), key, value).view_as(query)
+    return lambda outputs: largest_error(outputs, [reference])
+
+
+def cases(options: Options) -> Iterable[Case]:
+    """One query, 32 heads over 8, head_dim 128, float32 and bfloat16."""
+    if options.device != "cpu":
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (4096, 32768):
+            contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
+                "pycore": _pycore,
+                "SDPA, heads folded": _folded_sdpa,
+            }
+            if not options.quick:
+                contenders["SDPA, enable_gqa"] = _grouped_sdpa
+            yield Case(
+                name=f"decode, {length} keys, {str(dtype).removeprefix('torch.')}",
+                group="decode (1 query, 32 heads over 8, D 128)",
+                inputs=lambda length=length, dtype=dtype: _inputs(length, dtype),
+                contenders=contenders,
+                check=_check,
+                tolerance=TOLERANCE[dtype],
+                bytes=2.0 * KV_HEADS * length * HEAD_DIM * dtype.itemsize,
+            )
+
+
+def bench_attention_decode(case: Case, measure_case: Callable[[Case], None]) -> None:
+    measure_case(case)
