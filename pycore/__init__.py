@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
-    from pycore import models, native, nn, ops, positions, reference, schedules
+    from pycore import compat, models, native, nn, ops, positions, reference, schedules
 
 __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
     "build_info",
+    "compat",
     "cpu_isa",
     "models",
     "native",

@@ -161,9 +161,9 @@ def _call(
         _check_int(op, "sink_size", schedule.sink_size)
         _check_int(op, "window_size", schedule.window_size)
     names = ("key_starts", "key_lengths", "key_offset", "query_lengths", "distance_bias", "alibi_slopes", "sink_logits")
-    for name, tensor in zip(names, (*lengths, distance_bias, alibi_slopes, sink_logits), strict=True):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
+    for name, option in zip(names, (*lengths, distance_bias, alibi_slopes, sink_logits), strict=True):
+        if option is not None and not isinstance(option, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(option).__name__} and must be a Tensor")
     if schedule.tensor is not None and not isinstance(schedule.tensor, Tensor):
         name = "prefix_lengths" if schedule.kind == "prefix" else "boundaries"
         raise TypeError(f"{op}: {name} is a {type(schedule.tensor).__name__} and must be a Tensor")
