@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,19 @@ def test_stub_names_what_the_module_has() -> None:
     tree = ast.parse((Path(pycore.__file__).parent / "native.pyi").read_text())
     named = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert named == {name for name in dir(native) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", ["philox", "dtype"])
+def test_headers_by_themselves(name: str, tmp_path: Path) -> None:
+    """tests/native: Philox's known answers, and every float16 and bfloat16 by its definition."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    root, program = Path(__file__).resolve().parents[1], tmp_path / name
+    source, flags = root / "tests" / "native" / f"{name}.cpp", ["-std=c++17", "-O1", f"-I{root / 'csrc' / 'include'}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_instruction_sets() -> None:

@@ -16,7 +16,7 @@ import torch
 from pycore import schedules
 from pycore.ops import attention
 from pycore.reference.attention import keep_mask
-from pycore.schedules import Causal, Full, Lambda, Schedule
+from pycore.schedules import Causal, Full, Lambda, Prefix, Schedule, Segments
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = [Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 100), Lambda(2**62, 2**62)]
@@ -35,6 +35,38 @@ def test_schedules_are_frozen_values(schedule: Schedule) -> None:
     assert sum(schedule == other for other in ALL) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.sink_size = 3  # type: ignore[misc]
+
+
+def test_schedules_of_tensors_are_themselves_alone() -> None:
+    """Tensors have no truth value to compare by, so these are equal to nothing but themselves."""
+    numbers = torch.tensor([0, 3, 9])
+    for schedule in (Prefix(numbers), Segments(numbers), Segments(numbers, causal=False)):
+        again = type(schedule)(schedule.tensor)
+        assert schedule == schedule and schedule != again and len({schedule, again}) == 2
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            schedule.boundaries = numbers  # type: ignore[misc]
+    assert (Prefix(numbers).kind, Prefix(numbers).args) == ("prefix", []) and Prefix(numbers).tensor is numbers
+    assert (Segments(numbers).kind, Segments(numbers).args) == ("segments", [1]) and Segments(numbers).causal
+    assert Segments(numbers, False).args == [0] and Segments(numbers).tensor is numbers
+    assert all(schedule.tensor is None for schedule in ALL)
+
+
+@pytest.mark.parametrize(
+    "schedule, rows",
+    [
+        (Prefix(torch.tensor([3])), ["###...", "###...", "###...", "####..", "#####.", "######"]),
+        (Segments(torch.tensor([1, 3, 3, 5])), ["......", ".#....", ".##...", "...#..", "...##.", "......"]),
+        (Segments(torch.tensor([1, 3, 5]), False), ["......", ".##...", ".##...", "...##.", "...##.", "......"]),
+    ],
+    ids=["prefix", "segments", "segments-not-causal"],
+)
+def test_masks_by_hand(schedule: Schedule, rows: list[str], isa: str) -> None:
+    """The reference's, and what the kernels keep."""
+    position = torch.arange(6)
+    mask = keep_mask(schedule, position[:, None], position[None])
+    assert ["".join(".#"[int(x)] for x in row) for row in mask] == rows
+    zeros = torch.zeros(1, 1, 6, 1)
+    assert torch.equal(attention(zeros, zeros, torch.eye(6)[None, None], schedule=schedule)[0, 0] > 0, mask)
 
 
 def test_what_the_kernels_see() -> None:

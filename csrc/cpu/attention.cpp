@@ -76,8 +76,8 @@ void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
       const int64_t row = (b * forward.heads + h) * forward.query_length + i;
       const char* out = static_cast<const char*>(forward.out) + row * forward.value_dim * size;
       const AttentionStrides& strides = params.grad_out_strides;
-      const char* grad_out = static_cast<const char*>(params.grad_out) +
-                             (b * strides.batch + h * strides.head + i * strides.row) * size;
+      const char* grad_out =
+          static_cast<const char*>(params.grad_out) + (b * strides.batch + h * strides.head + i * strides.row) * size;
       double delta = params.grad_lse ? -static_cast<double>(static_cast<const T*>(params.grad_lse)[row]) : 0.0;
       for (int64_t c = 0; c < forward.value_dim; ++c) {
         delta += element(forward.dtype, grad_out, c) * element(forward.dtype, out, c);
@@ -273,7 +273,8 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
       const int64_t b = pair / forward.kv_heads, kv_head = pair % forward.kv_heads;
       const RowMap map = row_map(forward, b);
       for (int64_t n = 0; n < map.present_tiles(); ++n) {
-        kernels->grad_key_value(params, map, b, kv_head, map.present_tile(n), {true, true, nullptr}, slot_scratch(slot));
+        kernels->grad_key_value(params, map, b, kv_head, map.present_tile(n), {true, true, nullptr},
+                                slot_scratch(slot));
       }
     });
     return {};

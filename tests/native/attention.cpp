@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on random problems, under the sanitizers: every buffer has exactly the size the contract asks for, every key
-// row that must not be read holds NaN, and the kernels in use are compared with the scalar ones.
+// Attention on random problems, under the sanitizers: every buffer has exactly the size the contract asks for, every
+// key row that must not be read holds NaN, and the kernels in use are compared with the scalar ones.
 #include <pycore/attention.h>
 #include <pycore/cpu_isa.h>
+#include <pycore/dtype.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
@@ -15,6 +17,8 @@
 namespace {
 
 using Buffer = std::vector<float>;
+using pycore::DType;
+using pycore::ScheduleKind;
 
 std::mt19937 engine(20240817);
 
@@ -24,6 +28,30 @@ Buffer normal(int64_t count) {
   std::normal_distribution<float> distribution;
   Buffer buffer(count);
   for (float& x : buffer) x = distribution(engine);
+  return buffer;
+}
+
+// The same in the problem's dtype, and back.
+std::vector<char> stored(const Buffer& buffer, DType dtype) {
+  const int64_t size = pycore::dtype_size(dtype);
+  std::vector<char> bytes(buffer.size() * size);
+  for (size_t i = 0; i < buffer.size(); ++i) {
+    const uint16_t half =
+        dtype == DType::kFloat16 ? pycore::float16_from_float(buffer[i]) : pycore::bfloat16_from_float(buffer[i]);
+    std::memcpy(bytes.data() + i * size, dtype == DType::kFloat32 ? static_cast<const void*>(&buffer[i]) : &half, size);
+  }
+  return bytes;
+}
+
+Buffer loaded(const std::vector<char>& bytes, DType dtype) {
+  const int64_t size = pycore::dtype_size(dtype);
+  Buffer buffer(bytes.size() / size);
+  for (size_t i = 0; i < buffer.size(); ++i) {
+    uint16_t half = 0;
+    std::memcpy(dtype == DType::kFloat32 ? static_cast<void*>(&buffer[i]) : &half, bytes.data() + i * size, size);
+    if (dtype == DType::kFloat16) buffer[i] = pycore::float_from_float16(half);
+    if (dtype == DType::kBFloat16) buffer[i] = pycore::float_from_bfloat16(half);
+  }
   return buffer;
 }
 
@@ -40,8 +68,10 @@ std::unique_ptr<char, Freer> aligned(int64_t bytes) {
 
 struct Problem {
   pycore::AttentionBackwardParams params;
-  Buffer query, key, value, out, lse, cosine, sine, grad_out, delta, grad_query, grad_key, grad_value;
-  std::vector<int64_t> starts, lengths, offsets, queries;
+  std::vector<char> query, key, value, out, grad_out;
+  Buffer lse, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias, grad_sinks;
+  std::vector<int64_t> starts, lengths, offsets, queries, prefixes, boundaries;
+  int64_t seed = 0;
 
   Problem() {
     pycore::AttentionParams& p = params.forward;
@@ -53,24 +83,28 @@ struct Problem {
     p.head_dim = draw(1, 70);
     p.value_dim = draw(1, 70);
     p.scale = draw(0, 9) == 0 ? -0.3 : 0.2;
-    p.schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 2));
-    if (p.schedule.kind == pycore::ScheduleKind::kLambda) {
-      p.schedule.sink_size = draw(0, 80);
-      p.schedule.window_size = draw(1, 150);
-    }
-    query = normal(p.batch * p.heads * p.query_length * p.head_dim);
-    key = normal(p.batch * p.kv_heads * p.key_length * p.head_dim);
-    value = normal(p.batch * p.kv_heads * p.key_length * p.value_dim);
-    grad_out = normal(p.batch * p.heads * p.query_length * p.value_dim);
+    const DType dtypes[] = {DType::kFloat32, DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+    p.dtype = dtypes[draw(0, 3)];
+    bind_schedule();
+    Buffer keys = normal(p.batch * p.kv_heads * p.key_length * p.head_dim);
+    Buffer values = normal(p.batch * p.kv_heads * p.key_length * p.value_dim);
     bind_rows();
-    if (draw(0, 1)) bind_lengths();
+    if (draw(0, 1)) bind_lengths(&keys, &values);
+    if (draw(0, 2) == 0) {
+      p.distance_limit = std::max<int64_t>(draw(0, 200), std::min<int64_t>(p.schedule.window_size, 400));
+    }
     if (p.head_dim > 1 && draw(0, 1)) bind_rope();
+    bind_options();
+    query = stored(normal(p.batch * p.heads * p.query_length * p.head_dim), p.dtype);
+    key = stored(keys, p.dtype);
+    value = stored(values, p.dtype);
+    grad_out = stored(normal(p.batch * p.heads * p.query_length * p.value_dim), p.dtype);
     out.resize(grad_out.size());
     lse.resize(p.batch * p.heads * p.query_length);
     delta.resize(lse.size());
-    grad_query.resize(query.size());
-    grad_key.resize(key.size());
-    grad_value.resize(value.size());
+    grad_query.resize(p.batch * p.heads * p.query_length * p.head_dim);
+    grad_key.resize(keys.size());
+    grad_value.resize(values.size());
     p.query = query.data();
     p.key = key.data();
     p.value = value.data();
@@ -81,6 +115,53 @@ struct Problem {
     params.grad_query = grad_query.data();
     params.grad_key = grad_key.data();
     params.grad_value = grad_value.data();
+  }
+
+  void bind_schedule() {
+    pycore::AttentionParams& p = params.forward;
+    p.schedule.kind = static_cast<ScheduleKind>(draw(0, 4));
+    if (p.schedule.kind == ScheduleKind::kLambda) {
+      p.schedule.sink_size = draw(0, 80);
+      p.schedule.window_size = draw(1, 150);
+    } else if (p.schedule.kind == ScheduleKind::kPrefix) {
+      for (int64_t b = 0; b < p.batch; ++b) prefixes.push_back(draw(0, 5) ? draw(0, 300) : INT64_MAX);
+      p.prefix_lengths = prefixes.data();
+    } else if (p.schedule.kind == ScheduleKind::kSegments) {
+      boundaries.resize(draw(1, 8));
+      for (int64_t& boundary : boundaries) boundary = draw(0, 9) ? draw(-50, 400) : draw(0, 1) ? INT64_MAX : INT64_MIN;
+      std::sort(boundaries.begin(), boundaries.end());
+      p.schedule.boundaries = boundaries.data();
+      p.schedule.segments = static_cast<int64_t>(boundaries.size()) - 1;
+      p.schedule.causal = draw(0, 1);
+    }
+  }
+
+  void bind_options() {
+    pycore::AttentionParams& p = params.forward;
+    const int64_t which = draw(0, 2);
+    if (which == 0) {
+      p.bias_length = draw(0, 1) ? draw(1, 20) : draw(1, 400);
+      p.bias_stride = p.bias_length + draw(0, 2);
+      bias = normal((p.heads - 1) * p.bias_stride + p.bias_length);
+      p.distance_bias = bias.data();
+      grad_bias.resize(p.heads * p.bias_length);
+      if (draw(0, 3)) params.grad_bias = grad_bias.data();
+    } else if (which == 1) {
+      for (int64_t h = 0; h < p.heads; ++h) slopes.push_back(draw(0, 20) * 0.01f);
+      p.alibi_slopes = slopes.data();
+    }
+    if (draw(0, 1)) {
+      sinks = normal(p.heads);
+      p.sink_logits = sinks.data();
+      grad_sinks.resize(p.heads);
+      if (draw(0, 3)) params.grad_sink_logits = grad_sinks.data();
+    }
+    if (draw(0, 2) == 0) p.softcap = draw(1, 20) * 0.5;
+    if (draw(0, 2) == 0) {
+      p.dropout_p = draw(1, 9) * 0.1;
+      seed = static_cast<int64_t>(engine()) << 32 | engine();
+      p.dropout_seed = &seed;
+    }
   }
 
   void bind_rows() {
@@ -94,7 +175,7 @@ struct Problem {
     params.grad_out_strides = strides(p.heads, p.query_length, p.value_dim);
   }
 
-  void bind_lengths() {
+  void bind_lengths(Buffer* keys, Buffer* values) {
     pycore::AttentionParams& p = params.forward;
     for (int64_t b = 0; b < p.batch; ++b) {
       lengths.push_back(draw(0, p.key_length));
@@ -105,8 +186,8 @@ struct Problem {
         for (int64_t r = 0; r < p.key_length; ++r) {
           if (r >= starts[b] && r < lengths[b]) continue;
           const int64_t row = (b * p.kv_heads + h) * p.key_length + r;
-          std::fill_n(key.begin() + row * p.head_dim, p.head_dim, NAN);
-          std::fill_n(value.begin() + row * p.value_dim, p.value_dim, NAN);
+          std::fill_n(keys->begin() + row * p.head_dim, p.head_dim, NAN);
+          std::fill_n(values->begin() + row * p.value_dim, p.value_dim, NAN);
         }
       }
     }
@@ -121,12 +202,12 @@ struct Problem {
     p.rope_dim = draw(1, p.head_dim / 2) * 2;
     p.rope_stride = p.rope_dim / 2;
     p.rope_interleaved = draw(0, 1);
-    if (draw(0, 1)) p.distance_limit = std::max<int64_t>(draw(0, 200), std::min<int64_t>(p.schedule.window_size, 400));
     int64_t positions = 0;
     for (int64_t b = 0; b < p.batch; ++b) positions = std::max(positions, pycore::row_map(p, b).positions());
-    p.rope_rows = p.schedule.kind == pycore::ScheduleKind::kFull
-                      ? std::max(positions, p.query_length)
-                      : std::min(positions, p.distance_limit + pycore::kKeyTile);
+    const bool causal = p.schedule.kind == ScheduleKind::kCausal || p.schedule.kind == ScheduleKind::kLambda ||
+                        (p.schedule.kind == ScheduleKind::kSegments && p.schedule.causal);
+    p.rope_rows =
+        causal ? std::min(positions, p.distance_limit + pycore::kKeyTile) : std::max(positions, p.query_length);
     for (int64_t row = 0; row < p.rope_rows; ++row) {
       for (int64_t i = 0; i < p.rope_stride; ++i) {
         cosine.push_back(std::cos(row * std::pow(100.0, -double(i) / p.rope_stride)));
@@ -152,13 +233,14 @@ struct Problem {
   }
 };
 
-bool close(const char* what, const Buffer& actual, const Buffer& expected) {
+// `tolerance` is a share of the largest number.
+bool close(const char* what, const Buffer& actual, const Buffer& expected, float tolerance) {
   float largest = 1;
   for (float x : expected) {
     if (std::isfinite(x)) largest = std::max(largest, std::fabs(x));
   }
   for (size_t i = 0; i < expected.size(); ++i) {
-    const bool same = actual[i] == expected[i] || std::fabs(actual[i] - expected[i]) <= 1e-4f * largest;
+    const bool same = actual[i] == expected[i] || std::fabs(actual[i] - expected[i]) <= tolerance * largest;
     if (same) continue;
     std::fprintf(stderr, "failed: %s[%zu] is %g and the scalar kernel says %g\n", what, i, actual[i], expected[i]);
     return false;
@@ -174,12 +256,19 @@ int main() {
   for (int n = 0; n < kProblems; ++n) {
     Problem problem;
     problem.run(pycore::CpuIsa::kScalar, 1);
-    const Buffer out = problem.out, lse = problem.lse, grad_query = problem.grad_query, grad_key = problem.grad_key,
-                 grad_value = problem.grad_value;
+    const DType dtype = problem.params.forward.dtype;
+    const Buffer out = loaded(problem.out, dtype), lse = problem.lse, grad_query = problem.grad_query,
+                 grad_key = problem.grad_key, grad_value = problem.grad_value, grad_bias = problem.grad_bias,
+                 grad_sinks = problem.grad_sinks;
     problem.run(isa, draw(1, 3));
-    if (!close("out", problem.out, out) || !close("lse", problem.lse, lse) ||
-        !close("grad_query", problem.grad_query, grad_query) || !close("grad_key", problem.grad_key, grad_key) ||
-        !close("grad_value", problem.grad_value, grad_value)) {
+    // Outputs in half precision may be rounded to neighbours, and gradients start from them.
+    const float tolerance = dtype == DType::kFloat32 ? 1e-4f : dtype == DType::kFloat16 ? 2e-3f : 1.6e-2f;
+    if (!close("out", loaded(problem.out, dtype), out, tolerance) || !close("lse", problem.lse, lse, 1e-4f) ||
+        !close("grad_query", problem.grad_query, grad_query, tolerance) ||
+        !close("grad_key", problem.grad_key, grad_key, tolerance) ||
+        !close("grad_value", problem.grad_value, grad_value, 1e-4f) ||
+        !close("grad_bias", problem.grad_bias, grad_bias, 4 * tolerance) ||
+        !close("grad_sink_logits", problem.grad_sinks, grad_sinks, 4 * tolerance)) {
       std::fprintf(stderr, "in problem %d\n", n);
       return 1;
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The five functions of a schedule agree with each other: every one against `keeps`, the definition, on random schedules.
+// The five functions of a schedule agree with each other: every one against `keeps`, the definition, on random
+// schedules.
 #include <pycore/tile_schedule.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <vector>
 
 namespace {
 
@@ -24,8 +26,8 @@ void expect(bool condition, const char* what, const TileSchedule& schedule, int6
   if (condition) return;
   std::fprintf(stderr, "%s: kind %d, sinks %lld, window %lld, positions %lld..%lld, tile %lld\n", what,
                static_cast<int>(schedule.kind), static_cast<long long>(schedule.sink_size),
-               static_cast<long long>(schedule.window_size), static_cast<long long>(p_lo),
-               static_cast<long long>(p_hi), static_cast<long long>(tile));
+               static_cast<long long>(schedule.window_size), static_cast<long long>(p_lo), static_cast<long long>(p_hi),
+               static_cast<long long>(tile));
   std::exit(1);
 }
 
@@ -69,15 +71,32 @@ void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
 int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   int64_t count = 0;
   const int64_t tiles = p_hi / kKeyTile + 1;
-  for (int64_t tile = schedule.next_tile(p_lo, p_hi, 0); tile < tiles; tile = schedule.next_tile(p_lo, p_hi, tile + 1)) {
+  for (int64_t tile = schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
+       tile = schedule.next_tile(p_lo, p_hi, tile + 1)) {
     count += schedule.cover(p_lo, p_hi, tile) != Cover::kNone;
   }
   return count;
 }
 
+// The boundaries of the schedule last drawn.
+std::vector<int64_t> boundaries;
+
 TileSchedule random_schedule() {
   TileSchedule schedule;
-  schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 2));
+  schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 4));
+  if (schedule.kind == pycore::ScheduleKind::kPrefix) {
+    schedule.prefix = draw(0, 5) == 0 ? pycore::kFar : draw(0, kKeys + 70);
+  }
+  if (schedule.kind == pycore::ScheduleKind::kSegments) {
+    boundaries.resize(draw(1, 9));
+    for (int64_t& boundary : boundaries) {
+      boundary = draw(0, 1) ? draw(-70, kKeys + 70) : draw(-1, kTiles) * kKeyTile + draw(-1, 1);
+    }
+    std::sort(boundaries.begin(), boundaries.end());
+    schedule.boundaries = boundaries.data();
+    schedule.segments = static_cast<int64_t>(boundaries.size()) - 1;
+    schedule.causal = draw(0, 1);
+  }
   if (schedule.kind != pycore::ScheduleKind::kLambda) return schedule;
   const int64_t sizes[] = {0, 1, 63, 64, 65, 128, draw(0, 200), kKeys, pycore::kFar};
   schedule.sink_size = sizes[draw(0, 8)];

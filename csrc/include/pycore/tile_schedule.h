@@ -136,7 +136,9 @@ struct TileSchedule {
     int64_t unused;
     if (!causal) segment_of(first, lo, &unused);
     segment_of(last < boundaries[segments] ? last : boundaries[segments] - 1, &unused, hi);
-    *hi -= 1;
+    // Boundaries may be any numbers, and callers add to these.
+    *lo = *lo < -kFar ? -kFar : *lo;
+    *hi = *hi > kFar ? kFar : *hi - 1;
     if (*hi < last) *hi = last;
   }
 };
