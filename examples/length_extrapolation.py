@@ -4,7 +4,7 @@
 A rotary model meets, beyond its training length, distances it has never seen and more keys than it has ever shared its
 attention among, and falls apart. LM-Infinite (arXiv 2308.16137) repairs it at test time, without training: every query
 keeps the first few tokens and a window of the newest, and no distance counts as longer than the window. This script
-trains ``pycore.models.bytelm`` on the standard library's source text in about five minutes on two cores and measures
+trains ``pycore.models.bytelm`` on the standard library's source text in a few minutes on two cores and measures
 bits per byte by position, five ways:
 
   vanilla              every earlier byte, true distances
@@ -170,7 +170,7 @@ def trained_model(path: Path, text: bytes, fingerprint: str, training: Training)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()  # what cannot be written should say so before five minutes of training, not after
+        part.touch()  # what cannot be written should say so before minutes of training, not after
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be written: {error.strerror}") from error
     started = time.monotonic()
@@ -333,7 +333,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """The whole experiment; returns the exit status."""
     if not options.no_plot:
-        figure_class()  # a missing matplotlib should be known before five minutes of training
+        figure_class()  # a missing matplotlib should be known before minutes of training
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
