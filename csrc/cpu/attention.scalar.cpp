@@ -184,9 +184,9 @@ struct SoftmaxState {
   }
   // Adds another state, a later segment's.
   void merge(const SoftmaxState& other, int64_t n) {
-    if (other.max == -std::numeric_limits<T>::infinity()) return;
+    if (other.sum == 0) return;
     if (other.max > max) rescale(other.max, n);
-    const T factor = std::exp(other.max - max);
+    const T factor = std::exp(other.max - max);  // NaN if both are -inf: then the sum is NaN
     sum += factor * other.sum;
     add_scaled(accumulator, factor, other.accumulator, n);
   }
@@ -218,9 +218,10 @@ void forward_row(const AttentionParams& params, const RowMap& map, int64_t b, in
       if (logits[c] > tile_max) tile_max = logits[c];
     }
     if (tile_max > segment.max) segment.rescale(tile_max, n);
+    const T shift = segment.max == -std::numeric_limits<T>::infinity() ? 0 : segment.max;  // so that only NaN gives NaN
     for (int64_t c = 0; c < kKeyTile; ++c) {
       if (!row.keeps(c)) continue;
-      const T weight = std::exp(logits[c] - segment.max);
+      const T weight = std::exp(logits[c] - shift);
       segment.sum += weight;
       if (!(row.dropped >> c & 1)) add_scaled(segment.accumulator, weight * row.keep_factor(c), row.value(c), n);
     }
