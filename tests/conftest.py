@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +13,13 @@ import pytest
 import torch
 
 import pycore
+
+
+# Inductor's cache does not know the instruction set it compiled for, and a folder of temporary files may outlive a machine.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(tempfile.gettempdir(), f"pycore-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"),
+)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
