@@ -14,7 +14,6 @@ import torch
 
 import pycore
 
-
 # Inductor's cache does not know the instruction set it compiled for, and a folder of temporary files may outlive a machine.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
