@@ -14,7 +14,7 @@ import torch
 
 import pycore
 
-# Inductor's cache does not know the instruction set it compiled for, and a folder of temporary files may outlive a machine.
+# Inductor's cache does not know which instruction set it compiled for, and temporary files may outlive a machine.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     os.path.join(tempfile.gettempdir(), f"pycore-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"),
