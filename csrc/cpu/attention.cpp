@@ -88,14 +88,15 @@ void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
   static_cast<T*>(params.grad_sink_logits)[h] = static_cast<T>(sum);
 }
 
-}  // namespace
-
-namespace {
+// The first tile that rows p_lo..p_hi visit in a later segment than `tile`, or kNoTile.
+int64_t next_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t tile) {
+  return map.next_tile(p_lo, p_hi, (tile / kSegmentTiles + 1) * kSegmentTiles);
+}
 
 // The n-th segment that rows p_lo..p_hi visit, or -1.
 int64_t visited_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t n) {
   int64_t tile = map.next_tile(p_lo, p_hi, 0);
-  for (; n > 0 && tile != kNoTile; --n) tile = map.next_tile(p_lo, p_hi, (tile / kSegmentTiles + 1) * kSegmentTiles);
+  for (; n > 0 && tile != kNoTile; --n) tile = next_segment(map, p_lo, p_hi, tile);
   return tile == kNoTile ? -1 : tile / kSegmentTiles;
 }
 
@@ -123,7 +124,7 @@ struct ForwardPlan {
       if (map.queries == 0) continue;
       int64_t count = 0, p_lo = map.query_position(0), p_hi = map.query_position(map.queries - 1);
       int64_t tile = map.next_tile(p_lo, p_hi, 0);
-      for (; tile != kNoTile; ++count) tile = map.next_tile(p_lo, p_hi, (tile / kSegmentTiles + 1) * kSegmentTiles);
+      for (; tile != kNoTile; ++count) tile = next_segment(map, p_lo, p_hi, tile);
       segments = std::max(segments, count);
     }
   }
