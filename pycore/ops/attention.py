@@ -34,6 +34,7 @@ def attention(
     interleaved: bool = False,
     distance_limit: int | None = None,
     distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -66,6 +67,7 @@ def attention(
         distance_limit: the largest distance a rotation sees; None for no limit.
         distance_bias: [H, n], float32 (float64 for float64 queries): bias[h, min(d', n - 1)] is added to a logit, with
             d' = min(max(d, 0), distance_limit). T5 buckets and clipped relative positions are such tables.
+        alibi_slopes: [H], float32 (float64): -slope * d' is added to a logit, as distance_bias is, at any distance.
         sink_logits: [H], float32 (float64): a logit per head that joins the softmax and carries no value.
         softcap: logits become softcap * tanh(logit / softcap) before the bias is added; 0 for none.
         dropout_p: the share of weights set to zero, in [0, 1); the others grow by 1 / (1 - dropout_p). Drawn anew at
@@ -85,7 +87,8 @@ def attention(
     Source: Dao et al., "FlashAttention"; positions and distance limit after Han et al., "LM-Infinite", section 3.
     """
     return call_attention(
-        "attention", query, key, value, schedule, rope, interleaved, distance_limit, distance_bias, None, sink_logits,
+        "attention", query, key, value, schedule, rope, interleaved, distance_limit, distance_bias, alibi_slopes,
+        sink_logits,
         softcap, dropout_p, scale, (key_starts, key_lengths, key_offset, query_lengths), return_lse,
     )  # fmt: skip
 
@@ -97,11 +100,11 @@ def lambda_attention(
     *,
     sink_size: int,
     window_size: int,
-    alibi_slopes: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
     distance_limit: int | None = None,
     distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -121,7 +124,6 @@ def lambda_attention(
     Args:
         sink_size: tokens kept from the start, at least 0.
         window_size: newest tokens kept, the query's own among them (FlashAttention's window (left, 0) is left + 1).
-        alibi_slopes: [H], float32 (float64): -slope * min(d, distance_limit) is added to a logit, as distance_bias is.
         distance_limit: `window_size` by default, as in LM-Infinite; must be at least that. 2**62 for no limit.
         middle_topk: for decoding, a query of length 1: each head also attends to the so many keys between sinks and
             window that it scores highest (of equal ones the first), all of them at distance `window_size`, which must
