@@ -8,6 +8,8 @@
 namespace pycore {
 namespace {
 
+constexpr int64_t kSerialBytes = 1 << 18;  // not worth waking a second thread for
+
 void append(const CacheAppendParams& params, const CacheSource& source, char* cache, int64_t b, int64_t h) {
   const int64_t rows = params.sinks + params.ring, start = params.starts ? params.starts[b] : 0;
   const int64_t length = params.lengths[b], end = length + params.tokens - start;
@@ -30,12 +32,7 @@ Status lambda_cache_append(const CacheAppendParams& params, const Parallel& para
     append(params, params.value, params.value_cache, pair / params.kv_heads, pair % params.kv_heads);
   };
   const int64_t pairs = params.batch * params.kv_heads;
-  // Waking threads costs more than copying a token.
-  if (pairs * params.tokens * params.key.row_bytes < (int64_t{1} << 18)) {
-    for (int64_t pair = 0; pair < pairs; ++pair) item(0, pair);
-  } else {
-    for_each_item(parallel, pairs, item);
-  }
+  for_each_item(limited(parallel, pairs * params.tokens * params.key.row_bytes, kSerialBytes), pairs, item);
   for (int64_t b = 0; b < params.batch; ++b) {
     params.lengths[b] += params.tokens - (params.starts ? params.starts[b] : 0);
   }
