@@ -17,10 +17,12 @@ from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
     from pycore import compat, models, native, nn, ops, positions, reference, schedules
+    from pycore.cache import LambdaKVCache
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LambdaKVCache",
     "__version__",
     "build_info",
     "compat",
@@ -34,12 +36,17 @@ __all__ = [
     "schedules",
 ]
 
+# Where the classes are that `pycore` itself exports.
+_HOMES = {"LambdaKVCache": "pycore.cache"}
+
 
 def __getattr__(name: str) -> Any:
     if name == "native":
         from pycore import _load
 
         return _load.native()
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     if name in __all__:
         return importlib.import_module(f"pycore.{name}")
     raise AttributeError(f"module 'pycore' has no attribute {name!r}")

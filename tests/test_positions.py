@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pycore.positions import rope_tables
+from pycore.positions import alibi_slopes, rope_tables, t5_bias
 
 
 def test_rope_tables_formula() -> None:
@@ -42,3 +42,63 @@ def test_rope_tables_extend_each_other() -> None:
 def test_rope_tables_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"rope_tables: {message}"):
         rope_tables(**arguments)
+
+
+def test_alibi_slopes_formula() -> None:
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(1).tolist() == [2.0**-8]
+    assert alibi_slopes(12).tolist()[:8] == alibi_slopes(8).tolist()
+    assert alibi_slopes(12).tolist()[8:] == alibi_slopes(16).tolist()[0:8:2]
+    assert alibi_slopes(5).dtype == torch.float32
+    with pytest.raises(ValueError, match="alibi_slopes: heads is 0 and must be at least 1"):
+        alibi_slopes(0)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 20, 64, 71])
+def test_alibi_slopes_are_those_of_bloom(heads: int) -> None:
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom", reason="transformers is not installed")
+    mask = torch.ones(1, 2)
+    expected = bloom.build_alibi_tensor(mask, heads, torch.float32)[:, 0, 1]
+    # There a base rounded to float32 is raised to powers up to `heads`, and its error with it.
+    torch.testing.assert_close(alibi_slopes(heads), expected, rtol=heads * 2.0**-23, atol=0)
+
+
+def test_t5_bias_formula() -> None:
+    """The first half of the buckets exactly, and the borders of the others where the logarithm puts them."""
+    weight = torch.arange(8.0)[:, None] + torch.tensor([0.0, 100.0])
+    bias = t5_bias(weight, 70, max_distance=64)
+    assert bias.shape == (2, 70) and bias.is_contiguous()
+    assert torch.equal(bias[1], bias[0] + 100)
+    assert bias[0, :4].tolist() == [0, 1, 2, 3]
+    for d in range(4, 70):
+        assert bias[0, d] == min(7, 4 + int(math.log(d / 4) / math.log(64 / 4) * 4 + 1e-6)), d
+
+
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 100), (33, 257), (2, 10)])
+def test_t5_buckets_are_those_of_transformers(buckets: int, max_distance: int) -> None:
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5", reason="transformers is not installed")
+    weight = torch.randn(buckets, 3)
+    distance = torch.arange(2000)
+    expected = weight[
+        t5.T5Attention._relative_position_bucket(-distance, False, buckets, max_distance)  # key minus query
+    ]
+    assert torch.equal(t5_bias(weight, 2000, max_distance=max_distance), expected.t())
+
+
+def test_t5_bias_is_differentiable() -> None:
+    weight = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: t5_bias(w, 40, max_distance=20), weight)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.zeros(8), 4, 128), r"weight has shape \[8\] and must be \[buckets >= 2, heads\]"),
+        ((torch.zeros(1, 8), 4, 128), r"weight has shape \[1, 8\] and must be"),
+        ((torch.zeros(8, 2), 0, 128), "n is 0 and must be at least 1"),
+        ((torch.zeros(32, 2), 4, 16), "max_distance is 16 and must be more than half of 32 buckets"),
+    ],
+)
+def test_t5_bias_errors(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"t5_bias: {message}"):
+        t5_bias(arguments[0], arguments[1], max_distance=arguments[2])
