@@ -66,17 +66,22 @@ class LambdaLayer(CacheLayerMixin):
         return key_states, value_states
 
     def take(self, name: str) -> tuple[Tensor, Tensor]:
-        """The tokens that wait, once."""
+        """The tokens that wait, once; they count with `append`."""
         if self._new is None:
-            raise ValueError(f"{name}: key comes from another layer's LambdaCache and must be this layer's own")
+            raise ValueError(f"{name}: key was attended to before and must come from this call of the cache's update")
         new, self._new = self._new, None
-        delattr(new[0], _MARK)
-        self._seen += new[0].shape[2]
         return new
 
+    def append(self, key: Tensor, value: Tensor, starts: Tensor | None, position_offset: Tensor | None) -> None:
+        """Takes the tokens into `store`; the first starts[b] of row b are padding."""
+        assert self.store is not None
+        self.store.append(key, value, starts=starts)
+        self._seen += key.shape[2]
+        self.position_offset = position_offset
+
     def open_store(self, name: str, sink_size: int, window_size: int) -> LambdaKVCache:
-        """The tensors, of these sizes."""
-        if self.store is None:
+        """The store, of these sizes."""
+        if self.store is None or self._seen == 0:
             self.store = LambdaKVCache(sink_size, window_size, self.rollback)
         if (self.store.sink_size, self.store.window_size) != (sink_size, window_size):
             raise ValueError(
@@ -110,7 +115,7 @@ class LambdaLayer(CacheLayerMixin):
 
     def _choose(self, index: Tensor) -> None:
         if self.store is not None:
-            self.store.select(index.to(self.store.lengths.device))
+            self.store.select(index.to(self.store.lengths.device, torch.int64))
         if self.position_offset is not None:
             self.position_offset = self.position_offset[index.to(self.position_offset.device)]
 

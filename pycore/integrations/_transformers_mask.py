@@ -151,7 +151,8 @@ def _spans(
     first, end = ones.argmax(-1), kv_length - ones.flip(-1).argmax(-1)
     require(
         ((end - first == count) | (count == 0)).all(),
-        f"{name}: attention_mask has a hole and must keep one run of tokens in each row, with padding on its left or right",
+        f"{name}: attention_mask has a hole and must keep one run of tokens in each row, with padding "
+        "on its left or right",
     )
     # A row without a token ends, empty, where the keys end: its queries come before its first token and give zeros.
     first, end = torch.where(count > 0, first, filled), torch.where(count > 0, end, filled)

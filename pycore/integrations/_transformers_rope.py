@@ -75,25 +75,30 @@ class Rope:
             self.rounded = table.dtype == like.dtype
         self.source, self.version, self.limit, self.dtype = source, source._version, limit, like.dtype
 
-    def unrotate(self, x: Tensor, position: Tensor, interleaved: bool) -> Tensor:
-        """`x` [B, heads, L, D] as it was before the model rotated it to `position` [B or 1, L]; in x's dtype."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    def inverse(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `unrotate` needs to take the rotation to `position` [B or 1, L] back: two of [B or 1, 1, L, R/2]."""
         angle = position[:, None, :, None].to(torch.float32) * self.frequencies
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
         if self.rounded:
-            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+            cos, sin = cos.to(dtype), sin.to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = cos.to(wide), sin.to(wide)
         inverse = self.scaling / (cos * cos + sin * sin)
-        cos, sin = cos * inverse, sin * inverse
-        rotated = 2 * self.frequencies.shape[0]
-        pairs = x[..., :rotated].to(wide)
-        if interleaved:
-            a, b = pairs[..., 0::2], pairs[..., 1::2]
-            pairs = torch.stack([a * cos + b * sin, b * cos - a * sin], -1).flatten(-2)
-        else:
-            a, b = pairs.chunk(2, -1)
-            pairs = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
-        return torch.cat([pairs.to(x.dtype), x[..., rotated:]], -1)
+        return cos * inverse, sin * inverse
+
+
+def unrotate(x: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """`x` [B, heads, L, D] as it was before the model rotated it; in x's dtype."""
+    cos, sin = inverse
+    rotated = 2 * cos.shape[-1]
+    pairs = x[..., :rotated].to(cos.dtype)
+    if interleaved:
+        a, b = pairs[..., 0::2], pairs[..., 1::2]
+        pairs = torch.stack([a * cos + b * sin, b * cos - a * sin], -1).flatten(-2)
+    else:
+        a, b = pairs.chunk(2, -1)
+        pairs = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+    return torch.cat([pairs.to(x.dtype), x[..., rotated:]], -1)
 
 
 def _nothing() -> None:

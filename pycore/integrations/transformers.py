@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from pycore.integrations._transformers_cache import _MARK, LambdaCache, LambdaLayer
 from pycore.integrations._transformers_mask import read_spans, require, spans_function
-from pycore.integrations._transformers_rope import INTERLEAVED, Rope, rope_of
+from pycore.integrations._transformers_rope import INTERLEAVED, Rope, rope_of, unrotate
 from pycore.ops import lambda_attention
 
 __all__ = ["LambdaCache", "register"]
@@ -114,7 +114,10 @@ def _attention_function(options: _Options) -> Callable[..., tuple[Tensor, None]]
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """transformers' attention function: query [B, H, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Lq, H, D]."""
+        """An attention function of transformers: query [B, H, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Lq, H, D]."""
+        layer: LambdaLayer | None = getattr(key, _MARK, None)
+        if layer is not None:  # first, so that a refused call leaves nothing waiting
+            key, value = layer.take(options.name)
         window = _sliding_window(options.name, module, kwargs)
         _refuse(options.name, module, kwargs)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -133,9 +136,8 @@ def _attention_function(options: _Options) -> Callable[..., tuple[Tensor, None]]
         sizes = (options.sink_size, options.window_size) if window is None else (0, window)
         spans = read_spans(options.name, attention_mask, query.shape[0])
         _check_positions(options.name, position_ids, query.shape[2], spans)
-        layer: LambdaLayer | None = getattr(key, _MARK, None)
         if layer is not None:
-            out = _attend_cached(options, layer, query, position_ids, spans, rope, dropout, sizes, call)
+            out = _attend_cached(options, layer, query, key, value, position_ids, spans, rope, dropout, sizes, call)
         else:
             out = _attend(query, key, value, position_ids, spans, rope, dropout, sizes, call)
         return out.transpose(1, 2).contiguous(), None
@@ -163,10 +165,10 @@ def _attend(
             key, value, call["key_offset"] = _without_middle(key, value, query.shape[2], sizes)
         positions = _positions(query, key, position_ids, spans)
         if call.get("key_offset") is not None:
-            evicted = torch.arange(key.shape[2], device=key.device) < sizes[0]
-            positions = positions[0], positions[1] - evicted * call["key_offset"][:1]
-        query = rope.unrotate(query, positions[0], call["interleaved"])
-        key = rope.unrotate(key, positions[1], call["interleaved"])
+            sinks = torch.arange(key.shape[2], device=key.device) < sizes[0]
+            positions = positions[0], positions[1] - sinks * call["key_offset"][:1]
+        query = unrotate(query, rope.inverse(positions[0], query.dtype), call["interleaved"])
+        key = unrotate(key, rope.inverse(positions[1], key.dtype), call["interleaved"])
     out = lambda_attention(query, key, value, **call)
     assert isinstance(out, Tensor)
     return out
@@ -176,6 +178,8 @@ def _attend_cached(
     options: _Options,
     layer: LambdaLayer,
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     position_ids: Tensor | None,
     spans: _Spans | None,
     rope: Rope | None,
@@ -183,7 +187,7 @@ def _attend_cached(
     sizes: tuple[int, int],
     call: dict[str, Any],
 ) -> Tensor:
-    """Appends a LambdaCache layer's new tokens to it and attends to what it holds."""
+    """Appends new tokens to a layer of a LambdaCache and attends to what it holds."""
     name = options.name
     for size, given, registered in (
         ("sink_size", layer.sink_size, options.sink_size),
@@ -193,22 +197,21 @@ def _attend_cached(
             raise ValueError(f"{name}: past_key_values has {size} {given} and must have the registered {registered}")
     if dropout:
         raise ValueError(f"{name}: dropout is {dropout} and must be 0 with a LambdaCache")
-    key, value = layer.take(name)
     store = layer.open_store(name, *sizes)
-    new = query.shape[2]
     starts = None
     if spans is not None:
-        require((spans[2] == new).all(), f"{name}: attention_mask has padding on the right and must have it on the left")
+        all_new = (spans[2] == query.shape[2]).all()
+        require(all_new, f"{name}: attention_mask has padding on the right and must have it on the left")
         starts = spans[3]
         if starts.device.type == "cpu" and not bool(starts.any()):
             starts = None
+    offset = layer.position_offset
     if rope is not None:
-        positions, _ = _positions(query, key, position_ids, None)
-        query = rope.unrotate(query, positions, call["interleaved"])
-        key = rope.unrotate(key, positions, call["interleaved"])
-    store.append(key, value, starts=starts)
-    if rope is not None and position_ids is not None:
-        _check_continuation(name, layer, position_ids, store.lengths, new, starts)
+        inverse = rope.inverse(_positions(query, key, position_ids, None)[0], query.dtype)
+        query, key = (unrotate(x, inverse, call["interleaved"]) for x in (query, key))
+        if position_ids is not None:
+            offset = _position_offset(name, layer, position_ids, query, starts)
+    layer.append(key, value, starts, offset)
     out = store.attend(query, **call)
     assert isinstance(out, Tensor)
     return out
@@ -226,9 +229,7 @@ def _without_middle(
     return key, value, torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
 
 
-def _positions(
-    query: Tensor, key: Tensor, position_ids: Tensor | None, spans: _Spans | None
-) -> tuple[Tensor, Tensor]:
+def _positions(query: Tensor, key: Tensor, position_ids: Tensor | None, spans: _Spans | None) -> tuple[Tensor, Tensor]:
     """The position ids of the query's and of the key's rows, [B or 1, L], for rows of a text.
 
     They are counted back from the last query, since only the queries' are known and a text's are consecutive.
@@ -267,18 +268,23 @@ def _check_positions(name: str, position_ids: Tensor | None, queries: int, spans
     )
 
 
-def _check_continuation(
-    name: str, layer: LambdaLayer, position_ids: Tensor, lengths: Tensor, new: int, starts: Tensor | None
-) -> None:
-    """The first new token must follow the last one that the cache holds."""
-    offset = position_ids[:, -1] + 1 - lengths
+def _position_offset(
+    name: str, layer: LambdaLayer, position_ids: Tensor, query: Tensor, starts: Tensor | None
+) -> Tensor:
+    """What a token's position id exceeds its number by, [batch]; the first new token must follow the last one held."""
+    new: Tensor | int = query.shape[2] if starts is None else query.shape[2] - starts
+    last = position_ids[:, -1].expand(query.shape[0]) + 1
+    if layer.get_seq_length() == 0:
+        return last - new
+    assert layer.store is not None
+    held = layer.store.lengths
+    offset = last - held - new
     if layer.position_offset is not None:
-        before = lengths - new if starts is None else lengths - new + starts
         require(
-            ((offset == layer.position_offset) | (before == 0)).all(),
+            ((offset == layer.position_offset) | (held == 0)).all(),
             f"{name}: position_ids do not go on where past_key_values ends and must be consecutive",
         )
-    layer.position_offset = offset
+    return offset
 
 
 def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int | None:
@@ -313,7 +319,7 @@ def _interleaved(options: _Options, module: nn.Module) -> bool:
     model_type = getattr(getattr(module, "config", None), "model_type", None)
     if model_type not in INTERLEAVED:
         raise ValueError(
-            f"{options.name}: model_type is {model_type} and must be one of {', '.join(INTERLEAVED)} for a distance limit; "
-            "register with limit_distances=False, or say how the model rotates with interleaved="
+            f"{options.name}: model_type is {model_type} and must be one of {', '.join(INTERLEAVED)} for a distance "
+            "limit; register with limit_distances=False, or say how the model rotates with interleaved="
         )
     return INTERLEAVED[model_type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import KINDS, SINKS, VOCABULARY, WINDOW, logits, reference, tiny, tokens, use
+from tiny_models import KINDS, PAD, SINKS, WINDOW, logits, reference, tiny, tokens, use
 from tolerance import assert_as_accurate
 from transformers import DynamicCache, StaticCache
 
 from pycore.integrations import _transformers_rope
-from pycore.integrations.transformers import register
+from pycore.integrations.transformers import LambdaCache, register
 
 LENGTH = 40
 ROPES: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ def rope_config(kind: str) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": kind, **ROPES.get(kind, {})}, "max_position_embeddings": 64}
 
 
-# ---- values -----------------------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", _transformers_rope.INTERLEAVED)
@@ -139,11 +140,14 @@ def test_unknown_models_say_how_they_rotate() -> None:
     register("lam_told", sink_size=SINKS, window_size=64, interleaved=False)
     ids = tokens(2, LENGTH)
     changes = {"num_key_value_heads": 4, "use_parallel_residual": True}
-    exact, plain = logits(tiny("gpt_neox", dtype=torch.float64, **changes), ids), logits(tiny("gpt_neox", **changes), ids)
+    exact, plain = (
+        logits(tiny("gpt_neox", dtype=torch.float64, **changes), ids),
+        logits(tiny("gpt_neox", **changes), ids),
+    )
     assert_as_accurate(logits(use(tiny("gpt_neox", **changes), "lam_told"), ids), exact, plain)
 
 
-# ---- padding ----------------------------------------------------------------------------------------------------------------
+# ---- padding -------------------------------------------------------------------------------------------------------
 
 
 def padded(side: str, pads: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,13 +188,13 @@ def test_row_of_padding_alone() -> None:
     torch.testing.assert_close(both[1:], logits(use(tiny("llama"), "lam"), ids[1:]))
 
 
-# ---- transformers' own caches -----------------------------------------------------------------------------------------------
+# ---- transformers' own caches --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", ["dynamic", "dynamic with windows", "static"])
 @pytest.mark.parametrize("model_type", KINDS)
 def test_own_caches(model_type: str, make: str) -> None:
-    """Prefill in chunks, then token by token: the sliding layers of the cache drop rows, a static cache has too many."""
+    """Prefill in chunks, then steps: the sliding layers of the cache drop rows, a static cache has too many."""
     ids, length = tokens(2, 100), 100
     double, model = use(tiny(model_type, dtype=torch.float64), "lam"), use(tiny(model_type), "lam")
     cache = {
@@ -218,7 +222,7 @@ def test_generate(model_type: str, kind: str | None) -> None:
             text = torch.cat([text, token.view(1, 1)], 1)
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -242,7 +246,9 @@ def test_gradients(model_type: str, checkpointing: bool) -> None:
     actual = gradients(model)
     assert actual.keys() == exact.keys()
     # As one vector, every parameter in units of its largest gradient: a bias of four has too few errors to compare.
-    vectors = (torch.cat([g[name].flatten() / exact[name].abs().max() for name in exact]) for g in (actual, exact, plain))
+    vectors = (
+        torch.cat([g[name].flatten() / exact[name].abs().max() for name in exact]) for g in (actual, exact, plain)
+    )
     assert_as_accurate(*vectors)
 
 
@@ -260,7 +266,7 @@ def test_dropout() -> None:
     assert (hidden - without).norm() < (first - without).norm() / 2
 
 
-# ---- torch.compile ----------------------------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -269,7 +275,7 @@ def test_dropout() -> None:
     [("llama", "inductor", True), ("gemma2", "aot_eager", True), ("gpt_oss", "aot_eager", False)],
 )
 def test_compile(model_type: str, backend: str, fullgraph: bool, no_dynamo_state: None) -> None:
-    """Once the model has run: padded and not, and of other lengths. gpt-oss's own loop over experts breaks the graph."""
+    """Once the model has run: padded and not, of other lengths. gpt-oss's own loop over experts breaks the graph."""
     model = use(tiny(model_type), "lam")
     ids, mask = padded("left", [0, 7])
     expected, expected_padded = logits(model, ids), logits(model, ids, attention_mask=mask)
@@ -290,6 +296,19 @@ def test_compile_of_a_model_that_never_ran(no_dynamo_state: None) -> None:
         torch.testing.assert_close(logits(compiled, ids, use_cache=False), expected)
 
 
+def test_compile_with_a_lambda_cache(no_dynamo_state: None) -> None:
+    """One graph for the prompt and, whatever has been seen, a constant number for the steps."""
+    model, ids = use(tiny("llama"), "lam"), tokens(2, LENGTH)
+    expected = logits(model, ids)
+    compiled, cache = torch.compile(model, backend="aot_eager", fullgraph=True), LambdaCache(SINKS, WINDOW)
+    out, graphs = [logits(compiled, ids[:, :20], past_key_values=cache)], []
+    for i in range(20, LENGTH):
+        out.append(logits(compiled, ids[:, i : i + 1], past_key_values=cache))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch.testing.assert_close(torch.cat(out, 1), expected, rtol=0, atol=1e-4)
+    assert graphs[-1] == graphs[2]
+
+
 @pytest.mark.parametrize("what", ["positions", "hole"])
 def test_compiled_code_checks_too(what: str, no_dynamo_state: None) -> None:
     model, ids = use(tiny("llama"), "lam"), tokens(1, LENGTH)
@@ -305,7 +324,7 @@ def test_compiled_code_checks_too(what: str, no_dynamo_state: None) -> None:
         logits(compiled, ids, use_cache=False, **inputs)
 
 
-# ---- the model as an object ---------------------------------------------------------------------------------------------
+# ---- the model as an object ----------------------------------------------------------------------------------------
 
 
 def test_copies_and_pickles_of_a_model() -> None:
@@ -328,11 +347,22 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations" / "transfor
 
 
 def test_page_runs() -> None:
-    """The code of docs/integrations/transformers.md, block after block, on a small model in place of a checkpoint."""
+    """The code of docs/integrations/transformers.md, block after block, with a small model in place of a checkpoint."""
     blocks = PAGE.read_text().split("```")[1::2]
-    assert len(blocks) >= 2
-    scope: dict[str, Any] = {"model": tiny("llama"), "inputs": {"input_ids": tokens(1, LENGTH)}}
+    assert len(blocks) == 3
+    model, ids = tiny("llama"), tokens(1, LENGTH)
+    model.generation_config.eos_token_id = PAD
+    model.generation_config.pad_token_id = PAD
+    scope: dict[str, Any] = {"model": model, "inputs": {"input_ids": ids}}
     for block in blocks:
-        assert "import" in block or "model" in block
         exec(compile(block, str(PAGE), "exec"), scope)
-    assert scope["out"].shape[0] == 1 and int(scope["out"].max()) < VOCABULARY
+        assert model.config._attn_implementation.startswith("pycore_lambda")
+        assert scope["out"].shape == (1, LENGTH + 64)
+    with pytest.raises(ValueError, match="rollback"):
+        scope["cache"].crop(-11)
+
+
+def test_page_names_the_models() -> None:
+    named = PAGE.read_text().split("With the limit: ")[1].split(", where", 1)[0].split(",\nwhere")[0]
+    names = {re.sub("[^a-z0-9]", "", name.lower().replace("(text)", "text")) for name in named.split(",")}
+    assert names == {re.sub("[^a-z0-9]", "", name) for name in _transformers_rope.INTERLEAVED}

@@ -46,8 +46,8 @@ def exactly(message: str) -> str:
         *(
             (
                 ValueError,
-                f"register: name is {name!r} and must be a new name without flash, sdpa, flex_attention, paged, / and |, "
-                "which mean something to transformers",
+                f"register: name is {name!r} and must be a new name without flash, sdpa, flex_attention, paged, / and "
+                "|, which mean something to transformers",
                 {"name": name},
             )
             for name in ("", "sdpa", "my_flash", "org/name", "flex_attention", "paged|mine")
@@ -65,7 +65,7 @@ def test_register_leaves_others_names_alone() -> None:
         register("someone_elses", sink_size=SINKS, window_size=WINDOW)
 
 
-# ---- what models hand over --------------------------------------------------------------------------------------------------
+# ---- what models hand over -----------------------------------------------------------------------------------------
 
 
 def refused(message: str, model: Any, *, error: type[Exception] = ValueError, **inputs: Any) -> None:
@@ -80,8 +80,8 @@ def llama(**changes: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
 def test_four_dimensional_mask(dtype: torch.dtype) -> None:
     refused(
-        f"lam: attention_mask is a {dtype} tensor of shape [2, 1, 12, 12] and must be the 2-D mask of padding, given to "
-        "the model: masks of queries by keys are not available",
+        f"lam: attention_mask is a {dtype} tensor of shape [2, 1, 12, 12] and must be the 2-D mask of padding, given "
+        "to the model: masks of queries by keys are not available",
         llama(),
         attention_mask=torch.ones(2, 1, 12, 12, dtype=dtype),
     )
@@ -114,8 +114,8 @@ def test_packed_texts() -> None:
     """Without a mask transformers finds them; with one, and one text after another in a cache, the function does."""
     positions = (torch.arange(12) % 7)[None].expand(2, -1)
     refused(
-        "lam: position_ids or the model's mask cut a row into several texts and must leave it whole: packed sequences and "
-        "chunked attention are not available",
+        "lam: position_ids or the model's mask cut a row into several texts and must leave it whole: packed sequences "
+        "and chunked attention are not available",
         llama(),
         position_ids=positions,
         use_cache=False,
@@ -156,7 +156,11 @@ def test_masks_that_look_ahead() -> None:
     """A Gemma 3 that attends both ways says so in its mask before its attention is asked."""
     model = use(tiny("gemma3_text", use_bidirectional_attention=True), "lam")
     # transformers 5 marks such a mask, in transformers 4 it shows beside the diagonal.
-    with pytest.raises(ValueError, match="^lam: the model's mask (lets a token see a later one|is causal with a function of its own) and must be causal"):
+    with pytest.raises(
+        ValueError,
+        match="^lam: the model's mask (lets a token see a later one|is causal with a function of its own) and must be "
+        "causal",
+    ):
         logits(model, tokens(2, 12))
 
 
@@ -198,7 +202,7 @@ def test_frequencies_that_change(kind: str) -> None:
     assert logits(use(model, "lam_kept"), tokens(2, 12)).isfinite().all()
 
 
-# ---- the function itself, for arguments that only some models pass ------------------------------------------------------
+# ---- the function itself, for arguments that only some models pass -------------------------------------------------
 
 
 class Stub(nn.Module):
@@ -229,7 +233,9 @@ def test_the_function_takes_a_stub() -> None:
     ],
 )
 def test_arguments(name: str, what: str) -> None:
-    with pytest.raises(ValueError, match=exactly(f"lam_kept: {name} is given and must be None: {what} cannot be honoured")):
+    with pytest.raises(
+        ValueError, match=exactly(f"lam_kept: {name} is given and must be None: {what} cannot be honoured")
+    ):
         call(**{name: torch.zeros(1)})
 
 
@@ -247,7 +253,7 @@ def test_other_layer_types() -> None:
         call(module=module)
 
 
-# ---- LambdaCache --------------------------------------------------------------------------------------------------------------
+# ---- LambdaCache ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, bad", [("sink_size", -1), ("window_size", 0), ("rollback", -1)])
@@ -311,8 +317,8 @@ def test_cache_filled_by_another_registration() -> None:
     logits(model, tokens(2, 12), past_key_values=cache)
     model.config.sliding_window = 5
     refused(
-        "lam_moves: past_key_values was filled with sink_size 0 and window_size 6 and must be used with these, not with 0 "
-        "and 5",
+        "lam_moves: past_key_values was filled with sink_size 0 and window_size 6 and must be used with these, not with "
+        "0 and 5",
         model,
         past_key_values=cache,
     )

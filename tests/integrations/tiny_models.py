@@ -93,7 +93,7 @@ def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
     return model(ids, **inputs).logits
 
 
-# ---- the reference -------------------------------------------------------------------------------------------------------
+# ---- the reference -------------------------------------------------------------------------------------------------
 
 
 class _Rotation:
@@ -128,7 +128,9 @@ def _dense(
     keep = (distance >= 0) & ((distance < window) | (position[None] < sinks))
     if getattr(module, "use_rope", True):
         # Only the query is turned, by the distance, and the key keeps the tables' scaling.
-        scaled = torch.cat([key[..., : _Rotation.channels] * _Rotation.cos[0, 0, 0], key[..., _Rotation.channels :]], -1)
+        scaled = torch.cat(
+            [key[..., : _Rotation.channels] * _Rotation.cos[0, 0, 0], key[..., _Rotation.channels :]], -1
+        )
         limited = distance if limit is None else distance.clamp(max=limit)
         score = query.new_zeros(*query.shape[:3], length)
         for d in range(int(limited.max()) + 1):
