@@ -114,7 +114,7 @@ def _attention_function(options: _Options) -> Callable[..., tuple[Tensor, None]]
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """An attention function of transformers: query [B, H, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Lq, H, D]."""
+        """As transformers calls it: query [B, H, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Lq, H, D]."""
         layer: LambdaLayer | None = getattr(key, _MARK, None)
         if layer is not None:  # first, so that a refused call leaves nothing waiting
             key, value = layer.take(options.name)
@@ -133,6 +133,11 @@ def _attention_function(options: _Options) -> Callable[..., tuple[Tensor, None]]
             call["interleaved"] = _interleaved(options, module)
         if rope is not None:
             call["rope"] = (rope.cos, rope.sin)
+            if position_ids is None:
+                raise ValueError(
+                    f"{options.name}: position_ids is None and must be handed on by {type(module).__name__} for a distance "
+                    "limit; register with limit_distances=False"
+                )
         sizes = (options.sink_size, options.window_size) if window is None else (0, window)
         spans = read_spans(options.name, attention_mask, query.shape[0])
         _check_positions(options.name, position_ids, query.shape[2], spans)
@@ -163,6 +168,7 @@ def _attend(
     if rope is not None:
         if spans is None:
             key, value, call["key_offset"] = _without_middle(key, value, query.shape[2], sizes)
+        assert position_ids is not None
         positions = _positions(query, key, position_ids, spans)
         if call.get("key_offset") is not None:
             sinks = torch.arange(key.shape[2], device=key.device) < sizes[0]
@@ -203,14 +209,14 @@ def _attend_cached(
         all_new = (spans[2] == query.shape[2]).all()
         require(all_new, f"{name}: attention_mask has padding on the right and must have it on the left")
         starts = spans[3]
-        if starts.device.type == "cpu" and not bool(starts.any()):
+        if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(starts.any()):
             starts = None
     offset = layer.position_offset
     if rope is not None:
+        assert position_ids is not None
+        offset = _position_offset(name, layer, position_ids, query, starts)
         inverse = rope.inverse(_positions(query, key, position_ids, None)[0], query.dtype)
         query, key = (unrotate(x, inverse, call["interleaved"]) for x in (query, key))
-        if position_ids is not None:
-            offset = _position_offset(name, layer, position_ids, query, starts)
     layer.append(key, value, starts, offset)
     out = store.attend(query, **call)
     assert isinstance(out, Tensor)
@@ -229,7 +235,7 @@ def _without_middle(
     return key, value, torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
 
 
-def _positions(query: Tensor, key: Tensor, position_ids: Tensor | None, spans: _Spans | None) -> tuple[Tensor, Tensor]:
+def _positions(query: Tensor, key: Tensor, position_ids: Tensor, spans: _Spans | None) -> tuple[Tensor, Tensor]:
     """The position ids of the query's and of the key's rows, [B or 1, L], for rows of a text.
 
     They are counted back from the last query, since only the queries' are known and a text's are consecutive.
@@ -240,9 +246,7 @@ def _positions(query: Tensor, key: Tensor, position_ids: Tensor | None, spans: _
     last_key: Tensor | int = keys - 1
     if spans is not None:
         last_query, last_key = (spans[2] - 1).clamp(min=0)[:, None], (spans[1] - 1)[:, None]
-    if position_ids is None:
-        last = last_key  # any number would do: only differences count
-    elif spans is None:
+    if spans is None:
         last = position_ids[:, -1:]
     else:
         last = position_ids.expand(query.shape[0], -1).gather(1, torch.as_tensor(last_query))

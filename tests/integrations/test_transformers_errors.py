@@ -186,6 +186,18 @@ def test_model_without_rotation() -> None:
     assert logits(use(model, "lam_kept"), tokens(2, 12)).isfinite().all()
 
 
+def test_positions_that_are_not_handed_on() -> None:
+    def untold(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return AttentionInterface()["lam"](*args, **kwargs)
+
+    AttentionInterface.register("lam_untold", untold)
+    refused(
+        "lam: position_ids is None and must be handed on by LlamaAttention for a distance limit; register with "
+        "limit_distances=False",
+        use(tiny("llama"), "lam_untold"),
+    )
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_that_change(kind: str) -> None:
     """Without the limit they work, as nothing is un-rotated."""
@@ -317,8 +329,8 @@ def test_cache_filled_by_another_registration() -> None:
     logits(model, tokens(2, 12), past_key_values=cache)
     model.config.sliding_window = 5
     refused(
-        "lam_moves: past_key_values was filled with sink_size 0 and window_size 6 and must be used with these, not with "
-        "0 and 5",
+        "lam_moves: past_key_values was filled with sink_size 0 and window_size 6 and must be used with these, not "
+        "with 0 and 5",
         model,
         past_key_values=cache,
     )
