@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pycore.cache import LambdaKVCache
 
-_MARK = "_pycore_layer"
+MARK = "_pycore_layer"  # the attribute of marked keys
 
 
 class LambdaLayer(CacheLayerMixin):
@@ -62,7 +62,7 @@ class LambdaLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes new tokens, [batch, kv_heads, tokens, head_dim], and returns them marked."""
         self._new = (key_states, value_states)
-        setattr(key_states, _MARK, self)
+        setattr(key_states, MARK, self)
         return key_states, value_states
 
     def take(self, name: str) -> tuple[Tensor, Tensor]:

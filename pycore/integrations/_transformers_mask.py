@@ -12,12 +12,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_FIELDS = 4  # key_starts, key_lengths, query_lengths, new_starts
+
+class Spans(NamedTuple):
+    """int64 [batch] each: the keys and queries that count, and how many of the new tokens are padding on the left."""
+
+    key_starts: Tensor
+    key_lengths: Tensor
+    query_lengths: Tensor
+    new_starts: Tensor
 
 
 def require(condition: Tensor, message: str) -> None:
@@ -33,17 +40,16 @@ def require(condition: Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-def read_spans(name: str, mask: Tensor | None, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """key_starts, key_lengths, query_lengths and new_starts, int64 [batch] each, or None for "all of it"."""
+def read_spans(name: str, mask: Tensor | None, batch: int) -> Spans | None:
+    """What `spans_function` made of the model's mask; None where every row counts."""
     if mask is None:
         return None
-    if mask.dtype != torch.int64 or tuple(mask.shape) != (batch, 1, 1, _FIELDS):
+    if mask.dtype != torch.int64 or tuple(mask.shape) != (batch, 1, 1, len(Spans._fields)):
         raise ValueError(
             f"{name}: attention_mask is a {mask.dtype} tensor of shape {list(mask.shape)} and must be the 2-D mask of "
             "padding, given to the model: masks of queries by keys are not available"
         )
-    starts, lengths, queries, new_starts = mask[:, 0, 0].unbind(-1)
-    return starts.contiguous(), lengths.contiguous(), queries.contiguous(), new_starts.contiguous()
+    return Spans(*(field.contiguous() for field in mask[:, 0, 0].unbind(-1)))
 
 
 def spans_function(name: str) -> Callable[..., Tensor | None]:
@@ -158,4 +164,4 @@ def _spans(
     first, end = torch.where(count > 0, first, filled), torch.where(count > 0, end, filled)
     before = filled - q_length  # tokens of earlier forward passes
     new_starts, queries = (first - before).clamp(0, q_length), (end - before).clamp(0, q_length)
-    return torch.stack([first, end, queries, new_starts], -1)[:, None, None]
+    return torch.stack(Spans(first, end, queries, new_starts), -1)[:, None, None]
