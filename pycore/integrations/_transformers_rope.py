@@ -52,7 +52,7 @@ class Rope:
         """Nothing: the copy of a model finds its own rotary embedding."""
 
     def __reduce__(self) -> Any:
-        return (_nothing, ())
+        return (type(None), ())  # None too, so that a pickled model does not need this library
 
     def fits(self, like: Tensor, limit: int) -> bool:
         """Whether the tables are those for `limit` and tensors like `like`."""
@@ -99,10 +99,6 @@ def unrotate(x: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool) -> Te
         a, b = pairs.chunk(2, -1)
         pairs = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
     return torch.cat([pairs.to(x.dtype), x[..., rotated:]], -1)
-
-
-def _nothing() -> None:
-    return None
 
 
 def rope_of(name: str, module: nn.Module, like: Tensor, limit: int) -> Rope | None:
@@ -165,8 +161,8 @@ def _rotary_in_use() -> nn.Module | None:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        rotary = getattr(frame.f_locals.get("self"), "rotary_emb", None)
-        if isinstance(rotary, nn.Module):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and isinstance(rotary := getattr(owner, "rotary_emb", None), nn.Module):
             return rotary
         frame = frame.f_back  # type: ignore[assignment]
     return None
