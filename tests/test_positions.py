@@ -101,7 +101,7 @@ def test_scaling_formulas() -> None:
     same = {**SCALINGS["dynamic"], "max_position_embeddings": 100}
     assert all(torch.equal(a, b) for a, b in zip(rope_tables(100, 16, scaling=same), plain, strict=True))
     scaled, unscaled = rope_tables(2, 64, scaling=SCALINGS["llama3"])[1][1], rope_tables(2, 64)[1][1]
-    assert scaled[0] == unscaled[0] and scaled[-1] == pytest.approx(unscaled[-1] / 8, rel=1e-6)
+    assert scaled[0] == unscaled[0] and scaled[-1].item() == pytest.approx(unscaled[-1].item() / 8, rel=1e-6)
     assert rope_attention_factor(None) == rope_attention_factor(SCALINGS["llama3"]) == 1.0
     assert rope_attention_factor(SCALINGS["yarn"]) == pytest.approx(0.1 * math.log(4) + 1)
 
