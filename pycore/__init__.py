@@ -16,11 +16,18 @@ from typing import TYPE_CHECKING, Any
 from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
+    from pycore.bitstreams import Bitstreams
+    from pycore.native import ArithmeticDecoder, ArithmeticEncoder, BitstreamError
+
     from pycore import compat, models, native, nn, ops, positions, reference, schedules
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArithmeticDecoder",
+    "ArithmeticEncoder",
+    "BitstreamError",
+    "Bitstreams",
     "__version__",
     "build_info",
     "compat",
@@ -35,11 +42,18 @@ __all__ = [
 ]
 
 
+_FROM_NATIVE = ("ArithmeticDecoder", "ArithmeticEncoder", "BitstreamError")
+
+
 def __getattr__(name: str) -> Any:
     if name == "native":
         from pycore import _load
 
         return _load.native()
+    if name in _FROM_NATIVE:
+        return getattr(__getattr__("native"), name)
+    if name == "Bitstreams":
+        return importlib.import_module("pycore.bitstreams").Bitstreams
     if name in __all__:
         return importlib.import_module(f"pycore.{name}")
     raise AttributeError(f"module 'pycore' has no attribute {name!r}")

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// pycore.native.{quantize_cdf, ac_encode, ac_decode, ac_encode_logits, ac_decode_logits}: the coder for NumPy arrays
+// and DLPack tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pycore/arithmetic_coding_args.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "call.h"
+#include "threads.h"
+
+namespace pycore::python {
+namespace {
+
+py::object quantize(py::object values, bool logits, int64_t precision, py::object out, std::optional<int64_t> threads) {
+  constexpr const char* kOp = "quantize_cdf";
+  const Array array = input(values, kOp, logits ? "logits" : "probs");
+  QuantizeParams params = quantize_params(kOp, array.view, logits, precision);
+  std::vector<int64_t> shape(array.view.shape, array.view.shape + array.view.dims);
+  shape.back() += 1;
+  const Array cdf = cpu_result(out, DType::kInt32, shape, kOp, "out");
+  int64_t fault = kNoFault;
+  params.cdf = cdf.view.as<int32_t>();
+  params.fault = &fault;
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(quantize_cdf_scratch(params, parallel.threads));
+    throw_if(quantize_cdf(params, parallel, scratch.data), kOp);
+  }
+  check_quantized(kOp, params);
+  return cdf.object;
+}
+
+py::tuple encode_with(const char* op, const py::object& symbols, const char* argument, const py::object& model,
+                      const int64_t* precision, std::optional<int64_t> model_id, int64_t lanes,
+                      std::optional<int64_t> threads) {
+  const Array symbols_array = input(symbols, op, "symbols"), model_array = input(model, op, argument);
+  EncodeParams params = encode_params(op, symbols_array.view, argument, model_array.view, precision, model_id, lanes);
+  const Array offsets = cpu_result(py::none(), DType::kInt64, {params.streams + 1}, op, "offsets");
+  int64_t* ends = offsets.view.as<int64_t>();
+  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  params.results = results.data();
+  const Parallel parallel = thread_parallel(threads, op);
+  const AlignedScratch memory(params.streams * encode_capacity(params));
+  params.memory = static_cast<uint8_t*>(memory.data);
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(encode_scratch(params, parallel.threads));
+    throw_if(encode(params, parallel, scratch.data), op);
+  }
+  check_results(op, results, argument, params.model);
+  ends[0] = 0;
+  for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
+  const Array data = cpu_result(py::none(), DType::kUInt8, {ends[params.streams]}, op, "data");
+  throw_if(pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
+  return py::make_tuple(data.object, offsets.object);
+}
+
+py::object decode_with(const char* op, const py::object& data, const py::object& offsets, const char* argument,
+                       const py::object& model, const int64_t* precision, std::optional<int64_t> model_id,
+                       const py::object& out, std::optional<int64_t> threads) {
+  const Array data_array = input(data, op, "data"), offsets_array = input(offsets, op, "offsets");
+  const Array model_array = input(model, op, argument);
+  DecodeParams params = decode_params(op, data_array.view, offsets_array.view);
+  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  params.results = results.data();
+  const Parallel parallel = thread_parallel(threads, op);
+  throw_if(open_streams(params, parallel), op);
+  check_results(op, results, argument, params.model);
+  params.length = common_length(op, results);
+  params.model = coder_model(op, argument, model_array.view, precision, params.streams, params.length, model_id);
+  const Array symbols = cpu_result(out, DType::kInt64, {params.streams, params.length}, op, "out");
+  params.symbols = symbols.view.as<int64_t>();
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(decode_scratch(params, parallel.threads));
+    throw_if(decode(params, parallel, scratch.data), op);
+  }
+  check_results(op, results, argument, params.model);
+  return symbols.object;
+}
+
+py::tuple ac_encode(py::object symbols, py::object cdf, std::optional<int64_t> model_id, int64_t lanes,
+                    std::optional<int64_t> threads) {
+  return encode_with("ac_encode", symbols, "cdf", cdf, nullptr, model_id, lanes, threads);
+}
+
+py::object ac_decode(py::object data, py::object offsets, py::object cdf, std::optional<int64_t> model_id,
+                     py::object out, std::optional<int64_t> threads) {
+  return decode_with("ac_decode", data, offsets, "cdf", cdf, nullptr, model_id, out, threads);
+}
+
+py::tuple ac_encode_logits(py::object symbols, py::object logits, int64_t precision, std::optional<int64_t> model_id,
+                           std::optional<int64_t> threads) {
+  return encode_with("ac_encode_logits", symbols, "logits", logits, &precision, model_id, 1, threads);
+}
+
+py::object ac_decode_logits(py::object data, py::object offsets, py::object logits, int64_t precision,
+                            std::optional<int64_t> model_id, py::object out, std::optional<int64_t> threads) {
+  return decode_with("ac_decode_logits", data, offsets, "logits", logits, &precision, model_id, out, threads);
+}
+
+constexpr const char* kQuantizeDoc =
+    R"(Integer cumulative frequencies of probabilities or logits: see pycore.ops.quantize_cdf.
+
+values [..., V]: float32, float64, float16 or bfloat16. Returns int32 [..., V + 1], in `out` if given.)";
+
+constexpr const char* kEncodeDoc = R"(One stream per row of symbols: see pycore.ops.ac_encode.
+
+symbols [streams, length]: any integer dtype. cdf broadcasts to [streams, length, V + 1], int32 or uint16. Returns
+(data, offsets): uint8 [bytes] and int64 [streams + 1], stream i being data[offsets[i]:offsets[i + 1]].)";
+
+constexpr const char* kDecodeDoc = R"(Inverse of `ac_encode`: int64 [streams, length], in `out` if given.
+
+BitstreamError where a stream is damaged or was coded with another model.)";
+
+constexpr const char* kEncodeLogitsDoc =
+    R"(The bytes of ac_encode(symbols, quantize_cdf(logits, logits=True, precision=precision)), without storing the cdf.
+
+logits broadcasts to [streams, length, V].)";
+
+constexpr const char* kDecodeLogitsDoc =
+    R"(Inverse of `ac_encode_logits`: int64 [streams, length], in `out` if given.)";
+
+}  // namespace
+
+void register_arithmetic_coding(py::module_& m) {
+  const py::none none;
+  py::register_exception<BitstreamError>(m, "BitstreamError", PyExc_ValueError);
+  m.attr("BitstreamError").attr("__doc__") =
+      "A stream is truncated, damaged, extended, foreign, or was coded with another model.";
+  m.def("quantize_cdf", &quantize, kQuantizeDoc, py::arg("values"), py::kw_only(), py::arg("logits") = false,
+        py::arg("precision") = 16, py::arg("out") = none, py::arg("threads") = none);
+  m.def("ac_encode", &ac_encode, kEncodeDoc, py::arg("symbols"), py::arg("cdf"), py::kw_only(),
+        py::arg("model_id") = none, py::arg("lanes") = 1, py::arg("threads") = none);
+  m.def("ac_decode", &ac_decode, kDecodeDoc, py::arg("data"), py::arg("offsets"), py::arg("cdf"), py::kw_only(),
+        py::arg("model_id") = none, py::arg("out") = none, py::arg("threads") = none);
+  m.def("ac_encode_logits", &ac_encode_logits, kEncodeLogitsDoc, py::arg("symbols"), py::arg("logits"), py::kw_only(),
+        py::arg("precision") = 16, py::arg("model_id") = none, py::arg("threads") = none);
+  m.def("ac_decode_logits", &ac_decode_logits, kDecodeLogitsDoc, py::arg("data"), py::arg("offsets"), py::arg("logits"),
+        py::kw_only(), py::arg("precision") = 16, py::arg("model_id") = none, py::arg("out") = none,
+        py::arg("threads") = none);
+}
+
+}  // namespace pycore::python
