@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
+    from pycore import compat, models, native, nn, ops, positions, reference, schedules
     from pycore.bitstreams import Bitstreams
     from pycore.native import ArithmeticDecoder, ArithmeticEncoder, BitstreamError
-
-    from pycore import compat, models, native, nn, ops, positions, reference, schedules
 
 __version__ = "0.1.0"
 

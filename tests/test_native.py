@@ -18,10 +18,15 @@ from pycore import _load, native
 
 # Every public kernel entry point. A new op adds its kernels here.
 KERNELS = [
+    "ac_decode",
+    "ac_decode_logits",
+    "ac_encode",
+    "ac_encode_logits",
     "attention",
     "attention_backward",
     "invariant_linear",
     "invariant_linear_backward",
+    "quantize_cdf",
     "rms_norm",
     "rms_norm_backward",
 ]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic coding: distributions as integers, and streams of symbols coded with them.
 
-Everything is integer arithmetic from the quantized distribution on (csrc/include/pycore/coder_math.h), so a stream decodes
-on any machine; docs/formats.md writes the format down, docs/ops/arithmetic_coding.md says how fast it is and why.
-`torch.ops.pycore` has the ops (csrc/torch/arithmetic_coding.cpp), which run csrc/cpu/arithmetic_coding.*.cpp.
+Everything is integer arithmetic from the quantized distribution on (csrc/include/pycore/coder_math.h), so a stream
+decodes on any machine; docs/formats.md writes the format down, docs/ops/arithmetic_coding.md says how fast it is and
+why. `torch.ops.pycore` has the ops (csrc/torch/arithmetic_coding.cpp), which run csrc/cpu/arithmetic_coding.*.cpp.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def quantize_cdf(probs: Tensor | None = None, *, logits: Tensor | None = None, p
     """Integer cumulative frequencies: cdf[i] = i + floor(C[i] (2^precision - V) / C[V]), C the running sum of counts.
 
     Counts are integers, so the same input gives the same cdf on every device. A probability's count is
-    floor(p 2^(30 - e)), where 2^e is the power of two at or below the row's largest; probabilities need not sum to one. A
-    logit goes onto a grid of sixteen points an octave, round(16 log2(e) x), and its count is a table entry shifted by
+    floor(p 2^(30 - e)), where 2^e is the power of two at or below the row's largest; probabilities need not sum to one.
+    A logit goes onto a grid of sixteen points an octave, round(16 log2(e) x), and its count is a table entry shifted by
     the octaves below the row's highest. docs/formats.md has the rules to the bit. Every symbol gets at least one of the
     2^precision, so everything can be coded.
 
@@ -65,26 +65,27 @@ def ac_encode(symbols: Tensor, cdf: Tensor, *, model_id: int | None = None, lane
     """Codes each row of symbols into a stream of its own, with a cdf for each symbol or one for many.
 
     The payload is within 0.01 % + 8 bytes of the sum of -log2 (share of the symbol); a frame of 32 bytes before it lets
-    decoding report what is wrong with a stream. A stream's bytes depend on its symbols and shares alone: not on the batch,
-    the threads, the strides, the dtypes or the instruction set.
+    decoding report what is wrong with a stream. A stream's bytes depend on its symbols and shares alone: not on the
+    batch, the threads, the strides, the dtypes or the instruction set.
 
     Args:
         symbols: [streams, length], any integer dtype, any strides, on the CPU.
         cdf: broadcasts to [streams, length, V + 1] (as `quantize_cdf` gives it; any strides, expanded or not): int32,
-            ending in one power of two up to 2^24; or uint16, ending in 2^16, which uint16 holds as 0. A row must rise,
+            ending in one power of two up to 2^24; or uint16, ending in 2^16, which uint16 holds as 0 and
+            only there. A row must rise,
             but may give some symbols nothing; those cannot be coded.
         model_id: 0 to 2^63 - 1, kept in the stream in place of the fingerprint of the row that codes its first symbol.
             Decoding compares it.
-        lanes: 1 to 64. With more than one, symbol i is coded in lane i mod lanes of its stream, which costs up to 8 bytes a
-            lane and makes decoding with one cdf for all symbols several times faster.
+        lanes: 1 to 64. With more than one, symbol i is coded in lane i mod lanes of its stream, which costs up to 8
+            bytes a lane and makes decoding with one cdf for all symbols several times faster.
 
     Returns:
         The streams.
 
     Raises:
         IndexError: a symbol that is no symbol of the cdf; the sentence names it.
-        ValueError: a symbol that the cdf gives no share, a row that is no cumulative distribution, a shape or dtype that
-            does not fit.
+        ValueError: a symbol that the cdf gives no share, a row that is no cumulative distribution, a shape or dtype
+            that does not fit.
         TypeError: an argument that is no tensor.
 
     Source: Martin, "Range encoding", 1979; Witten, Neal and Cleary, "Arithmetic coding for data compression", 1987.
@@ -114,10 +115,10 @@ def ac_decode(streams: Bitstreams, cdf: Tensor, *, model_id: int | None = None) 
         int64 [streams, length], contiguous.
 
     Raises:
-        BitstreamError: a stream that is truncated, damaged, extended, of another format or version, or coded with another
-            cdf or model_id. Under torch.compile it is a ValueError with the same sentence.
-        ValueError: streams of different lengths, a row that is no cumulative distribution, a shape or dtype that does not
-            fit.
+        BitstreamError: a stream that is truncated, damaged, extended, of another format or version, or coded with
+            another cdf or model_id. Under torch.compile it is a ValueError with the same sentence.
+        ValueError: streams of different lengths, a row that is no cumulative distribution, a shape or dtype that does
+            not fit.
         TypeError: streams is no Bitstreams, or cdf no tensor.
     """
     _check_streams("ac_decode", streams)
@@ -159,8 +160,8 @@ def ac_decode_logits(
 
     Args:
         streams: as for `ac_decode`.
-        logits: broadcasts to [streams, length, V]; the very numbers the streams were coded with, up to rounding errors that
-            leave every logit on its point of the grid.
+        logits: broadcasts to [streams, length, V]; the very numbers the streams were coded with, up to rounding errors
+            that leave every logit on its point of the grid.
         precision: as for `quantize_cdf`.
         model_id: as for `ac_decode`.
 

@@ -24,6 +24,9 @@ def _power(f: int) -> int:
         return int((Decimal(2) ** (24 - Decimal(f) / 16)).to_integral_value())
 
 
+POWERS = tuple(_power(f) for f in range(16))
+
+
 def counts_of_probs(probs: Sequence[float]) -> list[int]:
     """The counts of a row of probabilities: floor(p 2^(30 - e)), 2^e the power of two at or below the largest."""
     if any(not 0 <= p < math.inf for p in probs):
@@ -45,12 +48,12 @@ def counts_of_logits(logits: Sequence[float]) -> list[int]:
         raise ValueError("a logit is NaN or infinite")
     points = []
     for x in logits:
-        y = _float32(x * LOGIT_SCALE) if math.isfinite(x) else x
-        points.append(round(min(max(y, -LOGIT_BOUND), LOGIT_BOUND)))  # round() takes ties to even
+        y = _float32(min(max(x * LOGIT_SCALE, -LOGIT_BOUND), LOGIT_BOUND))
+        points.append(round(y))  # ties to even
     highest = max(points, default=-LOGIT_BOUND)
     if highest == -LOGIT_BOUND:
         raise ValueError("the logits are all too low")
-    return [_power((highest - point) % 16) >> (highest - point) // 16 for point in points]
+    return [POWERS[(highest - point) % 16] >> (highest - point) // 16 for point in points]
 
 
 def cdf_of_counts(counts: Sequence[int], precision: int = 16) -> list[int]:
@@ -136,7 +139,11 @@ def decode_payload(body: bytes, count: int, cdfs: Sequence[Sequence[int]]) -> li
 def decode(stream: bytes, cdfs: Sequence[Sequence[int]], model_id: int | None = None) -> list[int]:
     """Inverse of `encode`; ValueError for what is no whole stream of this model."""
     head, crc, tail, body = stream[:4], stream[4:8], stream[8:32], stream[32:]
-    if len(tail) != 24 or head[:2] != bytes((MAGIC, VERSION)) or crc32c(head + tail + body) != int.from_bytes(crc, "little"):
+    if (
+        len(tail) != 24
+        or head[:2] != bytes((MAGIC, VERSION))
+        or crc32c(head + tail + body) != int.from_bytes(crc, "little")
+    ):
         raise ValueError("the stream is damaged")
     check, model = struct.unpack("<IQ", tail[:12])
     count, lanes = int.from_bytes(tail[12:18], "little"), head[3]
