@@ -355,7 +355,7 @@ def test_compile_with_a_changing_length() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(round_trip, fullgraph=True, backend=counter)
-    for streams, length in ((2, 9), (2, 14), (3, 31), (5, 64)):
+    for streams, length in ((2, 9), (2, 14), (2, 31), (2, 64)):
         symbols, logits = torch.randint(6, (streams, length)), torch.randn(streams, length, 6)
         for decoded in compiled(symbols, logits):
             assert torch.equal(decoded, symbols)
