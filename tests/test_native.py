@@ -29,6 +29,8 @@ KERNELS = [
     "quantize_cdf",
     "rms_norm",
     "rms_norm_backward",
+    "torchac_decode",
+    "torchac_encode",
 ]
 
 

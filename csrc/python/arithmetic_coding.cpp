@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// pycore.native.{quantize_cdf, ac_encode, ac_decode, ac_encode_logits, ac_decode_logits}: the coder for NumPy arrays
+// pycore.native.{quantize_cdf, ac_encode, ac_decode, ac_encode_logits, ac_decode_logits, torchac_encode,
+// torchac_decode}: the coder for NumPy arrays
 // and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <pycore/arithmetic_coding_args.h>
 
-#include <memory>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -106,6 +107,49 @@ py::object ac_decode_logits(py::object data, py::object offsets, py::object logi
   return decode_with("ac_decode_logits", data, offsets, "logits", logits, &precision, model_id, out, threads);
 }
 
+py::object torchac_encode(py::object cdf, py::object sym) {
+  constexpr const char* kOp = "torchac_encode";
+  const Array cdf_array = input(cdf, kOp, "cdf"), sym_array = input(sym, kOp, "sym");
+  BitwiseParams params = bitwise_params(kOp, cdf_array.view);
+  check_bitwise_symbols(kOp, sym_array.view, cdf_array.view, &params);
+  StreamResult result;
+  params.result = &result;
+  std::vector<uint8_t> memory(static_cast<size_t>(bitwise_capacity(params)));
+  params.data = memory.data();
+  {
+    const py::gil_scoped_release release;
+    throw_if(bitwise_encode(params), kOp);
+  }
+  check_bitwise_result(kOp, result);
+  const Array data = cpu_result(py::none(), DType::kUInt8, {result.bytes}, kOp, "data");
+  std::memcpy(data.view.data, memory.data(), static_cast<size_t>(result.bytes));
+  return data.object;
+}
+
+py::object torchac_decode(py::object cdf, py::object byte_stream, py::object out) {
+  constexpr const char* kOp = "torchac_decode";
+  const Array cdf_array = input(cdf, kOp, "cdf"), data_array = input(byte_stream, kOp, "byte_stream");
+  BitwiseParams params = bitwise_params(kOp, cdf_array.view);
+  check_bitwise_data(kOp, data_array.view, &params);
+  const TensorView& view = cdf_array.view;
+  const Array sym = cpu_result(out, DType::kInt16, {view.shape, view.shape + view.dims - 1}, kOp, "out");
+  StreamResult result;
+  params.out = sym.view.as<int16_t>();
+  params.result = &result;
+  {
+    const py::gil_scoped_release release;
+    throw_if(bitwise_decode(params), kOp);
+  }
+  check_bitwise_result(kOp, result);
+  return sym.object;
+}
+
+constexpr const char* kTorchacEncodeDoc = R"(A stream in torchac's format: see pycore.compat.torchac.
+
+cdf [..., V + 1], int16 with the bits of uint16, or uint16; sym [...], any integer dtype. Returns uint8 [bytes].)";
+
+constexpr const char* kTorchacDecodeDoc = R"(Inverse of `torchac_encode`: int16 [...], in `out` if given.)";
+
 constexpr const char* kQuantizeDoc =
     R"(Integer cumulative frequencies of probabilities or logits: see pycore.ops.quantize_cdf.
 
@@ -146,6 +190,9 @@ void register_arithmetic_coding(py::module_& m) {
   m.def("ac_decode_logits", &ac_decode_logits, kDecodeLogitsDoc, py::arg("data"), py::arg("offsets"), py::arg("logits"),
         py::kw_only(), py::arg("precision") = 16, py::arg("model_id") = none, py::arg("out") = none,
         py::arg("threads") = none);
+  m.def("torchac_encode", &torchac_encode, kTorchacEncodeDoc, py::arg("cdf"), py::arg("sym"));
+  m.def("torchac_decode", &torchac_decode, kTorchacDecodeDoc, py::arg("cdf"), py::arg("byte_stream"), py::kw_only(),
+        py::arg("out") = none);
 }
 
 }  // namespace pycore::python

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pycore.{quantize_cdf, ac_encode, ac_decode, ac_encode_logits, ac_decode_logits}: schema, validation,
-// allocation.
+// torch.ops.pycore.{quantize_cdf, ac_encode, ac_decode, ac_encode_logits, ac_decode_logits, torchac_encode,
+// torchac_decode}: schema, validation, allocation.
 #include <pycore/arithmetic_coding_args.h>
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -100,6 +100,36 @@ Tensor ac_decode_logits_cpu(const Tensor& data, const Tensor& offsets, const Ten
   return decode_with("ac_decode_logits", data, offsets, "logits", logits, &precision, model_id);
 }
 
+Tensor torchac_encode_cpu(const Tensor& cdf, const Tensor& sym) {
+  constexpr const char* kOp = "torchac_encode";
+  const TensorView cdf_view = view(cdf, kOp, "cdf");
+  BitwiseParams params = bitwise_params(kOp, cdf_view);
+  check_bitwise_symbols(kOp, view(sym, kOp, "sym"), cdf_view, &params);
+  const Tensor memory = scratch_tensor(bitwise_capacity(params));
+  StreamResult result;
+  params.data = static_cast<uint8_t*>(memory.mutable_data_ptr());
+  params.result = &result;
+  throw_if(bitwise_encode(params), kOp);
+  check_bitwise_result(kOp, result);
+  const Tensor data = scratch_tensor(result.bytes);
+  std::memcpy(data.mutable_data_ptr(), params.data, static_cast<size_t>(result.bytes));
+  return data;
+}
+
+Tensor torchac_decode_cpu(const Tensor& cdf, const Tensor& byte_stream) {
+  constexpr const char* kOp = "torchac_decode";
+  BitwiseParams params = bitwise_params(kOp, view(cdf, kOp, "cdf"));
+  check_bitwise_data(kOp, view(byte_stream, kOp, "byte_stream"), &params);
+  const auto sizes = cdf.sizes();
+  const Tensor sym = empty_cpu({sizes.begin(), sizes.end() - 1}, ScalarType::Short);
+  StreamResult result;
+  params.out = static_cast<int16_t*>(sym.mutable_data_ptr());
+  params.result = &result;
+  throw_if(bitwise_decode(params), kOp);
+  check_bitwise_result(kOp, result);
+  return sym;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
@@ -110,6 +140,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
       "ac_encode_logits(Tensor symbols, Tensor logits, SymInt precision, SymInt? model_id) "
       "-> (Tensor data, Tensor offsets)");
   m.def("ac_decode_logits(Tensor data, Tensor offsets, Tensor logits, SymInt precision, SymInt? model_id) -> Tensor");
+  m.def("torchac_encode(Tensor cdf, Tensor sym) -> Tensor");
+  m.def("torchac_decode(Tensor cdf, Tensor byte_stream) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
@@ -118,6 +150,8 @@ STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
   m.impl("ac_decode", TORCH_BOX(&ac_decode_cpu));
   m.impl("ac_encode_logits", TORCH_BOX(&ac_encode_logits_cpu));
   m.impl("ac_decode_logits", TORCH_BOX(&ac_decode_logits_cpu));
+  m.impl("torchac_encode", TORCH_BOX(&torchac_encode_cpu));
+  m.impl("torchac_decode", TORCH_BOX(&torchac_decode_cpu));
 }
 
 }  // namespace pycore

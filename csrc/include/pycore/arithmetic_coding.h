@@ -109,4 +109,29 @@ PYCORE_API int64_t decode_scratch(const DecodeParams& params, int64_t threads);
 // Every stream has params.length symbols, and no fault yet.
 PYCORE_API Status decode(const DecodeParams& params, const Parallel& parallel, void* scratch);
 
+// ---- torchac's format -----------------------------------------------------------------------------------------------
+// The arithmetic coder of Witten, Neal and Cleary (1987) with 32-bit bounds, 16-bit cumulative frequencies and bits
+// written one after another, the highest of a byte first: what torchac writes. A stream has no frame and no checksum.
+
+struct BitwiseModel {
+  const void* cdf = nullptr;  // uint16 [rows, symbols + 1], of which the last is taken to be 2^16
+  RowView rows;               // how rows lie
+  int64_t entry_stride = 1, symbols = 0;
+};
+
+struct BitwiseParams {
+  BitwiseModel model;
+  DType symbol_dtype = DType::kInt16;  // encoding: any integer
+  RowView symbols;                     // encoding: [rows, 1]
+  uint8_t* data = nullptr;             // encoding: bitwise_capacity() bytes, written; decoding: read
+  int64_t bytes = 0;                   // decoding: of data
+  int16_t* out = nullptr;              // decoding: [rows]
+  StreamResult* result = nullptr;      // one; encoding gives its bytes
+};
+
+PYCORE_API int64_t bitwise_capacity(const BitwiseParams& params);
+PYCORE_API Status bitwise_encode(const BitwiseParams& params);
+// The faults of a stream are kTruncated (or bytes after its end: the format does not say which) and kSymbols.
+PYCORE_API Status bitwise_decode(const BitwiseParams& params);
+
 }  // namespace pycore

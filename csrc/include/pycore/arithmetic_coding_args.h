@@ -236,4 +236,59 @@ inline int64_t common_length(const char* op, const std::vector<StreamResult>& re
   return results.empty() ? 0 : results[0].count;
 }
 
+// ---- torchac's format -----------------------------------------------------------------------------------------------
+
+// cdf [..., symbols + 1], int16 whose bits are those of uint16; the caller adds data or out, and result.
+inline BitwiseParams bitwise_params(const char* op, const TensorView& cdf) {
+  check_on_cpu(op, "cdf", cdf);
+  check_value(cdf.dtype == DType::kInt16 || cdf.dtype == DType::kUInt16, op, "cdf has dtype ", dtype_name(cdf.dtype),
+              " and must have int16 or uint16");
+  check_value(cdf.dims >= 1 && cdf.shape[cdf.dims - 1] >= 2, op, "cdf has shape ", shape_text(cdf),
+              " and must be [..., symbols + 1]");
+  BitwiseParams params;
+  params.model.cdf = cdf.data;
+  params.model.rows = row_view(cdf);
+  params.model.entry_stride = cdf.strides[cdf.dims - 1];
+  params.model.symbols = cdf.shape[cdf.dims - 1] - 1;
+  check_value(params.model.symbols <= 32767, op, "cdf has ", params.model.symbols, " symbols and may have 32767");
+  return params;
+}
+
+inline void check_bitwise_symbols(const char* op, const TensorView& symbols, const TensorView& cdf,
+                                  BitwiseParams* params) {
+  check_on_cpu(op, "sym", symbols);
+  check_value(is_integer(symbols.dtype), op, "sym has dtype ", dtype_name(symbols.dtype),
+              " and must have an integer dtype");
+  bool same = symbols.dims == cdf.dims - 1 && symbols.dims < kMaxDims;
+  for (int i = 0; same && i < symbols.dims; ++i) same = symbols.shape[i] == cdf.shape[i];
+  check_value(same, op, "sym has shape ", shape_text(symbols), ", which is not that of cdf's rows: ", shape_text(cdf));
+  TensorView column = symbols;  // [..., 1]
+  column.shape[column.dims] = 1;
+  column.strides[column.dims++] = 1;
+  params->symbol_dtype = symbols.dtype;
+  params->symbols = row_view(column);
+}
+
+inline void check_bitwise_data(const char* op, const TensorView& data, BitwiseParams* params) {
+  check_on_cpu(op, "byte_stream", data);
+  check_value(data.dtype == DType::kUInt8 && data.dims == 1 && (data.shape[0] <= 1 || data.strides[0] == 1), op,
+              "byte_stream is ", dtype_name(data.dtype), " ", shape_text(data),
+              " and must be contiguous uint8 [bytes]");
+  params->data = data.as<uint8_t>();
+  params->bytes = data.shape[0];
+}
+
+inline void check_bitwise_result(const char* op, const StreamResult& result) {
+  const int64_t at = result.position;
+  check_index(result.fault != CoderFault::kSymbolRange, op, "symbol ", at, " is ", result.value,
+              ", which cdf does not have");
+  check_value(result.fault != CoderFault::kNoShare, op, "symbol ", at, " is ", result.value,
+              ", which cdf gives no share and so cannot be coded");
+  check_value(result.fault != CoderFault::kNotCumulative, op, "row ", at, " of cdf falls somewhere and must not");
+  if (result.fault == CoderFault::kNone) return;
+  const bool length = result.fault == CoderFault::kTruncated;
+  throw BitstreamError(detail::sentence(
+      op, "byte_stream ", length ? "is truncated or has bytes after its end" : "was coded with another cdf"));
+}
+
 }  // namespace pycore
