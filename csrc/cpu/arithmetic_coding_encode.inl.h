@@ -152,12 +152,14 @@ void encode_stream(const EncodeParams& params, int64_t stream, void* scratch) {
 void quantize_row(const QuantizeParams& params, int64_t row, void* scratch) {
   const Slot slot = slot_of(scratch, params.symbols);
   const int64_t offset = params.values.offset(row);
-  uint64_t sum;
+  uint64_t sum = 0;
   CoderFault fault;
   if (params.logits) {
     const float* logits =
         float_row(params.dtype, params.values.data, offset, params.entry_stride, params.symbols, slot.floats);
-    fault = counts_of_logits(logits, params.symbols, slot.counts, &sum);
+    int32_t highest;
+    fault = highest_point(logits, params.symbols, &highest);
+    if (fault == CoderFault::kNone) sum = logit_counts(logits, params.symbols, highest, slot.counts, slot.blocks);
   } else {
     fault = counts_of_probs(params.dtype, params.values.data, offset, params.entry_stride, params.symbols, slot.floats,
                             slot.counts, &sum);

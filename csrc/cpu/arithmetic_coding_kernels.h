@@ -32,7 +32,7 @@ inline constexpr int64_t kBucketBits =
 inline constexpr int64_t kSlotHeader = 64, kBucketBytes = ((int64_t{1} << kBucketBits) + 16) * 4;
 
 inline int64_t slot_row_bytes(int64_t symbols) { return (symbols + 1 + 16) * 4 / 64 * 64 + 64; }
-inline int64_t coder_slot_bytes(int64_t symbols) { return kSlotHeader + kBucketBytes + 3 * slot_row_bytes(symbols); }
+inline int64_t coder_slot_bytes(int64_t symbols) { return kSlotHeader + kBucketBytes + 4 * slot_row_bytes(symbols); }
 
 namespace scalar {
 extern const CoderKernels coder;
