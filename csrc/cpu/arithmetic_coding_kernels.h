@@ -27,9 +27,7 @@ struct CoderSlot {
   uint64_t fingerprint;
   CoderFault fault;
 };
-inline constexpr int64_t kBucketBits =
-    11;  // one bucket is a stretch of 2^precision; the table stays in the first cache
-inline constexpr int64_t kSlotHeader = 64, kBucketBytes = ((int64_t{1} << kBucketBits) + 16) * 4;
+inline constexpr int64_t kSlotHeader = 64, kBucketBytes = 4 * 4096 + 64;  // 2^12 symbols of 32 bits, or 2^13 of 16
 
 inline int64_t slot_row_bytes(int64_t symbols) { return (symbols + 1 + 16) * 4 / 64 * 64 + 64; }
 inline int64_t coder_slot_bytes(int64_t symbols) { return kSlotHeader + kBucketBytes + 4 * slot_row_bytes(symbols); }

@@ -295,7 +295,8 @@ struct LogitRows {
 
 struct Slot {
   CoderSlot* header;
-  uint32_t *buckets, *row, *counts;
+  void* buckets;
+  uint32_t *row, *counts;
   float* floats;
   uint64_t* blocks;
 };
@@ -304,28 +305,47 @@ inline Slot slot_of(void* scratch, int64_t symbols) {
   char* memory = static_cast<char*>(scratch);
   char* rows = memory + kSlotHeader + kBucketBytes;
   const int64_t bytes = slot_row_bytes(symbols);
-  return {reinterpret_cast<CoderSlot*>(memory),       reinterpret_cast<uint32_t*>(memory + kSlotHeader),
+  return {reinterpret_cast<CoderSlot*>(memory),       memory + kSlotHeader,
           reinterpret_cast<uint32_t*>(rows),          reinterpret_cast<uint32_t*>(rows + bytes),
           reinterpret_cast<float*>(rows + 2 * bytes), reinterpret_cast<uint64_t*>(rows + 3 * bytes)};
 }
 
+// Buckets are stretches of 2^precision; the table stays in the first cache. Up to precision 16 symbols fit 16 bits.
+template <bool kFine>
+struct Buckets;
+template <>
+struct Buckets<false> {
+  using Symbol = uint16_t;
+  static constexpr int kBits = 13;
+};
+template <>
+struct Buckets<true> {
+  using Symbol = uint32_t;
+  static constexpr int kBits = 12;
+};
+
+template <bool kFine>
 inline int bucket_shift(int precision) {
-  return precision > kBucketBits ? precision - static_cast<int>(kBucketBits) : 0;
+  return precision > Buckets<kFine>::kBits ? precision - Buckets<kFine>::kBits : 0;
 }
 
 // buckets[b] is the symbol that value b << shift belongs to; one more follows for the end.
-void fill_buckets(const uint32_t* row, int64_t symbols, int precision, uint32_t* buckets) {
-  const int shift = bucket_shift(precision);
+template <bool kFine>
+void fill_buckets(const uint32_t* row, int64_t symbols, int precision, void* memory) {
+  using Symbol = typename Buckets<kFine>::Symbol;
+  Symbol* buckets = static_cast<Symbol*>(memory);
+  const int shift = bucket_shift<kFine>(precision);
   const int64_t count = int64_t{1} << (precision - shift);
   int64_t symbol = 0;
   for (int64_t b = 0; b < count; ++b) {
     while (row[symbol + 1] <= static_cast<uint32_t>(b << shift)) ++symbol;
-    buckets[b] = static_cast<uint32_t>(symbol);
+    buckets[b] = static_cast<Symbol>(symbol);
   }
-  buckets[count] = static_cast<uint32_t>(symbols - 1);
+  buckets[count] = static_cast<Symbol>(symbols - 1);
 }
 
-inline int64_t find_in_buckets(const uint32_t* row, const uint32_t* buckets, int shift, uint32_t value) {
+template <class Symbol>
+inline int64_t find_in_buckets(const uint32_t* row, const Symbol* buckets, int shift, uint32_t value) {
   int64_t low = buckets[value >> shift], high = buckets[(value >> shift) + 1];
   while (__builtin_expect(low < high, 0)) {
     const int64_t middle = (low + high + 1) >> 1;
@@ -353,7 +373,12 @@ void prepare_slot(const Slot& slot, const CoderModel& model, const void* key, co
   for (int64_t i = 0; i <= model.symbols; ++i) {
     slot.header->fingerprint = fingerprint_add(slot.header->fingerprint, slot.row[i]);
   }
-  if (buckets) fill_buckets(slot.row, model.symbols, model.precision, slot.buckets);
+  if (!buckets) return;
+  if (model.precision > 16) {
+    fill_buckets<true>(slot.row, model.symbols, model.precision, slot.buckets);
+  } else {
+    fill_buckets<false>(slot.row, model.symbols, model.precision, slot.buckets);
+  }
 }
 
 // Calls f(rows) with the stream's rows as what they are.
