@@ -56,7 +56,7 @@ class Rows:
         self.ideal = float(-self.probs.gather(1, self.symbols[:, None]).double().log2().sum()) / 8
 
 
-# ---- contenders: what is prepared is not timed ------------------------------------------------------------------------
+# ---- contenders: what is prepared is not timed -----------------------------------------------------------------------
 
 
 def _size(count: int) -> Outputs:
