@@ -256,7 +256,7 @@ void open_stream(const DecodeParams& params, int64_t stream) {
   const int64_t begin = params.offsets[stream];
   const Frame frame =
       read_frame(params.data + begin, params.offsets[stream + 1] - begin, add_bytes, params.results + stream);
-  if (params.results[stream].fault == CoderFault::kNone && frame.kind != kRowsKind) {
+  if (params.results[stream].fault == CoderFault::kNone && (frame.kind != kRowsKind) != params.adaptive) {
     params.results[stream].fault = CoderFault::kKind;
     params.results[stream].value = frame.kind;
   }

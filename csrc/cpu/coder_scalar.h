@@ -89,3 +89,16 @@ inline uint64_t sum_of_sixteen(const uint32_t* counts) {
   for (int64_t i = 0; i < 16; ++i) sum += counts[i];
   return sum;
 }
+
+// The last of a context's entries that is at most `value`.
+inline int find_nibble(const uint16_t* entries, uint32_t value) {
+  int found = 0;
+  for (int i = 1; i < kNibbles; ++i) found += entries[i] <= value;
+  return found;
+}
+
+inline void move_entries(uint16_t* entries, int symbol, int rate) {
+  for (int i = 0; i < kNibbles; ++i) {
+    entries[i] = static_cast<uint16_t>(entries[i] + ((adaptive_target(i, symbol) - entries[i]) >> rate));
+  }
+}
