@@ -37,21 +37,24 @@ inline void take_symbol(Reader* reader, Share share, int precision) {
       range_put_word(&coder, reader->word());
       reader->skip(2);
     }
-  } else {  // whether a word is needed is no branch: it would be a coin's flip
-    const bool need = range_needs_word(coder.range);
-    RangeDecoder more = coder;
+  } else {
+    // Whether a word is needed is no branch: it would be a coin's flip. range >= 2^32, so its leading zeros are below
+    // 32 and have 16 in them where it is below 2^48. A damaged code with a range of 0 comes here too, hence the bit.
+    const int shift = __builtin_clzll(coder.range | 1) & 16;
+    uint16_t word;
     if (kChecked) {
-      range_put_word(&more, reader->word());
-      const uint8_t* after = reader->end - reader->next > 2 ? reader->next + 2 : reader->end;
-      reader->next = need ? after : reader->next;
+      word = reader->word();
     } else {
-      uint16_t word;
       __builtin_memcpy(&word, reader->next, 2);
-      range_put_word(&more, __builtin_bswap16(word));
-      reader->next += need ? 2 : 0;
+      word = __builtin_bswap16(word);
     }
-    coder.code = need ? more.code : coder.code;
-    coder.range = need ? more.range : coder.range;
+    coder.code = coder.code << shift | static_cast<uint64_t>(word) >> (shift ^ 16);
+    coder.range <<= shift;
+    if (kChecked) {
+      reader->skip(shift >> 3);
+    } else {
+      reader->next += shift >> 3;
+    }
   }
   reader->coder = coder;
 }

@@ -30,11 +30,12 @@ inline void put_symbol(Writer* writer, Share share, int precision) {
       writer->out += 2;
     }
   } else {
-    const uint64_t need = range_needs_word(coder.range);
+    // range >= 2^32, so its leading zeros are below 32 and have 16 in them where it is below 2^48.
+    const int shift = __builtin_clzll(coder.range) & 16;
     store_word(writer->out, static_cast<uint16_t>(coder.low >> 48));
-    writer->out += 2 * need;
-    coder.low <<= 16 * need;
-    coder.range <<= 16 * need;
+    writer->out += shift >> 3;
+    coder.low <<= shift;
+    coder.range <<= shift;
   }
   writer->coder = coder;
 }
