@@ -55,7 +55,10 @@ py::tuple encoded(const char* op, EncodeParams params, const char* argument, std
   ends[0] = 0;
   for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
   const Array data = cpu_result(py::none(), DType::kUInt8, {ends[params.streams]}, op, "data");
-  throw_if(pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
+  {
+    const py::gil_scoped_release release;
+    throw_if(pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
+  }
   return py::make_tuple(data.object, offsets.object);
 }
 
@@ -76,7 +79,10 @@ py::object decode_with(const char* op, const py::object& data, const py::object&
   std::vector<StreamResult> results(static_cast<size_t>(params.streams));
   params.results = results.data();
   const Parallel parallel = thread_parallel(threads, op);
-  throw_if(open_streams(params, parallel), op);
+  {
+    const py::gil_scoped_release release;
+    throw_if(open_streams(params, parallel), op);
+  }
   check_results(op, results, argument, params.model);
   params.length = common_length(op, results);
   params.model = coder_model(op, argument, model_array.view, precision, params.streams, params.length, model_id);
@@ -125,7 +131,10 @@ py::object ac_decode_bytes(py::object data, py::object offsets, py::object out, 
   std::vector<StreamResult> results(static_cast<size_t>(params.streams));
   params.results = results.data();
   const Parallel parallel = thread_parallel(threads, kOp);
-  throw_if(open_streams(params, parallel), kOp);
+  {
+    const py::gil_scoped_release release;
+    throw_if(open_streams(params, parallel), kOp);
+  }
   check_results(kOp, results, "data", params.model);
   params.length = common_length(kOp, results);
   const Array bytes = cpu_result(out, DType::kUInt8, {params.streams, params.length}, kOp, "out");
