@@ -20,6 +20,7 @@ from pycore import _load, native
 KERNELS = [
     "attention",
     "attention_backward",
+    "attention_blocks",
     "lambda_cache_append",
     "invariant_linear",
     "invariant_linear_backward",

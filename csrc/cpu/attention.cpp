@@ -124,14 +124,16 @@ struct ForwardPlan {
     const int64_t group = params.heads / params.kv_heads;
     rows = std::min(params.query_length, kernels.forward_rows);
     tile_heads = std::clamp<int64_t>(kernels.forward_rows / rows, 1, group);
+    if (params.schedule.kind == ScheduleKind::kBlocks) tile_heads = 1;  // every head has blocks of its own
     head_tiles = pycore::tiles(group, tile_heads);
     query_tiles = pycore::tiles(params.query_length, rows);
     tiles = query_tiles * params.batch * params.kv_heads * head_tiles;
     slot_bytes = kernels.forward_scratch(params);
     if (tiles >= threads || kernels.forward_merge == nullptr) return;
     partial_bytes = kernels.forward_partial(params, rows * tile_heads);
-    for (int64_t b = 0; b < params.batch; ++b) {
-      const RowMap map = row_map(params, b);
+    const int64_t bitmaps = params.schedule.kind == ScheduleKind::kBlocks ? params.heads : 1;
+    for (int64_t n = 0; n < params.batch * bitmaps; ++n) {
+      const RowMap map = row_map(params, n / bitmaps, n % bitmaps);
       if (map.queries == 0) continue;
       int64_t count = 0, p_lo = map.query_position(0), p_hi = map.query_position(map.queries - 1);
       int64_t tile = map.next_tile(p_lo, p_hi, 0);
@@ -150,7 +152,7 @@ struct ForwardPlan {
     const int64_t head_in_group = rest % head_tiles * tile_heads;
     tile.head = tile.kv_head * group + head_in_group;
     tile.heads = std::min(tile_heads, group - head_in_group);
-    *map = row_map(params, tile.batch);
+    *map = row_map(params, tile.batch, tile.head);
     tile.count = std::min(rows, map->queries - tile.first);
     return tile;
   }
@@ -258,7 +260,7 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
       tile.head = h;
       tile.kv_head = h / group;
       for (tile.batch = 0; tile.batch < forward.batch; ++tile.batch) {
-        const RowMap map = row_map(forward, tile.batch);
+        const RowMap map = row_map(forward, tile.batch, h);
         for (tile.first = 0; tile.first < map.queries; tile.first += kernels->backward_rows) {
           tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
           kernels->grad_query(params, map, tile, {false, false, sums}, slot_scratch(slot));
@@ -298,7 +300,7 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
     tile.head = item / query_tiles % forward.heads;
     tile.kv_head = tile.head / group;
     tile.first = (query_tiles - 1 - item % query_tiles) * kernels->backward_rows;
-    const RowMap map = row_map(forward, tile.batch);
+    const RowMap map = row_map(forward, tile.batch, tile.head);
     tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
     if (tile.count > 0) kernels->grad_query(params, map, tile, {true, false, nullptr}, slot_scratch(slot));
   });

@@ -211,6 +211,9 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
                   behind = queries.count - 1 - strip_row % queries.count;
     const float* strip = buffers.strips ? buffers.strips + head * strip_length(queries.count) + behind : nullptr;
     logits_of(params, buffers.scores + m * kKeyTile, begin, end, strip, nullptr);
+    if (params.block_bias) {
+      add_block_bias(params, queries.head + head, positions[m], loaded.tile, buffers.scores + m * kKeyTile, begin, end);
+    }
   }
   const uint64_t columns = bit_range(begin, end);
   for (int m = 0; m < rows; ++m) {
@@ -287,7 +290,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
        tile != kNoTile && tile / kSegmentTiles < segments.last; tile = map.next_tile(p_lo, p_hi, tile + 1)) {
     LoadedTile loaded;
     loaded.tile = tile;
-    loaded.present = map.present_bits(tile);
+    loaded.present = map.present_bits(tile) & map.schedule.reach_bits(p_lo, p_hi, tile);
     if (loaded.present == 0 || map.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
     if (tile / kSegmentTiles != open_segment) {
       merge_segment(buffers, rows, dv);

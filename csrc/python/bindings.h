@@ -7,6 +7,7 @@
 namespace pycore::python {
 
 void register_attention(pybind11::module_& m);
+void register_attention_blocks(pybind11::module_& m);
 void register_attention_cache(pybind11::module_& m);
 void register_linear(pybind11::module_& m);
 

@@ -62,6 +62,7 @@ PYBIND11_MODULE(native, m) {
   m.def("available_isas", &available_isas, "The instruction sets this machine can run, slowest first.");
   m.def("build_info", &build_info, "What this library was compiled with; pycore.build_info() says more.");
   register_attention(m);
+  register_attention_blocks(m);
   register_attention_cache(m);
   register_linear(m);
 }
