@@ -292,7 +292,9 @@ def expected_density(
     if blocks < 1:
         raise ValueError(f"{op}: blocks is {blocks} and must be at least 1")
     if isinstance(distance_probs, DistanceFamily):
-        table = torch.tensor([[distance_probs.probability(distance) for distance in range(blocks)]], dtype=torch.float64)
+        table = torch.tensor(
+            [[distance_probs.probability(distance) for distance in range(blocks)]], dtype=torch.float64
+        )
     else:
         if distance_probs.dim() not in (1, 2) or distance_probs.numel() == 0:
             raise ValueError(

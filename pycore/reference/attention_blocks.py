@@ -54,7 +54,9 @@ def block_mask(schedule: Probabilistic, i: Tensor, j: Tensor, batch_row: int = 0
         left = schedule.blocks_per_row - min(schedule.window_blocks, query_block + 1)
         scores = {}
         for key_block in others:
-            place = (query_block - key_block, 0xFFFFFFFF) if schedule.pattern == "diagonal" else (key_block, query_block)
+            place = (
+                (query_block - key_block, 0xFFFFFFFF) if schedule.pattern == "diagonal" else (key_block, query_block)
+            )
             u = (int(philox((*place, head, int(schedule.round)), seed)[0] >> 8) + 0.5) / 2**24
             chance = float(probabilities(schedule, torch.tensor(query_block - key_block), head))
             if chance > 0:
