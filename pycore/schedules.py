@@ -243,8 +243,8 @@ class Probabilistic(Schedule):
         sink_size: tokens at the start that every query keeps. Without one the method fails on trained models.
         window_blocks: blocks that always take part, the query's own and those before it.
         pattern: "independent", or "diagonal" where all blocks at one distance share a decision.
-        correction: "importance" adds -log p to the logits of drawn blocks (neither sinks nor window blocks), so that the
-            softmax's numerator and denominator are unbiased over rounds. "none" adds nothing.
+        correction: "importance" adds -log p to the logits of drawn blocks (neither sinks nor window blocks), so that
+            the softmax's numerator and denominator are unbiased over rounds. "none" adds nothing.
         blocks_per_row: exactly so many blocks a row (all, where it has fewer), window blocks counted in, drawn without
             replacement with probabilities in proportion to distance_probs; blocks whose probability is 0 never.
 
@@ -278,8 +278,8 @@ def expected_density(
 ) -> float:
     """The expected share of block pairs J <= I that take part in a round, over a sequence of `blocks` blocks.
 
-    It is what time follows: attention over a round takes about this share of the time of causal attention. Sinks come on
-    top. Where probabilities differ by head, the mean over heads.
+    It is what time follows: attention over a round takes about this share of the time of causal attention. Sinks come
+    on top. Where probabilities differ by head, the mean over heads.
 
     Args:
         distance_probs, window_blocks, blocks_per_row: as in `Probabilistic`.

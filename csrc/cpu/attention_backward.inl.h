@@ -168,8 +168,9 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   const bool rope = forward.rope_cos != nullptr;
   uint64_t near_bits[kBackwardRows], far[kBackwardRows], kept[kBackwardRows];
   uint64_t any_near = 0, any_far = 0;
+  const bool alike = map.schedule.keep_alike(p_first, p_first + count - 1, tile);
   for (int64_t r = 0; r < count; ++r) {
-    kept[r] = map.schedule.keep_bits(p_first + r, tile) & loaded.present;
+    kept[r] = r > 0 && alike ? kept[0] : map.schedule.keep_bits(p_first + r, tile) & loaded.present;
     const uint64_t beyond = far_bits(forward, p_first + r, tile);
     far[r] = kept[r] & beyond;
     near_bits[r] = kept[r] & ~beyond;

@@ -173,8 +173,12 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
   BlockKeeps keeps;
   uint64_t far[kProductRows];
   uint64_t any_far = 0, any_near = 0;
+  const bool alike = map.schedule.keep_alike(positions[0], positions[rows - 1], loaded.tile);
+  uint64_t bits = 0;
   for (int m = 0; m < rows; ++m) {
-    keeps.set(m, map.schedule.keep_bits(positions[m], loaded.tile) & loaded.present);
+    if (m == 0 || !alike) bits = map.schedule.keep_bits(positions[m], loaded.tile) & loaded.present;
+    if (alike && bits == 0) return;
+    keeps.set(m, bits);
     far[m] = loaded.far ? far_bits(params, positions[m], loaded.tile) : 0;
     any_far |= keeps.bits[m] & far[m];
     any_near |= keeps.bits[m] & ~far[m];

@@ -217,14 +217,14 @@ def call_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    tensor, block_bias = schedule.tensor, None
+    schedule_tensor, block_bias = schedule.tensor, None
     if isinstance(schedule, Probabilistic) and query.dim() == 4 and key.dim() == 4:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         wide = query.dtype == torch.float64
-        tensor, block_bias = draw_blocks(op, schedule, shape, lengths, query.device, wide)
+        schedule_tensor, block_bias = draw_blocks(op, schedule, shape, lengths, query.device, wide)
     out, lse = torch.ops.pycore.attention(
-        query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, tensor, seed, block_bias,
-        op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p, key_ring,
+        query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule_tensor, seed,
+        block_bias, op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p, key_ring,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

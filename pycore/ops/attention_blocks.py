@@ -103,8 +103,8 @@ def pr_block_mask(
     """The blocks that take part in a round of `pr_flash_attention`: drawn ones and window blocks, not sinks.
 
     Args:
-        query_blocks, key_blocks: lengths in blocks. The last query block is the last key block, so that row i stands for
-            query block I = key_blocks - query_blocks + i (bottom-right alignment, as for positions).
+        query_blocks, key_blocks: lengths in blocks. The last query block is the last key block, so that row i stands
+            for query block I = key_blocks - query_blocks + i (bottom-right alignment, as for positions).
 
     The other arguments and the errors are those of `pr_flash_attention`.
 

@@ -43,19 +43,19 @@ def pr_flash_attention(
     """Probabilistic FlashAttention: a distribution over block distances decides which key blocks a round reads.
 
     Query block I = p // block_size and key block J = j // block_size, D = I - J, take part when 24 random bits of
-    (seed, round, head, I, J) are below ceil(distance_probs(D) * 2**24). keep(i, j) = d >= 0 and (block (I, J) takes part
-    or j < sink_size). A block that takes no part is never read, and time follows the density (`expected_density`).
+    (seed, round, head, I, J) are below ceil(distance_probs(D) * 2**24). keep(i, j) = d >= 0 and (block (I, J) takes
+    part or j < sink_size). A block that takes no part is never read, and time follows the density (`expected_density`).
     Only the paper's abstract is known; this is our reading of it, written down in docs/ops/attention.md.
 
-    Blocks do not depend on the batch slot, the chunking, the number of threads or the instruction set; the backward pass
-    uses those of the forward pass. Their bitmap takes a bit for block_size ** 2 pairs.
+    Blocks do not depend on the batch slot, the chunking, the number of threads or the instruction set; the backward
+    pass uses those of the forward pass. Their bitmap takes a bit for block_size ** 2 pairs.
 
     Args:
         distance_probs: `Geometric`, `PowerLaw`, `Harmonic`, `Gaussian` or `Constant` of pycore.schedules, or a tensor
             [n] or [H, n] of probabilities by D, the last holding beyond n. It has no gradient.
         seed: an int, or int64 [B] for a seed of its own for each row, at least 0.
-        round: an int, or an int64 tensor of no dimensions (under torch.compile, so that rounds need no new graph), from 0
-            to 2**32 - 1. Every round has blocks of its own.
+        round: an int, or an int64 tensor of no dimensions (under torch.compile, so that rounds need no new graph),
+            from 0 to 2**32 - 1. Every round has blocks of its own.
         block_size: a power of two, at least 16.
         sink_size: tokens at the start that every query keeps, at least 0. Use at least one: without, the method fails.
         window_blocks: blocks D < window_blocks always take part; 1 is the query's own block.

@@ -26,7 +26,7 @@ def philox(counter: tuple[Tensor | int, ...], seed: int) -> tuple[Tensor, ...]:
 
 
 def probabilities(schedule: Probabilistic, distance: Tensor, head: int) -> Tensor:
-    """p of each distance in blocks (p(0) where it is negative), float64."""
+    """The probability of each distance in blocks (p(0) where it is negative), float64."""
     probs = schedule.distance_probs
     distance = distance.clamp(min=0)
     if isinstance(probs, DistanceFamily):

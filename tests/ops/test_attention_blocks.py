@@ -117,7 +117,7 @@ def test_blocks_per_row_is_exact() -> None:
 
 
 def test_blocks_per_row_chooses_in_proportion() -> None:
-    """One draw of a row: its chances are the probabilities over their sum. Chi-square with 3 degrees of freedom, 99.9 %."""
+    """One draw of a row: its chances are the probabilities over their sum. Chi-square, 3 degrees of freedom, 99.9 %."""
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
     draws = 4000
     mask = pr_block_mask(

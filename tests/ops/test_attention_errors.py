@@ -433,7 +433,8 @@ def op_arguments(
     ],
     ids=["schedule", "causal-numbers", "full-numbers", "lambda-numbers", "segments-numbers", "causal-tensor",
          "prefix-tensor", "segments-tensor", "blocks-numbers", "blocks-tensor", "blocks-shape", "blocks-dtype",
-         "blocks-contiguous", "block-bias-schedule", "block-bias-shape", "distance-limit", "no-seed", "seed-dtype", "two-seeds"],
+         "blocks-contiguous", "block-bias-schedule", "block-bias-shape", "distance-limit", "no-seed", "seed-dtype",
+         "two-seeds"],
 )  # fmt: skip
 def test_op_arguments(arguments: tuple[Any, ...], message: str) -> None:
     inputs = qkv(B, H, HKV, LQ, LK, D, DV)

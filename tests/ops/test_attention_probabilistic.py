@@ -40,7 +40,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     "importance": (200, 230, {"correction": "importance", "block_size": 16, "sink_size": 20, "window_blocks": 2}, {}),
     "importance-of-heads": (
         150, 150,
-        {"correction": "importance", "distance_probs": torch.rand(4, 3, generator=torch.Generator().manual_seed(3))}, {},
+        {"correction": "importance", "distance_probs": torch.rand(4, 3, generator=torch.Generator().manual_seed(3))},
+        {},
     ),
     "importance-diagonal-softcap-bias": (
         130, 130, {"correction": "importance", "pattern": "diagonal", "block_size": 16},

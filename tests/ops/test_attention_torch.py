@@ -38,16 +38,16 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
         *NO_ROPE, BIAS, None, SINKS, *NO_LENGTHS, *NO_OTHERS, "attention", "causal", [], False, -1, 0.3, 5.0, 0.0,
     ),
     "alibi-dropout": (
-        *NO_ROPE, None, SLOPES, None, *LENGTHS, None, SEED, None, "lambda_attention", "lambda", [2, 4], False, 4, 0.3, 0.0,
-        0.25,
+        *NO_ROPE, None, SLOPES, None, *LENGTHS, None, SEED, None, "lambda_attention", "lambda", [2, 4], False, 4, 0.3,
+        0.0, 0.25,
     ),
     "prefix": (
         *NO_ROPE, BIAS, None, None, *NO_LENGTHS, lengths(3, 8), None, None, "attention", "prefix", [], False, -1, 0.3,
         *NO_OPTIONS,
     ),
     "segments": (
-        *NO_ROPE, None, None, SINKS, *NO_LENGTHS, lengths(0, 6, 9), None, None, "attention", "segments", [0], False, -1, 0.3,
-        *NO_OPTIONS,
+        *NO_ROPE, None, None, SINKS, *NO_LENGTHS, lengths(0, 6, 9), None, None, "attention", "segments", [0], False, -1,
+        0.3, *NO_OPTIONS,
     ),
 }  # fmt: skip
 

@@ -133,6 +133,11 @@ struct TileSchedule {
     return past == 0 ? 0 : past & (tile_bits(base, 0, sink_size) | block_bits(p_lo, p_hi, tile));
   }
 
+  // Whether rows p_lo..p_hi are known to keep the same keys of the tile; false says nothing.
+  PYCORE_HOST_DEVICE bool keep_alike(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    return kind == ScheduleKind::kBlocks && p_lo >> block_shift == p_hi >> block_shift && (tile + 1) * kKeyTile <= p_lo;
+  }
+
   PYCORE_HOST_DEVICE bool keeps(int64_t p, int64_t j) const { return keep_bits(p, j / kKeyTile) >> (j % kKeyTile) & 1; }
 
   PYCORE_HOST_DEVICE uint64_t keep_bits(int64_t p, int64_t tile) const {
