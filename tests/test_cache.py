@@ -294,6 +294,20 @@ def test_native_face(isa: str) -> None:
     assert lengths.tolist() == [325, 330]
 
 
+@pytest.mark.cuda
+def test_on_a_gpu() -> None:
+    """The bits of that device's attention over everything, and the values of the CPU's."""
+    q, k, v = tokens()
+    rope = rope_tables(164, HEAD_DIM)
+    expected = fed(LambdaKVCache(4, 100), q, k, v, [300, 5, 100], rope=rope)
+    on_gpu = [x.cuda() for x in (q, k, v)]
+    gpu_rope = (rope[0].cuda(), rope[1].cuda())
+    cache = LambdaKVCache(4, 100)
+    out = fed(cache, *on_gpu, [300, 5, 100], rope=gpu_rope)
+    assert torch.equal(out, whole(*on_gpu, cache, rope=gpu_rope))
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_threads(threads: None) -> None:
     q, k, v = tokens(600)
     results = []

@@ -112,3 +112,13 @@ def test_streaming_bad_arguments(arguments: list[str], message: str, tmp_path: P
     result = run("streaming.py", "--quick", "--no-plot", "--out", str(tmp_path), *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("streaming: ") and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_positions(tmp_path: Path) -> None:
+    result = run("positions.py", "--quick", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "positions_quick.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in written["rows"]] == ["none", "alibi", "t5", "rope", "rope, limited", "harmonic"]
+    assert all(len(row["accuracy"]) == 9 and all(0 <= x <= 1 for x in row["accuracy"]) for row in written["rows"])
+    bad = run("positions.py", "--steps", "0")
+    assert bad.returncode == 2 and bad.stderr == "positions: --steps is 0 and must be at least 1\n"

@@ -38,9 +38,10 @@ class BytelmConfig:
         heads: query heads; ``dim / heads`` channels each, an even number because RoPE rotates pairs.
         kv_heads: key and value heads, which divide ``heads``.
         mlp_ratio: hidden channels of a feed-forward block, as a multiple of ``dim``.
-        position: how attention learns where keys stand: ``"rope"``, ``"alibi"``, ``"t5"`` or ``"none"``.
+        position: how attention learns where keys stand: ``"rope"``, ``"alibi"``, ``"t5"``, ``"harmonic"`` or
+            ``"none"``, see :class:`pycore.nn.attention.PositionScheme`.
         theta: base of the rotary frequencies.
-        max_distance: largest distance between a query and a key that the rotary table serves, and that a cache for a
+        max_distance: largest distance between a query and a key that the rotary tables serve, and that a cache for a
             causal reading holds. Text may be longer where ``distance_limit`` cuts distances off.
         norm_eps: added to the mean square in the norms.
     """
@@ -131,7 +132,7 @@ class Bytelm(nn.Module):
         if distance_limit is None and isinstance(schedule, Lambda):
             distance_limit = schedule.window_size
         longest = length - 1 if distance_limit is None else min(length - 1, distance_limit)
-        if self.config.position == "rope" and longest > self.config.max_distance:
+        if self.config.position in ("rope", "harmonic") and longest > self.config.max_distance:
             raise ValueError(
                 f"Bytelm: tokens has length {length}, whose distances exceed the configuration's max_distance "
                 f"{self.config.max_distance}; raise it or pass a distance_limit"

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from pycore import ops
 from pycore.cache import LambdaKVCache
 from pycore.nn.linear import Projection
-from pycore.positions import alibi_slopes, rope_tables, t5_bias
+from pycore.positions import alibi_slopes, rope_alibi_harmonic, rope_tables, t5_bias
 from pycore.schedules import Lambda
 
 __all__ = ["POSITIONS", "LambdaAttention", "PositionScheme", "SelfAttention"]
 
-POSITIONS = ("rope", "alibi", "t5", "none")
+POSITIONS = ("rope", "alibi", "t5", "harmonic", "none")
 
 # Attention rotates relative to a tile of keys, so a rotary table is this much longer than the largest distance.
 _TILE = 64
@@ -27,14 +27,15 @@ class PositionScheme(nn.Module):
     """How attention learns where keys stand: calling it gives arguments of the attention op.
 
     ``rope`` rotates by distance; ``alibi`` takes a slope times the distance off each logit; ``t5`` adds a learned bias
-    for each bucket of distances; ``none`` leaves it to the causal mask.
+    for each bucket of distances; ``harmonic`` rotates and penalises (:func:`pycore.positions.rope_alibi_harmonic`);
+    ``none`` leaves it to the causal mask.
 
     Args:
         name: one of :data:`POSITIONS`.
         heads: query heads.
         head_dim: channels of a head; all are rotated.
-        max_distance: rope: the largest distance between a query and a key, after any distance limit.
-        theta: rope: base of the frequencies.
+        max_distance: rope, harmonic: the largest distance between a query and a key, after any distance limit.
+        theta: rope, harmonic: base of the frequencies.
         buckets: t5: how many.
         bucket_distance: t5: distances from here on share the last bucket.
     """
@@ -42,6 +43,7 @@ class PositionScheme(nn.Module):
     rope_cos: Tensor
     rope_sin: Tensor
     alibi_slopes: Tensor
+    distance_bias: Tensor
 
     def __init__(
         self,
@@ -60,8 +62,13 @@ class PositionScheme(nn.Module):
         self.name = name
         self.bucket_distance = bucket_distance
         # Buffers are functions of the configuration, so not part of a checkpoint.
-        if name == "rope":
-            cos, sin = rope_tables(max_distance + 1 + _TILE, head_dim, theta=theta)
+        rows = max_distance + 1 + _TILE
+        if name in ("rope", "harmonic"):
+            if name == "rope":
+                cos, sin = rope_tables(rows, head_dim, theta=theta)
+            else:
+                (cos, sin), bias = rope_alibi_harmonic(rows, head_dim, heads, theta=theta)
+                self.register_buffer("distance_bias", bias, persistent=False)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         elif name == "alibi":
@@ -72,6 +79,8 @@ class PositionScheme(nn.Module):
     def forward(self) -> dict[str, Any]:
         if self.name == "rope":
             return {"rope": (self.rope_cos, self.rope_sin)}
+        if self.name == "harmonic":
+            return {"rope": (self.rope_cos, self.rope_sin), "distance_bias": self.distance_bias}
         if self.name == "alibi":
             return {"alibi_slopes": self.alibi_slopes}
         if self.name == "t5":
@@ -160,7 +169,7 @@ class LambdaAttention(SelfAttention):
         window_size: newest tokens kept, the query's own among them.
         kv_heads: key and value heads, which divide ``heads``; ``heads`` by default.
         head_dim: channels of a head, ``dim / heads`` by default; even for ``rope``.
-        position: ``"rope"``, ``"alibi"``, ``"t5"`` or ``"none"``, see :class:`PositionScheme`.
+        position: ``"rope"``, ``"alibi"``, ``"t5"``, ``"harmonic"`` or ``"none"``, see :class:`PositionScheme`.
         theta: base of the rotary frequencies.
         distance_limit: the largest distance positions see, ``window_size`` by default and at least that.
         sink_logits: whether a learned logit for each head joins the softmax and carries no value.

@@ -139,7 +139,7 @@ def test_compiles_to_the_same_bits(model: Bytelm, schedule: Any, limit: int | No
             assert torch.equal(compiled(tokens, schedule=schedule, distance_limit=limit), expected), length
 
 
-POSITIONS = ("rope", "alibi", "t5", "none")
+POSITIONS = ("rope", "alibi", "t5", "harmonic", "none")
 CACHED = [(Causal(), None), (Lambda(4, 32), None), (Lambda(4, 32), 90), (Lambda(70, 100), None)]
 
 
@@ -309,7 +309,7 @@ def test_a_limit_admits_any_length() -> None:
         ({"heads": 3}, "heads is 3 and must cut dim 128 into even parts"),
         ({"dim": 12, "heads": 4}, "heads is 4 and must cut dim 12 into even parts"),
         ({"kv_heads": 3}, "kv_heads is 3 and must divide heads 4"),
-        ({"position": "sine"}, "position is 'sine' and must be one of rope, alibi, t5, none"),
+        ({"position": "sine"}, "position is 'sine' and must be one of rope, alibi, t5, harmonic, none"),
     ],
 )
 def test_bad_configurations(fields: dict[str, Any], message: str) -> None:

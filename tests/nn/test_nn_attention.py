@@ -21,6 +21,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "rope-limit": {"distance_limit": 50, "theta": 500.0, "bias": True},
     "alibi": {"position": "alibi", "softcap": 4.0},
     "t5": {"position": "t5", "sink_logits": True},
+    "harmonic": {"position": "harmonic", "distance_limit": 40},
     "none": {"position": "none", "head_dim": 7, "kv_heads": 6},
 }
 every_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
@@ -127,7 +128,7 @@ def build(**options: Any) -> Tensor:
         ({"window_size": 0}, "window_size is 0 and must be at least 1"),
         ({"distance_limit": 19}, "LambdaAttention: distance_limit is 19 and must be at least window_size, 20"),
         ({"dropout_p": 1.0}, "LambdaAttention: dropout_p is 1.0 and must be at least 0 and less than 1"),
-        ({"position": "sine"}, "PositionScheme: name is 'sine' and must be one of rope, alibi, t5, none"),
+        ({"position": "sine"}, "PositionScheme: name is 'sine' and must be one of rope, alibi, t5, harmonic, none"),
     ],
 )
 def test_errors(options: dict[str, Any], message: str) -> None:
