@@ -121,10 +121,8 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             key, value, evicted = _without_middle(call, query.shape[2], key, value)
         if evicted:
             lengths["key_offset"] = torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
-        query_position, key_position = _positions(query, key, call.position_ids, call.spans)
-        sinks = torch.arange(key.shape[2], device=key.device) < call.sink_size
-        key_position = key_position - evicted * sinks
-        query = unrotate(query, call.rope.inverse(query_position, query.dtype), call.interleaved)
+        key_position = _key_positions(call, query, key, evicted)
+        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.interleaved)
         key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.interleaved)
     out = lambda_attention(
         query, key, value, sink_size=call.sink_size, window_size=call.window_size, dropout_p=call.dropout, **lengths,
@@ -151,8 +149,7 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
     if call.rope is not None:
         assert call.position_ids is not None
         offset = _position_offset(name, layer, call.position_ids, query, starts)
-        position, _ = _positions(query, key, call.position_ids, None)
-        inverse = call.rope.inverse(position, query.dtype)
+        inverse = call.rope.inverse(call.position_ids, query.dtype)
         query, key = (unrotate(x, inverse, call.interleaved) for x in (query, key))
     layer.append(key, value, starts, offset)
     out = store.attend(query, **call.options)
@@ -170,20 +167,19 @@ def _without_middle(call: _Call, queries: int, key: Tensor, value: Tensor) -> tu
     return key, value, evicted
 
 
-def _positions(query: Tensor, key: Tensor, position_ids: Tensor, spans: Spans | None) -> tuple[Tensor, Tensor]:
-    """The position ids of the query's and of the key's rows, [B or 1, L], for rows of a text.
+def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Tensor:
+    """The position ids of the keys' rows, [B or 1, L], `evicted` rows missing between the sinks and the rest.
 
     They are counted back from the last query, since only the queries' are known and a text's are consecutive.
     """
-    device = query.device
-    queries, keys = query.shape[2], key.shape[2]
-    query_row, key_row = torch.arange(queries, device=device)[None], torch.arange(keys, device=device)[None]
-    if spans is None:
-        last = position_ids[:, -1:]
-        return query_row + (last - (queries - 1)), key_row + (last - (keys - 1))
-    last_query, last_key = (spans.query_lengths - 1).clamp(min=0)[:, None], (spans.key_lengths - 1)[:, None]
-    last = position_ids.expand(query.shape[0], -1).gather(1, last_query)
-    return query_row + (last - last_query), key_row + (last - last_key)
+    assert call.position_ids is not None
+    row = torch.arange(key.shape[2], device=key.device)[None]
+    if call.spans is not None:
+        last_query = (call.spans.query_lengths - 1).clamp(min=0)[:, None]
+        last = call.position_ids.expand(query.shape[0], -1).gather(1, last_query)
+        return row + (last - (call.spans.key_lengths - 1)[:, None])
+    position = row + (call.position_ids[:, -1:] - (key.shape[2] - 1))
+    return position - evicted * (row < call.sink_size)
 
 
 def _check_positions(name: str, position_ids: Tensor | None, queries: int, spans: Spans | None) -> None:
@@ -208,13 +204,13 @@ def _position_offset(
     name: str, layer: LambdaLayer, position_ids: Tensor, query: Tensor, starts: Tensor | None
 ) -> Tensor:
     """What a token's position id exceeds its number by, [batch]; the first new token must follow the last one held."""
-    new: Tensor | int = query.shape[2] if starts is None else query.shape[2] - starts
-    last = position_ids[:, -1].expand(query.shape[0]) + 1
+    batch, _, new, _ = query.shape
+    last = position_ids[:, -1] - (new - 1 if starts is None else new - 1 - starts)
     if layer.get_seq_length() == 0:
-        return last - new
+        return last.expand(batch)
     assert layer.store is not None
     held = layer.store.lengths
-    offset = last - held - new
+    offset = last - held
     if layer.position_offset is not None:
         require(
             ((offset == layer.position_offset) | (held == 0)).all(),

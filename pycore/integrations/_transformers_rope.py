@@ -23,6 +23,7 @@ INTERLEAVED = {
     "qwen2_moe": False, "qwen3": False, "qwen3_moe": False, "smollm3": False, "stablelm": False, "starcoder2": False,
 }  # fmt: skip
 _ATTRIBUTE = "_pycore_rope"
+_RESULT = "_pycore_inverse"
 _TILE = 65  # rows the op wants beyond the limit
 
 
@@ -61,7 +62,8 @@ class Rope:
     def refresh(self, like: Tensor, limit: int) -> None:
         """Makes the tables anew where the model's frequencies, the limit, dtype or device have changed."""
         source: Tensor = getattr(self.rotary, f"{self.prefix}inv_freq")
-        if source is self.source and source._version == self.version and self.fits(like, limit):
+        version = _version(source)
+        if source is self.source and version == self.version and self.fits(like, limit):
             return
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         with torch.no_grad():
@@ -73,10 +75,23 @@ class Rope:
             extra = (self.layer_type,) if self.nested else ()
             table = self.rotary(torch.zeros(1, 1, 1, dtype=like.dtype, device=source.device), here, *extra)[0]
             self.rounded = table.dtype == like.dtype
-        self.source, self.version, self.limit, self.dtype = source, source._version, limit, like.dtype
+        self.source, self.version, self.limit, self.dtype = source, version, limit, like.dtype
 
     def inverse(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What `unrotate` needs to take the rotation to `position` [B or 1, L] back: two of [B or 1, 1, L, R/2]."""
+        """What `unrotate` needs to take the rotation to `position` [B or 1, L] back: two of [B or 1, 1, L, R/2].
+
+        All layers of a pass are given the same tensor of position ids, so the first one leaves it its result.
+        """
+        if torch.compiler.is_compiling() or position.is_inference():
+            return self._inverse(position, dtype)
+        source, state, result = getattr(position, _RESULT, (None, None, None))
+        new = (self.version, self.scaling, dtype, position._version)
+        if source is not self.source or state != new or result is None:
+            result = self._inverse(position, dtype)
+            setattr(position, _RESULT, (self.source, new, result))
+        return result
+
+    def _inverse(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angle = position[:, None, :, None].to(torch.float32) * self.frequencies
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
         if self.rounded:
@@ -85,6 +100,11 @@ class Rope:
         cos, sin = cos.to(wide), sin.to(wide)
         inverse = self.scaling / (cos * cos + sin * sin)
         return cos * inverse, sin * inverse
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place; tensors of inference mode do not."""
+    return 0 if x.is_inference() else x._version
 
 
 def unrotate(x: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
@@ -98,7 +118,8 @@ def unrotate(x: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool) -> Te
     else:
         a, b = pairs.chunk(2, -1)
         pairs = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
-    return torch.cat([pairs.to(x.dtype), x[..., rotated:]], -1)
+    pairs = pairs.to(x.dtype)
+    return pairs if rotated == x.shape[-1] else torch.cat([pairs, x[..., rotated:]], -1)
 
 
 def rope_of(name: str, module: nn.Module, like: Tensor, limit: int) -> Rope | None:

@@ -118,6 +118,27 @@ def test_autocast() -> None:
     assert_as_accurate(actual, exact, plain)
 
 
+def test_inference_mode() -> None:
+    """Its tensors do not count what is done to them."""
+    ids = tokens(2, LENGTH)
+    expected = logits(use(tiny("llama"), "lam"), ids)
+    with torch.inference_mode():
+        model = use(tiny("llama"), "lam")
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids, past_key_values=LambdaCache(SINKS, WINDOW)).logits, expected)
+
+
+def test_position_ids_that_change_in_place() -> None:
+    """The layers of a pass share work on one tensor, which may hold other numbers in the next pass."""
+    model, ids = use(tiny("llama"), "lam"), tokens(1, LENGTH)
+    position = torch.arange(LENGTH)[None]
+    first = logits(model, ids, position_ids=position)
+    position += 7
+    second = logits(model, ids, position_ids=position)
+    assert torch.equal(second, logits(model, ids, position_ids=torch.arange(7, LENGTH + 7)[None]))
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
+
+
 def test_switching_names() -> None:
     """One model, several sizes: each call has the tables of its own limit."""
     model, ids = tiny("llama"), tokens(1, LENGTH)
