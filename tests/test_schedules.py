@@ -23,7 +23,9 @@ ALL = [Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 1
 
 
 def test_public_names() -> None:
-    assert set(schedules.__all__) == {"Causal", "Full", "Lambda", "Prefix", "Schedule", "Segments"}
+    kinds = {"Causal", "Full", "Lambda", "Prefix", "Probabilistic", "Schedule", "Segments"}
+    families = {"Constant", "DistanceFamily", "Gaussian", "Geometric", "Harmonic", "PowerLaw"}
+    assert set(schedules.__all__) == kinds | families | {"expected_density"}
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=str)

@@ -111,6 +111,23 @@ int64_t visited_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t n
   return tile == kNoTile ? -1 : tile / kSegmentTiles;
 }
 
+// Query rows from tile.first on that share their blocks in groups of at least kKeyTile, for the blocks schedule: all of
+// the tile where its block rows have most of their key blocks in common, else those of one. A key tile is transposed
+// once a group, and a group looks at every key tile that one of its rows visits.
+int64_t shared_rows(const TileSchedule& schedule, int64_t p_lo, int64_t count) {
+  const int64_t unit = std::max(int64_t{1} << schedule.block_shift, kKeyTile);
+  const int64_t p_hi = p_lo + count - 1, first = std::min(count, unit - (p_lo & (unit - 1)));
+  int64_t visited = 0, together = 0;
+  for (int64_t word = 0; word < schedule.block_words; ++word) {
+    together += __builtin_popcountll(schedule.block_word(p_lo, p_hi, word));
+    for (int64_t p = p_lo; p <= p_hi; p = (p / unit + 1) * unit) {
+      visited += __builtin_popcountll(schedule.block_word(p, std::min(p_hi, (p / unit + 1) * unit - 1), word));
+    }
+  }
+  const int64_t groups = (p_hi / unit) - (p_lo / unit) + 1;
+  return visited * 4 >= together * groups * 3 ? count : first;
+}
+
 // How the forward pass is cut into items.
 struct ForwardPlan {
   const AttentionParams& params;
@@ -124,14 +141,16 @@ struct ForwardPlan {
     const int64_t group = params.heads / params.kv_heads;
     rows = std::min(params.query_length, kernels.forward_rows);
     tile_heads = std::clamp<int64_t>(kernels.forward_rows / rows, 1, group);
+    if (params.schedule.kind == ScheduleKind::kBlocks) tile_heads = 1;  // every head has blocks of its own
     head_tiles = pycore::tiles(group, tile_heads);
     query_tiles = pycore::tiles(params.query_length, rows);
     tiles = query_tiles * params.batch * params.kv_heads * head_tiles;
     slot_bytes = kernels.forward_scratch(params);
     if (tiles >= threads || kernels.forward_merge == nullptr) return;
     partial_bytes = kernels.forward_partial(params, rows * tile_heads);
-    for (int64_t b = 0; b < params.batch; ++b) {
-      const RowMap map = row_map(params, b);
+    const int64_t bitmaps = params.schedule.kind == ScheduleKind::kBlocks ? params.heads : 1;
+    for (int64_t n = 0; n < params.batch * bitmaps; ++n) {
+      const RowMap map = row_map(params, n / bitmaps, n % bitmaps);
       if (map.queries == 0) continue;
       int64_t count = 0, p_lo = map.query_position(0), p_hi = map.query_position(map.queries - 1);
       int64_t tile = map.next_tile(p_lo, p_hi, 0);
@@ -150,7 +169,7 @@ struct ForwardPlan {
     const int64_t head_in_group = rest % head_tiles * tile_heads;
     tile.head = tile.kv_head * group + head_in_group;
     tile.heads = std::min(tile_heads, group - head_in_group);
-    *map = row_map(params, tile.batch);
+    *map = row_map(params, tile.batch, tile.head);
     tile.count = std::min(rows, map->queries - tile.first);
     return tile;
   }
@@ -177,7 +196,15 @@ Status attention_forward(const AttentionParams& params, const Parallel& given, v
     for_each_item(parallel, plan.tiles, [&](int64_t slot, int64_t item) {
       RowMap map;
       const QueryTile tile = plan.tile(item, &map);
-      if (tile.count > 0) kernels->forward(params, map, tile, {}, slot_scratch(slot), nullptr);
+      if (params.schedule.kind != ScheduleKind::kBlocks) {
+        if (tile.count > 0) kernels->forward(params, map, tile, {}, slot_scratch(slot), nullptr);
+        return;
+      }
+      for (QueryTile part = tile; part.first < tile.first + tile.count; part.first += part.count) {
+        const int64_t p_lo = std::max<int64_t>(map.query_position(part.first), 0);
+        part.count = shared_rows(map.schedule, p_lo, tile.first + tile.count - part.first);
+        kernels->forward(params, map, part, {}, slot_scratch(slot), nullptr);
+      }
     });
   } else {
     // A state for every segment a tile visits, in order, and then their merging: what one thread does by itself.
@@ -258,7 +285,7 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
       tile.head = h;
       tile.kv_head = h / group;
       for (tile.batch = 0; tile.batch < forward.batch; ++tile.batch) {
-        const RowMap map = row_map(forward, tile.batch);
+        const RowMap map = row_map(forward, tile.batch, h);
         for (tile.first = 0; tile.first < map.queries; tile.first += kernels->backward_rows) {
           tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
           kernels->grad_query(params, map, tile, {false, false, sums}, slot_scratch(slot));
@@ -298,7 +325,7 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
     tile.head = item / query_tiles % forward.heads;
     tile.kv_head = tile.head / group;
     tile.first = (query_tiles - 1 - item % query_tiles) * kernels->backward_rows;
-    const RowMap map = row_map(forward, tile.batch);
+    const RowMap map = row_map(forward, tile.batch, tile.head);
     tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
     if (tile.count > 0) kernels->grad_query(params, map, tile, {true, false, nullptr}, slot_scratch(slot));
   });

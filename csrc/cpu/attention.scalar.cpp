@@ -161,7 +161,8 @@ struct RowTile {
       s = cap * bent;
       *slope *= 1 - bent * bent;
     }
-    return has_bias(params) ? s + bias_of<T>(params, h, distance(c)) : s;
+    if (has_bias(params)) s += bias_of<T>(params, h, distance(c));
+    return params.block_bias ? s + block_bias_of<T>(params, h, p, tile * kKeyTile + c) : s;
   }
 };
 
@@ -341,10 +342,12 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   };
   int64_t lo, hi;
   map.schedule.query_range(tile, &lo, &hi);
+  RowMap head_map = map;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    bind_head(forward, b, h, &head_map);
     for (int64_t i = 0; i < map.queries; ++i) {
       const int64_t p = map.query_position(i);
-      if (p >= lo && p <= hi) backward_row<T>(params, map, b, h, i, tile, parts, rows);
+      if (p >= lo && p <= hi) backward_row<T>(params, head_map, b, h, i, tile, parts, rows);
       if (i % kSumQueries == kSumQueries - 1) close_sums();
     }
     close_sums();

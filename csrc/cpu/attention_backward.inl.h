@@ -85,11 +85,13 @@ struct BackwardTile {
   int64_t key_stride;
 };
 
+// `reached`: keys that some query keeps; others are not read.
 PYCORE_INLINE BackwardTile load_backward_tile(const AttentionParams& params, const RowMap& map, int64_t b,
-                                              int64_t kv_head, int64_t tile, const BackwardBuffers& buffers) {
+                                              int64_t kv_head, int64_t tile, uint64_t reached,
+                                              const BackwardBuffers& buffers) {
   BackwardTile loaded;
   loaded.tile = tile;
-  loaded.present = map.present_bits(tile);
+  loaded.present = map.present_bits(tile) & reached;
   if (loaded.present == 0) return loaded;
   TileRows keys, values, rotated;
   tile_rows(params, params.key, params.key_strides, map, b, kv_head, tile, loaded.present, params.head_dim,
@@ -166,8 +168,9 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   const bool rope = forward.rope_cos != nullptr;
   uint64_t near_bits[kBackwardRows], far[kBackwardRows], kept[kBackwardRows];
   uint64_t any_near = 0, any_far = 0;
+  const bool alike = map.schedule.keep_alike(p_first, p_first + count - 1, tile);
   for (int64_t r = 0; r < count; ++r) {
-    kept[r] = map.schedule.keep_bits(p_first + r, tile) & loaded.present;
+    kept[r] = r > 0 && alike ? kept[0] : map.schedule.keep_bits(p_first + r, tile) & loaded.present;
     const uint64_t beyond = far_bits(forward, p_first + r, tile);
     far[r] = kept[r] & beyond;
     near_bits[r] = kept[r] & ~beyond;
@@ -243,6 +246,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
       // Columns that are not kept may hold anything here; accumulate_kept never reads them.
       if (!plain) {
         logits_of(forward, row_weights, begin, end, buffers.strip ? buffers.strip + behind : nullptr, row_slopes);
+        if (forward.block_bias) add_block_bias(forward, h, p_first + row + m, tile, row_weights, begin, end);
       }
       uint64_t dropped = 0;
       if (forward.dropout_p > 0) {
@@ -345,7 +349,8 @@ void grad_query(const AttentionBackwardParams& params, const RowMap& map, const 
   const int64_t p_lo = map.query_position(queries.first), p_hi = p_lo + queries.count - 1;
   for (int64_t tile = map.next_tile(p_lo, p_hi, 0); tile != kNoTile; tile = map.next_tile(p_lo, p_hi, tile + 1)) {
     if (map.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
-    const BackwardTile loaded = load_backward_tile(forward, map, queries.batch, queries.kv_head, tile, buffers);
+    const BackwardTile loaded = load_backward_tile(forward, map, queries.batch, queries.kv_head, tile,
+                                                   map.schedule.reach_bits(p_lo, p_hi, tile), buffers);
     if (loaded.present == 0) continue;
     backward_step(params, map, queries.batch, queries.head, queries.first, queries.count, loaded, parts, buffers);
   }
@@ -359,7 +364,18 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   const int64_t d = padded(forward.head_dim), dv = padded(forward.value_dim);
   const int64_t group = forward.heads / forward.kv_heads;
   const bool rope = forward.rope_cos != nullptr;
-  const BackwardTile loaded = load_backward_tile(forward, map, b, kv_head, tile, buffers);
+  int64_t lo, hi;
+  map.schedule.query_range(tile, &lo, &hi);
+  const int64_t p0 = map.query_position(0);
+  const int64_t first = lo > p0 ? lo - p0 : 0;
+  const int64_t last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;
+  uint64_t reached = 0;
+  RowMap head_map = map;
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    bind_head(forward, b, h, &head_map);
+    reached |= head_map.schedule.reach_bits(p0 + first, p0 + last, tile);
+  }
+  const BackwardTile loaded = load_backward_tile(forward, map, b, kv_head, tile, reached, buffers);
   if (loaded.present == 0) return;
   const int64_t sums = BackwardBuffers::sums(forward);
   zero_rows(buffers.grad_key, sums);
@@ -369,17 +385,20 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
     zero_rows(buffers.grad_key, sums);
   };
 
-  int64_t lo, hi;
-  map.schedule.query_range(tile, &lo, &hi);
-  const int64_t p0 = map.query_position(0);
-  const int64_t first = lo > p0 ? lo - p0 : 0;
-  const int64_t last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    bind_head(forward, b, h, &head_map);
     int64_t open = 0;
+    bool added = false;  // a step that keeps no key adds zeros, and so do sums of such steps
     for (int64_t i = first; i <= last; i += kBackwardRows) {
       const int64_t count = last - i + 1 < kBackwardRows ? last - i + 1 : kBackwardRows;
-      backward_step(params, map, b, h, i, count, loaded, parts, buffers);
-      if (++open % kSumSteps == 0) close_steps();
+      if (head_map.schedule.cover(p0 + i, p0 + i + count - 1, tile) != Cover::kNone) {
+        backward_step(params, head_map, b, h, i, count, loaded, parts, buffers);
+        added = true;
+      }
+      if (++open % kSumSteps == 0 && added) {
+        close_steps();
+        added = false;
+      }
     }
     close_steps();
   }

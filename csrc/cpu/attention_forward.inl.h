@@ -212,8 +212,12 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
   BlockKeeps keeps;
   uint64_t far[kProductRows];
   uint64_t any_far = 0, any_near = 0;
+  const bool alike = map.schedule.keep_alike(positions[0], positions[rows - 1], loaded.tile);
+  uint64_t bits = 0;
   for (int m = 0; m < rows; ++m) {
-    keeps.set(m, map.schedule.keep_bits(positions[m], loaded.tile) & loaded.present);
+    if (m == 0 || !alike) bits = map.schedule.keep_bits(positions[m], loaded.tile) & loaded.present;
+    if (alike && bits == 0) return;
+    keeps.set(m, bits);
     far[m] = loaded.far ? far_bits(params, positions[m], loaded.tile) : 0;
     any_far |= keeps.bits[m] & far[m];
     any_near |= keeps.bits[m] & ~far[m];
@@ -259,6 +263,9 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
                   behind = queries.count - 1 - strip_row % queries.count;
     const float* strip = buffers.strips ? buffers.strips + head * strip_length(queries.count) + behind : nullptr;
     logits_of(params, buffers.scores + m * kKeyTile, begin, end, strip, nullptr);
+    if (params.block_bias) {
+      add_block_bias(params, queries.head + head, positions[m], loaded.tile, buffers.scores + m * kKeyTile, begin, end);
+    }
   }
   const uint64_t columns = bit_range(begin, end);
   for (int m = 0; m < rows; ++m) {
@@ -344,7 +351,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
        tile != kNoTile && tile / kSegmentTiles < segments.last; tile = map.next_tile(p_lo, p_hi, tile + 1)) {
     LoadedTile loaded;
     loaded.tile = tile;
-    loaded.present = map.present_bits(tile);
+    loaded.present = map.present_bits(tile) & map.schedule.reach_bits(p_lo, p_hi, tile);
     if (loaded.present == 0 || map.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
     if (tile / kSegmentTiles != open_segment) {
       merge_segment(buffers, rows, dv);

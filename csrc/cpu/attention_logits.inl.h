@@ -20,7 +20,9 @@ PYCORE_INLINE Vec tanh_of(Vec x) {
 }
 
 // Whether a logit is its score times a positive factor, the common case.
-PYCORE_INLINE bool plain_logits(const AttentionParams& params) { return params.softcap == 0 && !has_bias(params); }
+PYCORE_INLINE bool plain_logits(const AttentionParams& params) {
+  return params.softcap == 0 && !has_bias(params) && params.block_bias == nullptr;
+}
 
 // Consecutive queries against one tile see count + 63 distances, so a head's biases are one strip: the query at
 // position p reads strip[p_hi - p + c] for key c of the tile.
@@ -48,6 +50,19 @@ PYCORE_INLINE void logits_of(const AttentionParams& params, float* scores, int64
     }
     if (strip) x = x + Vec::load(strip + c);
     x.store(scores + c);
+  }
+}
+
+// block_bias joins the logits of the row at position p. A vector of keys lies in one block.
+PYCORE_INLINE void add_block_bias(const AttentionParams& params, int64_t h, int64_t p, int64_t tile, float* logits,
+                                  int64_t begin, int64_t end) {
+  const int64_t base = tile * kKeyTile;
+  const uint64_t sinks = tile_bits(base, 0, params.schedule.sink_size);
+  for (int64_t c = begin; c < end; c += Vec::kWidth) {
+    // The last key of the vector: where some are sinks, they are the first.
+    const float bias = block_bias_of<float>(params, h, p, base + c + Vec::kWidth - 1) * kLog2E;
+    const Vec x = Vec::load(logits + c);
+    x.select(sinks >> c, x + Vec::broadcast(bias)).store(logits + c);
   }
 }
 

@@ -59,6 +59,16 @@ template <class T>
   return -static_cast<const T*>(params.alibi_slopes)[h] * static_cast<T>(seen_distance(params, d));
 }
 
+// What block_bias adds to the logit of a kept pair: nothing for sinks and in window blocks.
+template <class T>
+[[gnu::always_inline]] inline T block_bias_of(const AttentionParams& params, int64_t h, int64_t p, int64_t j) {
+  const TileSchedule& schedule = params.schedule;
+  const int64_t distance = (p >> schedule.block_shift) - (j >> schedule.block_shift);
+  if (j < schedule.sink_size || distance < schedule.window_blocks) return 0;
+  const int64_t index = distance < params.block_bias_length ? distance : params.block_bias_length - 1;
+  return static_cast<const T*>(params.block_bias)[h * params.block_bias_stride + index];
+}
+
 // Which of the four keys 4 * quad .. 4 * quad + 3 the query at position p drops: bit k for the k-th.
 [[gnu::always_inline]] inline uint32_t dropped_bits(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
                                                     int64_t quad) {

@@ -45,8 +45,8 @@ __device__ float rotated(const AttentionParams& params, const float* x, int64_t 
 __device__ int64_t clamped(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
 
 // row_map with every number held within the arrays: the lengths lie in device memory, and no host has read them.
-__device__ RowMap bounded_row_map(const AttentionParams& params, int64_t b) {
-  RowMap map = row_map(params, b);
+__device__ RowMap bounded_row_map(const AttentionParams& params, int64_t b, int64_t h) {
+  RowMap map = row_map(params, b, h);
   map.start = clamped(map.start, 0, params.key_length);
   map.keys = clamped(map.keys, 0, params.key_length - map.start);
   map.sinks = clamped(map.sinks, 0, map.keys);
@@ -79,7 +79,7 @@ __global__ void attention_forward_kernel(AttentionParams params) {
   if (index >= params.batch * params.heads * params.query_length) return;
   const int64_t i = index % params.query_length, h = index / params.query_length % params.heads;
   const int64_t b = index / params.query_length / params.heads, kv_head = h / (params.heads / params.kv_heads);
-  const RowMap map = bounded_row_map(params, b);
+  const RowMap map = bounded_row_map(params, b, h);
 
   float* near = queries + warp * 2 * params.head_dim;
   float* far = near + params.head_dim;
@@ -158,9 +158,10 @@ Status launch_attention_forward(const AttentionParams& params, void* stream) {
   if (params.dtype != DType::kFloat32) {
     return {StatusCode::kUnsupported, "the CUDA kernel takes float32"};
   }
-  if (params.distance_bias || params.alibi_slopes || params.sink_logits || params.softcap > 0 || params.dropout_p > 0) {
+  if (params.distance_bias || params.alibi_slopes || params.sink_logits || params.block_bias || params.softcap > 0 ||
+      params.dropout_p > 0) {
     return {StatusCode::kUnsupported,
-            "the CUDA kernel takes no distance_bias, alibi_slopes, sink_logits, softcap or dropout_p"};
+            "the CUDA kernel takes no distance_bias, alibi_slopes, sink_logits, correction, softcap or dropout_p"};
   }
   constexpr int64_t kMaxChannels = kWarp * kMaxChannelsPerLane;
   if (params.head_dim > kMaxChannels || params.value_dim > kMaxChannels) {

@@ -78,7 +78,7 @@ struct Inputs {
         {"sink_logits", &args.sink_logits},     {"key_starts", &args.key_starts},
         {"key_lengths", &args.key_lengths},     {"key_offset", &args.key_offset},
         {"query_lengths", &args.query_lengths}, {"schedule_tensor", &args.schedule_tensor},
-        {"dropout_seed", &args.dropout_seed}};
+        {"dropout_seed", &args.dropout_seed},   {"block_bias", &args.block_bias}};
     for (const auto& [name, target] : optional) *target = take(keywords.object(name), name, true);
     args.schedule = keywords.number<std::string>("schedule").value_or("causal");
     args.schedule_args = keywords.number<std::vector<int64_t>>("schedule_args").value_or(std::vector<int64_t>());
@@ -172,7 +172,8 @@ constexpr const char* kAttentionDoc =
 query [B, H, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]: float32, float16, bfloat16 or float64 on the CPU, float32
 on CUDA; last dimension contiguous. Keywords: schedule ("full", "causal", "lambda" with schedule_args = [sink_size,
 window_size], "prefix" with schedule_tensor = lengths [B], "segments" with schedule_args = [causal] and schedule_tensor =
-boundaries), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, sink_logits, softcap, dropout_p with dropout_seed,
+boundaries, "blocks" with schedule_args = [block_size, sink_size, window_blocks] and, from `attention_blocks`, schedule_tensor =
+blocks and block_bias = correction), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, sink_logits, softcap, dropout_p with dropout_seed,
 key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
 distance_limit defaults to none for every schedule, and
 key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and lse are new arrays unless given. threads defaults to all

@@ -64,6 +64,7 @@ PYBIND11_MODULE(native, m) {
   register_arithmetic_coding(m);
   register_arithmetic_coding_streaming(m);
   register_attention(m);
+  register_attention_blocks(m);
   register_attention_cache(m);
   register_linear(m);
 }

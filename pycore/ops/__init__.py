@@ -11,6 +11,8 @@ from pycore.ops.arithmetic_coding import (
     quantize_cdf,
 )
 from pycore.ops.attention import attention, lambda_attention
+from pycore.ops.attention_blocks import pr_block_mask
+from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import invariant_linear, rms_norm
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "attention",
     "invariant_linear",
     "lambda_attention",
+    "pr_block_mask",
+    "pr_flash_attention",
     "quantize_cdf",
     "rms_norm",
 ]

@@ -7,15 +7,16 @@ csrc/cpu/attention.*.cpp or csrc/cuda/attention.cu.
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pycore._load import load_ops
+from pycore.ops.attention_blocks import check_int as check_int
+from pycore.ops.attention_blocks import draw_blocks
 from pycore.ops.attention_middle import check_middle, gathered, merged, middle_tokens, rotated
-from pycore.schedules import Causal, Full, Lambda, Schedule
+from pycore.schedules import Causal, Full, Lambda, Probabilistic, Schedule
 
 load_ops()
 
@@ -216,9 +217,14 @@ def call_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    schedule_tensor, block_bias = schedule.tensor, None
+    if isinstance(schedule, Probabilistic) and query.dim() == 4 and key.dim() == 4:
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        wide = query.dtype == torch.float64
+        schedule_tensor, block_bias = draw_blocks(op, schedule, shape, lengths, query.device, wide)
     out, lse = torch.ops.pycore.attention(
-        query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule.tensor, seed,
-        op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p, key_ring,
+        query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule_tensor, seed,
+        block_bias, op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p, key_ring,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -232,14 +238,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def check_int(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, (int, torch.SymInt)) and not isinstance(value, numbers.Integral):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
-    number: Any = value
-    if number >= 2**63:
-        raise ValueError(f"{op}: {name} is {value} and must be less than 2**63")
-
-
 def _rope_tables(op: str, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     if rope is None:
         return None, None
@@ -251,7 +249,7 @@ def _rope_tables(op: str, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | 
 # The tensors of an attention call, in schema order; what follows them is `options`.
 _TENSORS = (
     "query", "key", "value", "rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits", "key_starts",
-    "key_lengths", "key_offset", "query_lengths", "schedule_tensor", "dropout_seed",
+    "key_lengths", "key_offset", "query_lengths", "schedule_tensor", "dropout_seed", "block_bias",
 )  # fmt: skip
 _BIAS, _SINK = _TENSORS.index("distance_bias"), _TENSORS.index("sink_logits")
 
@@ -341,7 +339,7 @@ _PER_ROW |= {_TENSORS.index("key_starts"), _TENSORS.index("key_offset")}
 
 
 def _per_row(schedule: str) -> set[int]:
-    return _PER_ROW | ({_TENSORS.index("schedule_tensor")} if schedule == "prefix" else set())
+    return _PER_ROW | ({_TENSORS.index("schedule_tensor")} if schedule in ("prefix", "blocks") else set())
 
 
 @torch.library.register_vmap("pycore::attention")

@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycore.schedules import Causal, Full, Lambda, Prefix, Schedule, Segments
+from pycore.reference.attention_blocks import block_logits, block_mask
+from pycore.schedules import Causal, Full, Lambda, Prefix, Probabilistic, Schedule, Segments
 
 __all__ = ["attention", "keep_mask"]
 
 
-def keep_mask(schedule: Schedule, p: Tensor, j: Tensor, batch_row: int = 0) -> Tensor:
+def keep_mask(schedule: Schedule, p: Tensor, j: Tensor, batch_row: int = 0, head: int = 0) -> Tensor:
     """Whether a query at position p [n, 1] attends to a key at position j [1, m]: bool [n, m]."""
     d = p - j
     if isinstance(schedule, Full):
@@ -26,6 +27,11 @@ def keep_mask(schedule: Schedule, p: Tensor, j: Tensor, batch_row: int = 0) -> T
         segment_p, segment_j = (torch.searchsorted(schedule.boundaries, x.contiguous(), right=True) for x in (p, j))
         inside = (segment_p > 0) & (segment_p < len(schedule.boundaries))
         return inside & (segment_p == segment_j) & ((d >= 0) | (not schedule.causal))
+    if isinstance(schedule, Probabilistic):
+        i, i_row = (p // schedule.block_size).unique(return_inverse=True)
+        k, k_column = (j // schedule.block_size).unique(return_inverse=True)
+        taken = block_mask(schedule, i[:, None], k[None, :], batch_row, head)[i_row, k_column]
+        return (d >= 0) & (taken | (j < schedule.sink_size))
     raise TypeError(f"schedule is {schedule!r} and must be one of pycore.schedules")
 
 
@@ -75,7 +81,7 @@ def attention(
     batch, heads, query_length, head_dim = query.shape
     group = heads // key.shape[1] if heads else 1
     scale = head_dim**-0.5 if scale is None else scale
-    sinks = schedule.sink_size if isinstance(schedule, Lambda) else 0
+    sinks = schedule.sink_size if isinstance(schedule, Lambda | Probabilistic) else 0
     out = query.new_zeros(batch, heads, query_length, value.shape[3])
     lse = query.new_full((batch, heads, query_length), -torch.inf)
     outs, lses = [], []
@@ -87,9 +93,10 @@ def attention(
         rows = torch.arange(end - start)
         j = torch.where(rows < sinks, rows, rows + offset)[None, :]
         p = (end - start + offset - queries + torch.arange(queries))[:, None]
-        kept = keep_mask(schedule, p, j, b)
         d = p - j if distance_limit is None else (p - j).clamp(max=distance_limit)
         for h in range(heads):
+            if h == 0 or isinstance(schedule, Probabilistic):  # others are the same for all heads
+                kept = keep_mask(schedule, p, j, b, h)
             q, k, v = query[b, h, :queries], key[b, h // group, start:end], value[b, h // group, start:end]
             middle = (p >= j) & ~kept & (middle_topk > 0)
             seen = d * (kept | middle)
@@ -102,6 +109,8 @@ def attention(
                 scores = scores + distance_bias[h, d.clamp(0, distance_bias.shape[1] - 1)]
             if alibi_slopes is not None:
                 scores = scores - alibi_slopes[h] * d.clamp(min=0)
+            if isinstance(schedule, Probabilistic):
+                scores = scores + block_logits(schedule, p, j, h).to(scores.dtype)
             empty = ~keep.any(1)  # such rows go through the formulas with finite numbers and are replaced afterwards
             kept_scores = scores.masked_fill(~keep & ~empty[:, None], -torch.inf)
             row_lse = torch.where(empty, -torch.inf, kept_scores.logsumexp(dim=1))

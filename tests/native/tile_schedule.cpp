@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The five functions of a schedule agree with each other: every one against `keeps`, the definition, on random
+// The functions of a schedule agree with each other: every one against `keeps`, the definition, on random
 // schedules.
 #include <pycore/tile_schedule.h>
 
@@ -40,6 +40,16 @@ int64_t kept(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi, int64_t t
   return count;
 }
 
+// The blocks schedule from its bitmap, pair by pair.
+bool block_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
+  const int64_t size = int64_t{1} << schedule.block_shift;
+  if (p < 0 || j > p) return false;
+  if (j < schedule.sink_size) return true;
+  const int64_t row = p / size - schedule.block_row0, column = j / size - schedule.block_column0;
+  if (row < 0 || row >= schedule.block_rows || column < 0 || column >= 64 * schedule.block_words) return false;
+  return schedule.blocks[row * schedule.block_words + column / 64] >> (column % 64) & 1;
+}
+
 void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   for (int64_t tile = 0; tile < kTiles; ++tile) {
     const int64_t count = kept(schedule, p_lo, p_hi, tile), all = (p_hi - p_lo + 1) * kKeyTile;
@@ -50,7 +60,13 @@ void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
       const uint64_t bits = schedule.keep_bits(p, tile);
       for (int64_t c = 0; c < kKeyTile; ++c) {
         expect((bits >> c & 1) == schedule.keeps(p, tile * kKeyTile + c), "keep_bits", schedule, p, p, tile);
+        expect(schedule.kind != pycore::ScheduleKind::kBlocks ||
+                   (bits >> c & 1) == block_keeps(schedule, p, tile * kKeyTile + c),
+               "keep_bits of blocks", schedule, p, p, tile);
       }
+      expect((bits & ~schedule.reach_bits(p_lo, p_hi, tile)) == 0, "reach_bits", schedule, p_lo, p_hi, tile);
+      expect(!schedule.keep_alike(p_lo, p_hi, tile) || bits == schedule.keep_bits(p_lo, tile), "keep_alike", schedule,
+             p_lo, p_hi, tile);
     }
     int64_t lo, hi;
     schedule.query_range(tile, &lo, &hi);
@@ -78,12 +94,13 @@ int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   return count;
 }
 
-// The boundaries of the schedule last drawn.
+// The boundaries, and the bitmap, of the schedule last drawn.
 std::vector<int64_t> boundaries;
+std::vector<uint64_t> blocks;
 
 TileSchedule random_schedule() {
   TileSchedule schedule;
-  schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 4));
+  schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 5));
   if (schedule.kind == pycore::ScheduleKind::kPrefix) {
     schedule.prefix = draw(0, 5) == 0 ? pycore::kFar : draw(0, kKeys + 70);
   }
@@ -96,6 +113,21 @@ TileSchedule random_schedule() {
     schedule.boundaries = boundaries.data();
     schedule.segments = static_cast<int64_t>(boundaries.size()) - 1;
     schedule.causal = draw(0, 1);
+  }
+  if (schedule.kind == pycore::ScheduleKind::kBlocks) {
+    schedule.block_shift = draw(4, 9);
+    const int64_t last = (kKeys - 1) >> schedule.block_shift;
+    schedule.block_row0 = draw(-2, last);
+    schedule.block_column0 = draw(0, 3) ? 0 : draw(0, last);
+    schedule.block_rows = draw(1, last + 3);
+    schedule.block_words = draw(1, 2);
+    schedule.sink_size = draw(0, 1) ? 0 : draw(0, 150);
+    blocks.resize(schedule.block_rows * schedule.block_words);
+    for (uint64_t& word : blocks) {
+      word = 0;
+      for (int bit = 0; bit < 64; ++bit) word |= static_cast<uint64_t>(draw(0, 2) == 0) << bit;
+    }
+    schedule.blocks = blocks.data();
   }
   if (schedule.kind != pycore::ScheduleKind::kLambda) return schedule;
   const int64_t sizes[] = {0, 1, 63, 64, 65, 128, draw(0, 200), kKeys, pycore::kFar};

@@ -28,7 +28,7 @@ def op(
     given = [tensors.get(name) for name in names]
     number = torch.tensor([seed])
     return torch.ops.pycore.attention(
-        q, k, v, *given, number, "attention", schedule, list(numbers), False, -1, q.shape[3] ** -0.5, 0.0, p
+        q, k, v, *given, number, None, "attention", schedule, list(numbers), False, -1, q.shape[3] ** -0.5, 0.0, p
     )
 
 

@@ -204,11 +204,6 @@ def test_bad_alibi_slopes(name: str) -> None:
     refused(ValueError, f"lambda_attention: {message}", lambda_attention, sink_size=1, window_size=2, **changes)
 
 
-def test_alibi_slopes_are_lambda_attentions() -> None:
-    with pytest.raises(TypeError, match="alibi_slopes"):
-        attention(**good(), alibi_slopes=zeros(H))
-
-
 def test_tables_of_float64_queries() -> None:
     """Tables follow the accumulation: float64 for float64, float32 for every other dtype."""
     wide = {name: good()[name].double() for name in ("query", "key", "value")} | {"rope": tables(LK, D, torch.float64)}
@@ -383,7 +378,7 @@ def test_schedules_hold_tensors() -> None:
 
 # What stands between value and op: the tables, the lengths, a schedule's tensor and a seed.
 TABLES = ("rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits")
-NO_TENSORS = dict.fromkeys((*TABLES, *LENGTHS, "schedule_tensor", "dropout_seed"))
+NO_TENSORS = dict.fromkeys((*TABLES, *LENGTHS, "schedule_tensor", "dropout_seed", "block_bias"))
 
 
 def op_arguments(
@@ -401,7 +396,7 @@ def op_arguments(
     [
         (
             op_arguments("wavy"),
-            'schedule is "wavy" and must be "full", "causal", "lambda", "prefix" or "segments"',
+            'schedule is "wavy" and must be "full", "causal", "lambda", "prefix", "segments" or "blocks"',
         ),
         (op_arguments("causal", (1,)), 'schedule "causal" has 1 numbers and takes 0'),
         (op_arguments("full", (1, 2)), 'schedule "full" has 2 numbers and takes 0'),
@@ -410,13 +405,31 @@ def op_arguments(
         (op_arguments("causal", schedule_tensor=lengths(0, 9)), 'schedule "causal" takes no tensor'),
         (op_arguments("prefix"), 'schedule "prefix" takes one tensor'),
         (op_arguments("segments", (1,)), 'schedule "segments" takes one tensor'),
+        (op_arguments("blocks", (64, 0)), 'schedule "blocks" has 2 numbers and takes 3'),
+        (op_arguments("blocks", (64, 0, 1)), 'schedule "blocks" takes one tensor'),
+        (
+            op_arguments("blocks", (64, 0, 1), schedule_tensor=lengths(0, 1)),
+            "schedule's tensor is int64 [2] and must be int64 [2, 4, 2, 1], as attention_blocks draws it",
+        ),
+        (
+            op_arguments("blocks", (64, 0, 1), schedule_tensor=zeros(2, 4, 2, 1)),
+            "schedule's tensor is float32 [2, 4, 2, 1] and must be int64 [2, 4, 2, 1], as attention_blocks draws it",
+        ),
+        (
+            op_arguments("blocks", (64, 0, 1), schedule_tensor=zeros(2, 4, 4, 1, dtype=torch.int64)[:, :, ::2]),
+            "schedule's tensor must be contiguous",
+        ),
+        (op_arguments(block_bias=zeros(1, 3)), 'block_bias comes with schedule "blocks"'),
+        (op_arguments(block_bias=zeros(3, 3)), "block_bias has shape [3, 3] and must be [heads, n], with 4 heads"),
         (op_arguments(limit=-2), "distance_limit is -2 and must be at least 0"),
         (op_arguments(dropout_p=0.5), "dropout_seed must be one int64 number"),
         (op_arguments(dropout_p=0.5, dropout_seed=zeros(1)), "dropout_seed must be one int64 number"),
         (op_arguments(dropout_p=0.5, dropout_seed=lengths(1, 2)), "dropout_seed must be one int64 number"),
     ],
     ids=["schedule", "causal-numbers", "full-numbers", "lambda-numbers", "segments-numbers", "causal-tensor",
-         "prefix-tensor", "segments-tensor", "distance-limit", "no-seed", "seed-dtype", "two-seeds"],
+         "prefix-tensor", "segments-tensor", "blocks-numbers", "blocks-tensor", "blocks-shape", "blocks-dtype",
+         "blocks-contiguous", "block-bias-schedule", "block-bias-shape", "distance-limit", "no-seed", "seed-dtype",
+         "two-seeds"],
 )  # fmt: skip
 def test_op_arguments(arguments: tuple[Any, ...], message: str) -> None:
     inputs = qkv(B, H, HKV, LQ, LK, D, DV)

@@ -20,7 +20,7 @@ from pycore import native
 # The op's arguments between value and op, in the schema's order.
 TENSORS = (
     "rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits", "key_starts", "key_lengths", "key_offset",
-    "query_lengths", "schedule_tensor", "dropout_seed",
+    "query_lengths", "schedule_tensor", "dropout_seed", "block_bias",
 )  # fmt: skip
 COS, SIN = tables(90, 8)
 BIAS, SINKS = torch.linspace(-1, 1, 48).view(4, 12), torch.tensor([0.5, -1.0, 3.0, 0.0])

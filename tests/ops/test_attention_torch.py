@@ -16,13 +16,13 @@ from pycore.schedules import Causal, Lambda
 
 ROPE = tables(300, 8)
 LENGTHS = (lengths(2, 0), lengths(9, 7), lengths(0, 3), lengths(5, 1))
-NO_ROPE, NO_TABLES, NO_LENGTHS, NO_OTHERS = (None,) * 2, (None,) * 3, (None,) * 4, (None,) * 2
+NO_ROPE, NO_TABLES, NO_LENGTHS, NO_OTHERS = (None,) * 2, (None,) * 3, (None,) * 4, (None,) * 3
 NO_OPTIONS = (0.0, 0.0)
 BIAS, SLOPES, SINKS = torch.linspace(-1, 1, 20).view(4, 5), torch.tensor([0.5, 0.25, 0.1, 0.0]), torch.arange(4.0)
 SEED = torch.tensor([2**62 + 7])
 
-# The arguments of torch.ops.pycore.attention after query, key and value: rope, tables, lengths, schedule's tensor and
-# seed, then numbers.
+# The arguments of torch.ops.pycore.attention after query, key and value: rope, tables, lengths, schedule's tensor,
+# seed and block bias, then numbers.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "causal": (
         *NO_ROPE, *NO_TABLES, *NO_LENGTHS, *NO_OTHERS, "attention", "causal", [], False, -1, 0.3, *NO_OPTIONS,
@@ -38,16 +38,16 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
         *NO_ROPE, BIAS, None, SINKS, *NO_LENGTHS, *NO_OTHERS, "attention", "causal", [], False, -1, 0.3, 5.0, 0.0,
     ),
     "alibi-dropout": (
-        *NO_ROPE, None, SLOPES, None, *LENGTHS, None, SEED, "lambda_attention", "lambda", [2, 4], False, 4, 0.3, 0.0,
-        0.25,
+        *NO_ROPE, None, SLOPES, None, *LENGTHS, None, SEED, None, "lambda_attention", "lambda", [2, 4], False, 4, 0.3,
+        0.0, 0.25,
     ),
     "prefix": (
-        *NO_ROPE, BIAS, None, None, *NO_LENGTHS, lengths(3, 8), None, "attention", "prefix", [], False, -1, 0.3,
+        *NO_ROPE, BIAS, None, None, *NO_LENGTHS, lengths(3, 8), None, None, "attention", "prefix", [], False, -1, 0.3,
         *NO_OPTIONS,
     ),
     "segments": (
-        *NO_ROPE, None, None, SINKS, *NO_LENGTHS, lengths(0, 6, 9), None, "attention", "segments", [0], False, -1, 0.3,
-        *NO_OPTIONS,
+        *NO_ROPE, None, None, SINKS, *NO_LENGTHS, lengths(0, 6, 9), None, None, "attention", "segments", [0], False, -1,
+        0.3, *NO_OPTIONS,
     ),
 }  # fmt: skip
 

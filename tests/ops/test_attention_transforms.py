@@ -293,7 +293,7 @@ def test_vmap_of_the_backward_op(in_dims: tuple[int | None, ...]) -> None:
     q, k, v = (x.unflatten(0, (TIMES, BATCH)) for x in qkv(TIMES * BATCH, 4, 2, 5, 9, 8))
     q, grad_lse = q[0], torch.randn(BATCH, 4, 5)
     grad_out = torch.randn(TIMES, BATCH, 4, 5, 8)
-    rest = (*ROPE, BIAS, None, SINKS, *[None] * 6, "attention", "lambda", [2, 4], False, 4, 0.3, 2.0, 0.0)
+    rest = (*ROPE, BIAS, None, SINKS, *[None] * 7, "attention", "lambda", [2, 4], False, 4, 0.3, 2.0, 0.0)
     args = [x[0] if d is None else x.movedim(0, d) for x, d in zip((grad_out, k, v), in_dims, strict=True)]
 
     def backward(tables: bool, grad_out: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -50,6 +50,7 @@ struct AttentionParams {
 
   TileSchedule schedule;
   const int64_t* prefix_lengths = nullptr;  // [batch]: schedule.prefix by batch row, for the prefix schedule
+  // For the blocks schedule, schedule.blocks is [batch, heads, block_rows, block_words]; row_map binds a row and head.
   double scale = 1.0;
 
   const void* rope_cos = nullptr;  // [rope_rows, rope_dim / 2], row stride rope_stride; float32 (float64 for float64)
@@ -61,11 +62,13 @@ struct AttentionParams {
   // Tables: float32 (float64 for float64), null where there is none.
   const void* distance_bias = nullptr;  // [heads, bias_length], row stride bias_stride
   int64_t bias_length = 0, bias_stride = 0;
-  const void* alibi_slopes = nullptr;     // [heads]
-  const void* sink_logits = nullptr;      // [heads]
-  double softcap = 0.0;                   // 0: none
-  double dropout_p = 0.0;                 // in [0, 1)
-  const int64_t* dropout_seed = nullptr;  // one number, read when dropout_p > 0
+  const void* alibi_slopes = nullptr;  // [heads]
+  const void* sink_logits = nullptr;   // [heads]
+  const void* block_bias = nullptr;    // [heads, block_bias_length] by block distance, row stride block_bias_stride
+  int64_t block_bias_length = 0, block_bias_stride = 0;  // (0: one row for all heads); blocks schedule only
+  double softcap = 0.0;                                  // 0: none
+  double dropout_p = 0.0;                                // in [0, 1)
+  const int64_t* dropout_seed = nullptr;                 // one number, read when dropout_p > 0
 
   const int64_t* key_starts = nullptr;     // [batch] or null: 0
   const int64_t* key_lengths = nullptr;    // [batch] or null: key_length
@@ -142,7 +145,13 @@ struct RowMap {
   }
 };
 
-PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t b) {
+// The bitmap of head h, for the blocks schedule; other schedules are the same for all heads.
+PYCORE_HOST_DEVICE inline void bind_head(const AttentionParams& params, int64_t b, int64_t h, RowMap* map) {
+  const TileSchedule& all = params.schedule;
+  if (all.blocks) map->schedule.blocks = all.blocks + (b * params.heads + h) * all.block_rows * all.block_words;
+}
+
+PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t b, int64_t h = 0) {
   RowMap map;
   map.schedule = params.schedule;
   if (params.prefix_lengths) map.schedule.prefix = params.prefix_lengths[b];
@@ -159,6 +168,12 @@ PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t 
     map.sinks = params.schedule.sink_size < map.keys ? params.schedule.sink_size : map.keys;
     map.ring = params.key_ring;
     map.start = params.key_length - params.key_ring;
+  }
+  if (params.schedule.kind == ScheduleKind::kBlocks) {
+    // Keys before an evicted gap are sinks, which need no block.
+    map.schedule.block_row0 = map.query_position(0) >> params.schedule.block_shift;
+    map.schedule.block_column0 = map.offset == 0 ? 0 : (map.sinks + map.offset) >> params.schedule.block_shift;
+    bind_head(params, b, h, &map);
   }
   return map;
 }

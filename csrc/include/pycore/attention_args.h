@@ -4,6 +4,7 @@
 #pragma once
 
 #include <pycore/attention.h>
+#include <pycore/attention_blocks.h>
 #include <pycore/checks.h>
 
 #include <algorithm>
@@ -20,9 +21,11 @@ struct AttentionArgs {
   TensorView key_starts, key_lengths, key_offset, query_lengths;  // not defined(): defaults
   TensorView distance_bias, alibi_slopes, sink_logits;            // not defined(): none
   TensorView dropout_seed;                                        // int64, one number; read if dropout_p > 0
-  std::string schedule;                                           // "full", "causal", "lambda", "prefix" or "segments"
-  std::vector<int64_t> schedule_args;  // lambda: sink_size, window_size; segments: 1 if causal
-  TensorView schedule_tensor;          // prefix: lengths [batch]; segments: boundaries [S + 1]
+  TensorView block_bias;                                          // not defined(): none
+  std::string schedule;                // "full", "causal", "lambda", "prefix", "segments" or "blocks"
+  std::vector<int64_t> schedule_args;  // lambda: sink_size, window_size; segments: 1 if causal; blocks: block_size,
+                                       // sink_size, window_blocks
+  TensorView schedule_tensor;          // prefix: lengths [batch]; segments: boundaries [S + 1]; blocks: the bitmap
   bool interleaved = false;
   int64_t distance_limit = -1;  // -1: none
   int64_t key_ring = 0;
@@ -55,6 +58,40 @@ inline void check_index_tensor(const AttentionArgs& args, const char* name, cons
               " is on another device than query");
 }
 
+// A power of two, as its exponent. A block of one position stands for a mask of whole blocks (pr_block_mask).
+inline int64_t check_block_size(const std::string& op, int64_t block_size, bool one) {
+  int64_t shift = 0;
+  while (shift < kLargestBlockShift && (int64_t{1} << shift) < block_size) ++shift;
+  check_value((int64_t{1} << shift) == block_size && (shift >= 4 || (one && shift == 0)), op, "block_size is ",
+              block_size, " and must be a power of two between 16 and 2**", kLargestBlockShift);
+  return shift;
+}
+
+inline void check_blocks(const AttentionArgs& args, AttentionParams* params) {
+  TileSchedule& schedule = params->schedule;
+  schedule.block_shift = check_block_size(args.op, args.schedule_args[0], false);
+  check_value(args.schedule_args[1] >= 0, args.op, "sink_size is ", args.schedule_args[1], " and must be at least 0");
+  check_value(args.schedule_args[2] >= 0, args.op, "window_blocks is ", args.schedule_args[2],
+              " and must be at least 0");
+  schedule.sink_size = std::min(args.schedule_args[1], kFar);
+  schedule.window_blocks = std::min(args.schedule_args[2], kFar);
+  schedule.block_rows = touched_blocks(params->query_length, schedule.block_shift);
+  schedule.block_words = bitmap_words(params->key_length, schedule.block_shift);
+  const TensorView& blocks = args.schedule_tensor;
+  const int64_t shape[4] = {params->batch, params->heads, schedule.block_rows, schedule.block_words};
+  check_value(blocks.dtype == DType::kInt64 && blocks.dims == 4 && std::equal(shape, shape + 4, blocks.shape), args.op,
+              "schedule's tensor is ", dtype_name(blocks.dtype), " ", shape_text(blocks), " and must be int64 [",
+              shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3], "], as attention_blocks draws it");
+  check_value(blocks.count() == 0 ||
+                  ((shape[3] == 1 || blocks.strides[3] == 1) && (shape[2] == 1 || blocks.strides[2] == shape[3]) &&
+                   (shape[1] == 1 || blocks.strides[1] == shape[2] * shape[3]) &&
+                   (shape[0] == 1 || blocks.strides[0] == shape[1] * shape[2] * shape[3])),
+              args.op, "schedule's tensor must be contiguous");
+  check_value(blocks.device == args.query.device && blocks.device_index == args.query.device_index, args.op,
+              "schedule's tensor is on another device than query");
+  schedule.blocks = blocks.as<const uint64_t>();
+}
+
 // Sets params->schedule, and prefix_lengths.
 inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
   struct Kind {
@@ -63,17 +100,16 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     size_t numbers;
     bool tensor;
   };
-  constexpr Kind kKinds[] = {{"full", ScheduleKind::kFull, 0, false},
-                             {"causal", ScheduleKind::kCausal, 0, false},
-                             {"lambda", ScheduleKind::kLambda, 2, false},
-                             {"prefix", ScheduleKind::kPrefix, 0, true},
-                             {"segments", ScheduleKind::kSegments, 1, true}};
+  constexpr Kind kKinds[] = {
+      {"full", ScheduleKind::kFull, 0, false},        {"causal", ScheduleKind::kCausal, 0, false},
+      {"lambda", ScheduleKind::kLambda, 2, false},    {"prefix", ScheduleKind::kPrefix, 0, true},
+      {"segments", ScheduleKind::kSegments, 1, true}, {"blocks", ScheduleKind::kBlocks, 3, true}};
   const Kind* found = nullptr;
   for (const Kind& kind : kKinds) {
     if (args.schedule == kind.name) found = &kind;
   }
   check_value(found != nullptr, args.op, "schedule is \"", args.schedule,
-              "\" and must be \"full\", \"causal\", \"lambda\", \"prefix\" or \"segments\"");
+              "\" and must be \"full\", \"causal\", \"lambda\", \"prefix\", \"segments\" or \"blocks\"");
   check_value(args.schedule_args.size() == found->numbers, args.op, "schedule \"", args.schedule, "\" has ",
               args.schedule_args.size(), " numbers and takes ", found->numbers);
   check_value(args.schedule_tensor.defined() == found->tensor, args.op, "schedule \"", args.schedule, "\" takes ",
@@ -88,6 +124,8 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
                 " and must be at least 1");
     schedule.sink_size = std::min(args.schedule_args[0], kFar);
     schedule.window_size = std::min(args.schedule_args[1], kFar);
+  } else if (found->kind == ScheduleKind::kBlocks) {
+    check_blocks(args, params);
   } else if (found->kind == ScheduleKind::kPrefix) {
     check_index_tensor(args, "prefix_lengths", tensor);
     check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
@@ -110,14 +148,15 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
   }
 }
 
-// A float table [heads] or [heads, n].
+// A float table [heads] or [heads, n]; with `shared` also [1, n].
 inline const void* check_table(const AttentionArgs& args, const AttentionParams& params, const char* name,
-                               const TensorView& view, int dims) {
+                               const TensorView& view, int dims, bool shared = false) {
   if (!view.defined()) return nullptr;
   const DType table = args.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   check_value(view.dtype == table, args.op, name, " is ", dtype_name(view.dtype), " and must be ", dtype_name(table));
-  check_value(view.dims == dims && view.shape[0] == params.heads, args.op, name, " has shape ", shape_text(view),
-              " and must be ", dims == 1 ? "[heads]" : "[heads, n]", ", with ", params.heads, " heads");
+  check_value(view.dims == dims && (view.shape[0] == params.heads || (shared && view.shape[0] == 1)), args.op, name,
+              " has shape ", shape_text(view), " and must be ", dims == 1 ? "[heads]" : "[heads, n]", ", with ",
+              params.heads, " heads");
   check_value(dims == 1 || view.shape[1] >= 1, args.op, name, " has no entries and must have at least one a head");
   check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1, args.op, name,
               "'s last dimension must be contiguous");
@@ -136,6 +175,12 @@ inline void check_options(const AttentionArgs& args, AttentionParams* params) {
   }
   params->alibi_slopes = check_table(args, *params, "alibi_slopes", args.alibi_slopes, 1);
   params->sink_logits = check_table(args, *params, "sink_logits", args.sink_logits, 1);
+  params->block_bias = check_table(args, *params, "block_bias", args.block_bias, 2, true);
+  if (params->block_bias) {
+    check_value(params->schedule.kind == ScheduleKind::kBlocks, args.op, "block_bias comes with schedule \"blocks\"");
+    params->block_bias_length = args.block_bias.shape[1];
+    params->block_bias_stride = args.block_bias.shape[0] == 1 ? 0 : args.block_bias.strides[0];
+  }
   check_value(std::isfinite(args.softcap) && args.softcap >= 0, args.op, "softcap is ", args.softcap,
               " and must be finite and at least 0");
   params->softcap = args.softcap;

@@ -5,10 +5,11 @@
 // Keys are visited in tiles of kKeyTile positions and reduced in segments of kSegmentTiles tiles; both are cut by
 // position alone, so a row meets the same reductions whatever it is computed with.
 //
-// The attention loops know a schedule only through the five functions below. A new sparsity pattern is a new kind
-// here, not a new kernel:
+// The attention loops know a schedule only through the functions below. A new sparsity pattern is a new kind here, not
+// a new kernel:
 //   keeps(p, j)               the definition
 //   keep_bits(p, tile)        the same for one tile, bit b standing for position tile * kKeyTile + b
+//   reach_bits(p_lo, p_hi, tile)  keys of the tile outside of which rows p_lo..p_hi keep none: others are not read
 //   cover(p_lo, p_hi, tile)   whether rows p_lo..p_hi keep none, some or all of a tile (kSome is always allowed)
 //   next_tile(p_lo, p_hi, t)  the first tile >= t that some row of p_lo..p_hi may visit (a huge value if none)
 //   query_range(tile, lo, hi) positions outside lo..hi keep nothing of the tile (the backward pass walks it)
@@ -30,8 +31,17 @@ inline constexpr int64_t kNoTile = INT64_MAX;
 inline constexpr int64_t kFar =
     INT64_MAX / 4;  // "no limit" for distances and window sizes: sums of two do not overflow
 
-enum class ScheduleKind : int32_t { kFull, kCausal, kLambda, kPrefix, kSegments };
+enum class ScheduleKind : int32_t { kFull, kCausal, kLambda, kPrefix, kSegments, kBlocks };
 enum class Cover : int32_t { kNone, kSome, kAll };
+
+// The number of zeros below the lowest set bit of x, which is not 0.
+PYCORE_HOST_DEVICE inline int64_t lowest_bit(uint64_t x) {
+#if defined(__CUDA_ARCH__)
+  return __ffsll(static_cast<long long>(x)) - 1;
+#else
+  return __builtin_ctzll(x);
+#endif
+}
 
 // Bits lo..hi-1 set, for 0 <= lo and hi <= 64; none if hi <= lo.
 PYCORE_HOST_DEVICE inline uint64_t bit_range(int64_t lo, int64_t hi) {
@@ -49,13 +59,19 @@ PYCORE_HOST_DEVICE inline uint64_t tile_bits(int64_t base, int64_t from, int64_t
 
 struct TileSchedule {
   ScheduleKind kind = ScheduleKind::kCausal;
-  int64_t sink_size = 0;       // Λ: tokens kept from the start
+  int64_t sink_size = 0;       // Λ, Blocks: tokens kept from the start
   int64_t window_size = kFar;  // Λ: newest tokens kept, the query's own among them
   int64_t prefix = 0;          // Prefix: tokens every query sees, also those before it
   const int64_t* boundaries =
       nullptr;  // Segments: ascending positions; segment s is boundaries[s] .. boundaries[s+1]-1
   int64_t segments = 0;
   bool causal = true;  // Segments: causal inside a segment
+  // Blocks: a bit for every pair of a query block p >> block_shift and a key block j >> block_shift that take part, of
+  // one batch row and head: [block_rows, block_words], from query block block_row0 and key block block_column0 on
+  // (attention_blocks.h draws them). Whole tiles lie in a block, or whole blocks of at least 16 in a tile.
+  const uint64_t* blocks = nullptr;
+  int64_t block_shift = 0, block_rows = 0, block_words = 0, block_row0 = 0, block_column0 = 0;
+  int64_t window_blocks = 0;  // of the newest blocks, which no correction touches
 
   // The segment of a position, [*lo, *hi); empty where there is none.
   PYCORE_HOST_DEVICE void segment_of(int64_t p, int64_t* lo, int64_t* hi) const {
@@ -74,11 +90,60 @@ struct TileSchedule {
     *hi = boundaries[first + 1];
   }
 
+  // Word `word` of the bitmap's rows for positions p_lo..p_hi, together.
+  PYCORE_HOST_DEVICE uint64_t block_word(int64_t p_lo, int64_t p_hi, int64_t word) const {
+    int64_t first = (p_lo >> block_shift) - block_row0, last = (p_hi >> block_shift) - block_row0;
+    first = first < 0 ? 0 : first;
+    last = last < block_rows ? last : block_rows - 1;
+    uint64_t any = 0;
+    for (int64_t row = first; row <= last; ++row) any |= blocks[row * block_words + word];
+    return any;
+  }
+
+  // Keys of the tile that lie in a block which takes part for one of positions p_lo..p_hi.
+  PYCORE_HOST_DEVICE uint64_t block_bits(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    const int64_t base = tile * kKeyTile, size = int64_t{1} << block_shift;
+    uint64_t bits = 0;
+    for (int64_t k = 0; k < kKeyTile; k += size) {
+      const int64_t column = ((base + k) >> block_shift) - block_column0;
+      if (column < 0 || column >= 64 * block_words) continue;
+      if (block_word(p_lo, p_hi, column / 64) >> (column % 64) & 1) bits |= bit_range(k, k + size);
+    }
+    return bits;
+  }
+
+  // The first tile >= `tile` that a block of positions p_lo..p_hi reaches into, or kNoTile.
+  PYCORE_HOST_DEVICE int64_t next_block_tile(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    int64_t column = (tile * kKeyTile >> block_shift) - block_column0;
+    if (column < 0) column = 0;
+    uint64_t wanted = ~uint64_t{0} << (column % 64);
+    for (int64_t word = column / 64; word < block_words; ++word, wanted = ~uint64_t{0}) {
+      const uint64_t any = block_word(p_lo, p_hi, word) & wanted;
+      if (any == 0) continue;
+      const int64_t found = ((block_column0 + word * 64 + lowest_bit(any)) << block_shift) / kKeyTile;
+      return found > tile ? found : tile;
+    }
+    return kNoTile;
+  }
+
+  PYCORE_HOST_DEVICE uint64_t reach_bits(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    if (kind != ScheduleKind::kBlocks) return ~uint64_t{0};
+    const int64_t base = tile * kKeyTile;
+    const uint64_t past = tile_bits(base, 0, p_hi + 1);
+    return past == 0 ? 0 : past & (tile_bits(base, 0, sink_size) | block_bits(p_lo, p_hi, tile));
+  }
+
+  // Whether rows p_lo..p_hi are known to keep the same keys of the tile; false says nothing.
+  PYCORE_HOST_DEVICE bool keep_alike(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    return kind == ScheduleKind::kBlocks && p_lo >> block_shift == p_hi >> block_shift && (tile + 1) * kKeyTile <= p_lo;
+  }
+
   PYCORE_HOST_DEVICE bool keeps(int64_t p, int64_t j) const { return keep_bits(p, j / kKeyTile) >> (j % kKeyTile) & 1; }
 
   PYCORE_HOST_DEVICE uint64_t keep_bits(int64_t p, int64_t tile) const {
     const int64_t base = tile * kKeyTile;
     if (kind == ScheduleKind::kFull) return ~uint64_t{0};
+    if (kind == ScheduleKind::kBlocks) return reach_bits(p, p, tile);
     if (kind == ScheduleKind::kSegments) {
       int64_t lo, hi;
       segment_of(p, &lo, &hi);
@@ -93,6 +158,7 @@ struct TileSchedule {
   PYCORE_HOST_DEVICE Cover cover(int64_t p_lo, int64_t p_hi, int64_t tile) const {
     const int64_t first = tile * kKeyTile, last = first + kKeyTile - 1;
     if (kind == ScheduleKind::kFull) return Cover::kAll;
+    if (kind == ScheduleKind::kBlocks) return reach_bits(p_lo, p_hi, tile) == 0 ? Cover::kNone : Cover::kSome;
     if (kind == ScheduleKind::kSegments) {
       int64_t lo, hi, unused;
       segment_of(p_lo, &lo, &unused);
@@ -115,6 +181,10 @@ struct TileSchedule {
     int64_t end = p_hi + 1;  // positions that some row may see stop here
     int64_t oldest = 0;      // and, from this tile on, start here
     if (kind == ScheduleKind::kFull) return tile;
+    if (kind == ScheduleKind::kBlocks && tile * kKeyTile >= sink_size) {
+      tile = next_block_tile(p_lo, p_hi, tile);
+      if (tile == kNoTile) return kNoTile;
+    }
     if (kind == ScheduleKind::kPrefix && prefix > end) end = prefix;
     if (kind == ScheduleKind::kLambda && tile * kKeyTile >= sink_size) oldest = p_lo - window_size + 1;
     if (kind == ScheduleKind::kSegments) {

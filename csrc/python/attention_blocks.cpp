@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// pycore.native.attention_blocks, for NumPy arrays and DLPack tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pycore/attention_blocks_args.h>
+#include <pycore/dtype.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "call.h"
+#include "threads.h"
+
+namespace pycore::python {
+namespace {
+
+py::tuple draw(py::object seed, py::object round, int64_t batch, int64_t heads, int64_t query_length,
+               int64_t key_length, int64_t block_size, py::object distance_probs, std::string family_name,
+               double parameter, std::string pattern, std::string correction, int64_t sink_size, int64_t window_blocks,
+               std::optional<int64_t> blocks_per_row, py::object key_starts, py::object key_lengths,
+               py::object key_offset, py::object query_lengths, bool wide, std::optional<int64_t> threads) {
+  constexpr const char* kOp = "attention_blocks";
+  const Array read[] = {input(seed, kOp, "seed"),
+                        input(round, kOp, "round"),
+                        optional_input(distance_probs, kOp, "distance_probs"),
+                        optional_input(key_starts, kOp, "key_starts"),
+                        optional_input(key_lengths, kOp, "key_lengths"),
+                        optional_input(key_offset, kOp, "key_offset"),
+                        optional_input(query_lengths, kOp, "query_lengths")};
+  BlocksArgs args;
+  args.op = kOp;
+  args.seed = read[0].view;
+  args.round = read[1].view;
+  args.probabilities = read[2].view;
+  args.key_starts = read[3].view;
+  args.key_lengths = read[4].view;
+  args.key_offset = read[5].view;
+  args.query_lengths = read[6].view;
+  args.family = family_name;
+  args.parameter = parameter;
+  args.pattern = pattern;
+  args.correction = correction;
+  args.batch = batch;
+  args.heads = heads;
+  args.query_length = query_length;
+  args.key_length = key_length;
+  args.block_size = block_size;
+  args.sink_size = sink_size;
+  args.window_blocks = window_blocks;
+  check_value(blocks_per_row.value_or(1) >= 1, kOp, "blocks_per_row is ", blocks_per_row.value_or(1),
+              " and must be at least 1");
+  args.blocks_per_row = blocks_per_row.value_or(-1);
+  BlockFamily family;
+  BlockParams params = block_params(args, &family);
+  std::vector<double> table(family == BlockFamily::kTable ? 0 : params.probability_length);
+  if (family != BlockFamily::kTable) {
+    block_family(family, parameter, params.probability_length, table.data());
+    params.probabilities = table.data();
+  }
+  const TileSchedule& shape = params.rows.schedule;
+  const Array blocks =
+      cpu_result(py::none(), DType::kInt64, {batch, heads, shape.block_rows, shape.block_words}, kOp, "blocks");
+  params.blocks = blocks.view.as<uint64_t>();
+  const int64_t tables = correction == "none" ? 0 : params.probability_stride ? heads : 1;
+  const DType dtype = wide ? DType::kFloat64 : DType::kFloat32;
+  const Array added = cpu_result(py::none(), dtype, {tables, params.probability_length}, kOp, "correction");
+  for (int64_t h = 0; h < tables; ++h) {
+    block_correction(params.probabilities + h * params.probability_stride, params.probability_length, dtype,
+                     static_cast<char*>(added.view.data) + h * params.probability_length * dtype_size(dtype));
+  }
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(attention_blocks_scratch(params, parallel.threads));
+    throw_if(attention_blocks(params, parallel, scratch.data), kOp);
+  }
+  return py::make_tuple(blocks.object, added.object);
+}
+
+constexpr const char* kDoc = R"(Draws the blocks of one round of probabilistic attention.
+
+seed int64 [batch] or one number, round one int64 number; distance_probs float64 [n] or [heads, n], or a family ("geometric",
+"power_law", "harmonic", "gaussian", "constant") and its parameter; the other arguments as in pycore.ops.pr_flash_attention.
+Returns (blocks, correction): a bitmap int64 [batch, heads, query blocks, words of 64 key blocks] and, for correction =
+"importance", -log p by block distance, float32 (float64 if wide) [1 or heads, n], else of no rows. They are what `attention`
+takes with schedule="blocks" and the same lengths. Raises ValueError or TypeError in one sentence.)";
+
+}  // namespace
+
+void register_attention_blocks(py::module_& m) {
+  m.def("attention_blocks", &draw, kDoc, py::kw_only(), py::arg("seed"), py::arg("round"), py::arg("batch"),
+        py::arg("heads"), py::arg("query_length"), py::arg("key_length"), py::arg("block_size") = 64,
+        py::arg("distance_probs") = py::none(), py::arg("family") = "table", py::arg("parameter") = 0.0,
+        py::arg("pattern") = "independent", py::arg("correction") = "none", py::arg("sink_size") = 0,
+        py::arg("window_blocks") = 1, py::arg("blocks_per_row") = py::none(), py::arg("key_starts") = py::none(),
+        py::arg("key_lengths") = py::none(), py::arg("key_offset") = py::none(), py::arg("query_lengths") = py::none(),
+        py::arg("wide") = false, py::arg("threads") = py::none());
+}
+
+}  // namespace pycore::python

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.pycore.attention_blocks: schema, validation, allocation, registration.
+#include <pycore/attention_blocks_args.h>
+#include <pycore/dtype.h>
+#include <torch/csrc/stable/library.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "tensor.h"
+
+namespace pycore {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probabilities, OptionalTensor key_starts,
+                                OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths,
+                                std::string op, std::string family_name, double parameter, std::string pattern,
+                                std::string correction, int64_t batch, int64_t heads, int64_t query_length,
+                                int64_t key_length, int64_t block_size, int64_t sink_size, int64_t window_blocks,
+                                int64_t blocks_per_row, bool wide) {
+  const char* name = op.c_str();
+  probabilities = last_contiguous(probabilities);
+  BlocksArgs args;
+  args.op = op;
+  args.seed = view(seed, name, "seed");
+  args.round = view(round, name, "round");
+  args.probabilities = view(probabilities, name, "distance_probs");
+  args.key_starts = view(key_starts, name, "key_starts");
+  args.key_lengths = view(key_lengths, name, "key_lengths");
+  args.key_offset = view(key_offset, name, "key_offset");
+  args.query_lengths = view(query_lengths, name, "query_lengths");
+  args.family = family_name;
+  args.parameter = parameter;
+  args.pattern = pattern;
+  args.correction = correction;
+  args.batch = batch;
+  args.heads = heads;
+  args.query_length = query_length;
+  args.key_length = key_length;
+  args.block_size = block_size;
+  args.sink_size = sink_size;
+  args.window_blocks = window_blocks;
+  args.blocks_per_row = blocks_per_row;
+  BlockFamily family;
+  BlockParams params = block_params(args, &family);
+  const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(seed, std::vector<int64_t>(sizes), type);
+  };
+  Tensor table = empty({family == BlockFamily::kTable ? 0 : params.probability_length}, ScalarType::Double);
+  if (family != BlockFamily::kTable) {
+    block_family(family, parameter, params.probability_length, static_cast<double*>(table.data_ptr()));
+    params.probabilities = static_cast<const double*>(table.data_ptr());
+  }
+  const TileSchedule& shape = params.rows.schedule;
+  Tensor blocks = empty({batch, heads, shape.block_rows, shape.block_words}, ScalarType::Long);
+  params.blocks = static_cast<uint64_t*>(blocks.data_ptr());
+  const int64_t tables = correction == "none" ? 0 : params.probability_stride ? heads : 1;
+  const DType dtype = wide ? DType::kFloat64 : DType::kFloat32;
+  Tensor added = empty({tables, params.probability_length}, wide ? ScalarType::Double : ScalarType::Float);
+  for (int64_t h = 0; h < tables; ++h) {
+    block_correction(params.probabilities + h * params.probability_stride, params.probability_length, dtype,
+                     static_cast<char*>(added.data_ptr()) + h * params.probability_length * dtype_size(dtype));
+  }
+  const Parallel parallel = torch_parallel();
+  const Tensor scratch = empty({attention_blocks_scratch(params, parallel.threads)}, ScalarType::Byte);
+  throw_if(attention_blocks(params, parallel, scratch.data_ptr()), name);
+  return {blocks, added};
+}
+
+}  // namespace
+}  // namespace pycore
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
+  m.def(
+      "attention_blocks(Tensor seed, Tensor round, Tensor? distance_probs, Tensor? key_starts, Tensor? key_lengths, "
+      "Tensor? key_offset, Tensor? query_lengths, str op, str family, float parameter, str pattern, str correction, "
+      "SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, SymInt block_size, SymInt sink_size, "
+      "SymInt window_blocks, SymInt blocks_per_row, bool wide) -> (Tensor blocks, Tensor correction)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) { m.impl("attention_blocks", TORCH_BOX(&pycore::draw)); }

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing the blocks of a round of probabilistic attention: `torch.ops.pycore.attention_blocks`, and its mask."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycore._load import load_ops
+from pycore.schedules import DistanceFamily, Probabilistic
+
+load_ops()
+
+__all__ = ["check_int", "draw_blocks", "pr_block_mask"]
+
+Lengths = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def check_int(op: str, name: str, value: Any) -> None:
+    """Refuses what is no int of 64 bits; a SymInt is one."""
+    if not isinstance(value, (int, torch.SymInt)) and not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
+    number: Any = value
+    if number >= 2**63:
+        raise ValueError(f"{op}: {name} is {value} and must be less than 2**63")
+
+
+def _number(op: str, name: str, value: int | Tensor) -> Tensor:
+    """An int or a tensor, as an int64 tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    check_int(op, name, value)
+    return torch.full((1,), value, dtype=torch.int64, device="cpu")
+
+
+def draw_blocks(
+    op: str,
+    schedule: Probabilistic,
+    shape: tuple[int, int, int, int],
+    lengths: Lengths,
+    device: torch.device,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The bitmap of a round, and what correction adds by block distance: what the kernels take as schedule "blocks".
+
+    Args:
+        op: opens every message.
+        shape: batch, heads, and the lengths of query and key.
+        lengths: key_starts, key_lengths, key_offset, query_lengths.
+        device: where both go. They are drawn on the CPU.
+        wide: correction in float64.
+    """
+    batch, heads, query_length, key_length = shape
+    for name in ("block_size", "sink_size", "window_blocks"):
+        check_int(op, name, getattr(schedule, name))
+    for name in ("pattern", "correction"):
+        if not isinstance(getattr(schedule, name), str):
+            raise TypeError(f"{op}: {name} is a {type(getattr(schedule, name)).__name__} and must be a str")
+    per_row = -1
+    if schedule.blocks_per_row is not None:
+        check_int(op, "blocks_per_row", schedule.blocks_per_row)
+        if schedule.blocks_per_row < 1:
+            raise ValueError(f"{op}: blocks_per_row is {schedule.blocks_per_row} and must be at least 1")
+        per_row = schedule.blocks_per_row
+    probs = schedule.distance_probs
+    table, family, parameter = None, "table", 0.0
+    if isinstance(probs, DistanceFamily):
+        family, parameter = probs.family, float(probs.parameter)
+    elif isinstance(probs, Tensor):
+        if not probs.is_floating_point():
+            raise ValueError(f"{op}: distance_probs is {str(probs.dtype)[6:]} and must be floating-point")
+        table = probs.detach().to("cpu", torch.float64)
+    else:
+        raise TypeError(
+            f"{op}: distance_probs is a {type(probs).__name__} and must be a Tensor or a family of pycore.schedules"
+        )
+    blocks, correction = torch.ops.pycore.attention_blocks(
+        _number(op, "seed", schedule.seed), _number(op, "round", schedule.round), table,
+        *(x if x is None else x.cpu() for x in lengths), op, family, parameter, schedule.pattern, schedule.correction,
+        batch, heads, query_length, key_length, schedule.block_size, schedule.sink_size, schedule.window_blocks,
+        per_row, wide,
+    )  # fmt: skip
+    added = None if schedule.correction == "none" else correction.to(device)
+    return blocks.to(device), added
+
+
+def pr_block_mask(
+    *,
+    batch: int,
+    heads: int,
+    query_blocks: int,
+    key_blocks: int,
+    distance_probs: DistanceFamily | Tensor,
+    seed: int | Tensor,
+    round: int | Tensor = 0,
+    window_blocks: int = 1,
+    pattern: str = "independent",
+    blocks_per_row: int | None = None,
+) -> Tensor:
+    """The blocks that take part in a round of `pr_flash_attention`: drawn ones and window blocks, not sinks.
+
+    Args:
+        query_blocks, key_blocks: lengths in blocks. The last query block is the last key block, so that row i stands
+            for query block I = key_blocks - query_blocks + i (bottom-right alignment, as for positions).
+
+    The other arguments and the errors are those of `pr_flash_attention`.
+
+    Returns:
+        bool [batch, heads, query_blocks, key_blocks], on the CPU. This is the only function of the family that makes a
+        mask; attention itself reads 64 blocks a word.
+    """
+    op = "pr_block_mask"
+    for name, value in (("batch", batch), ("heads", heads), ("query_blocks", query_blocks), ("key_blocks", key_blocks)):
+        check_int(op, name, value)
+        if value < 0:
+            raise ValueError(f"{op}: {name} is {value} and must be at least 0")
+    schedule = Probabilistic(
+        distance_probs, seed, round, block_size=1, window_blocks=window_blocks, pattern=pattern,
+        blocks_per_row=blocks_per_row,
+    )  # fmt: skip
+    shape = (batch, heads, query_blocks, key_blocks)
+    blocks, _ = draw_blocks(op, schedule, shape, (None,) * 4, torch.device("cpu"))
+    bits = blocks[..., None] >> torch.arange(64) & 1
+    return bits.flatten(-2)[..., :key_blocks].bool()
+
+
+@torch.library.register_fake("pycore::attention_blocks")
+def _fake(
+    seed: Tensor, round: Tensor, distance_probs: Tensor | None, key_starts: Tensor | None, key_lengths: Tensor | None,
+    key_offset: Tensor | None, query_lengths: Tensor | None, op: str, family: str, parameter: float, pattern: str,
+    correction: str, batch: int, heads: int, query_length: int, key_length: int, block_size: int, sink_size: int,
+    window_blocks: int, blocks_per_row: int, wide: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, columns = ((length + block_size - 2) // block_size + 1 for length in (query_length, key_length))
+    blocks = seed.new_empty(batch, heads, rows, (columns + 63) // 64)
+    entries: Any = torch.sym_max(columns, 1) if distance_probs is None else distance_probs.shape[-1]
+    tables = 0 if correction == "none" else heads if distance_probs is not None and distance_probs.dim() == 2 else 1
+    return blocks, seed.new_empty(tables, entries, dtype=torch.float64 if wide else torch.float32)
+
+
+@torch.library.register_vmap("pycore::attention_blocks")
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """Over seed and the lengths: vmap's dimension joins the batch."""
+    folded = list(args)
+    batch_place, seed_place = 12, 0
+    for place, (dim, arg) in enumerate(zip(in_dims, args, strict=True)):
+        if not isinstance(arg, Tensor):
+            continue
+        if place not in (seed_place, 3, 4, 5, 6):
+            if dim is not None:
+                raise NotImplementedError("pr_flash_attention: vmap may run over seeds and lengths, not over tables")
+            continue
+        if place == seed_place and dim is None and arg.numel() == 1:
+            continue
+        arg = arg.unsqueeze(0).expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+        if place == seed_place:
+            arg = arg.reshape(info.batch_size, -1).expand(info.batch_size, args[batch_place])
+        folded[place] = arg.flatten(0, 1)
+    folded[batch_place] = args[batch_place] * info.batch_size
+    blocks, correction = torch.ops.pycore.attention_blocks(*folded)
+    return (blocks.unflatten(0, (info.batch_size, -1)), correction), (0, None)
