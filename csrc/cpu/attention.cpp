@@ -111,23 +111,6 @@ int64_t visited_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t n
   return tile == kNoTile ? -1 : tile / kSegmentTiles;
 }
 
-// Query rows from tile.first on that share their blocks in groups of at least kKeyTile, for the blocks schedule: all of
-// the tile where its block rows have most of their key blocks in common, else those of one. A key tile is transposed
-// once a group, and a group looks at every key tile that one of its rows visits.
-int64_t shared_rows(const TileSchedule& schedule, int64_t p_lo, int64_t count) {
-  const int64_t unit = std::max(int64_t{1} << schedule.block_shift, kKeyTile);
-  const int64_t p_hi = p_lo + count - 1, first = std::min(count, unit - (p_lo & (unit - 1)));
-  int64_t visited = 0, together = 0;
-  for (int64_t word = 0; word < schedule.block_words; ++word) {
-    together += __builtin_popcountll(schedule.block_word(p_lo, p_hi, word));
-    for (int64_t p = p_lo; p <= p_hi; p = (p / unit + 1) * unit) {
-      visited += __builtin_popcountll(schedule.block_word(p, std::min(p_hi, (p / unit + 1) * unit - 1), word));
-    }
-  }
-  const int64_t groups = (p_hi / unit) - (p_lo / unit) + 1;
-  return visited * 4 >= together * groups * 3 ? count : first;
-}
-
 // How the forward pass is cut into items.
 struct ForwardPlan {
   const AttentionParams& params;
@@ -196,15 +179,7 @@ Status attention_forward(const AttentionParams& params, const Parallel& given, v
     for_each_item(parallel, plan.tiles, [&](int64_t slot, int64_t item) {
       RowMap map;
       const QueryTile tile = plan.tile(item, &map);
-      if (params.schedule.kind != ScheduleKind::kBlocks) {
-        if (tile.count > 0) kernels->forward(params, map, tile, {}, slot_scratch(slot), nullptr);
-        return;
-      }
-      for (QueryTile part = tile; part.first < tile.first + tile.count; part.first += part.count) {
-        const int64_t p_lo = std::max<int64_t>(map.query_position(part.first), 0);
-        part.count = shared_rows(map.schedule, p_lo, tile.first + tile.count - part.first);
-        kernels->forward(params, map, part, {}, slot_scratch(slot), nullptr);
-      }
+      if (tile.count > 0) kernels->forward(params, map, tile, {}, slot_scratch(slot), nullptr);
     });
   } else {
     // A state for every segment a tile visits, in order, and then their merging: what one thread does by itself.

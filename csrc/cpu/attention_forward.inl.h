@@ -120,39 +120,52 @@ PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float sc
   row_sum.store(sum);
 }
 
-// One row's state after a later segment joins the total.
+// The factors by which the totals of kWidth rows, and states that join them, shrink to the larger of their maxima: of
+// rows whose total and state both hold something.
+struct MergeFactors {
+  float max[Vec::kWidth], total[Vec::kWidth], state[Vec::kWidth];
+
+  PYCORE_INLINE MergeFactors(Vec total_max, Vec state_max) {
+    const Vec largest = Vec::max(state_max, total_max);
+    largest.store(max);
+    (total_max - largest).exp2().store(total);
+    (state_max - largest).exp2().store(state);
+  }
+};
+
+// Row r after a later segment joins its total; `lane` is its place in the factors.
 PYCORE_INLINE void merge_row(const ForwardBuffers& buffers, int64_t r, float max, float sum, const float* accumulator,
-                             int64_t dv) {
+                             int64_t dv, const MergeFactors& factors, int64_t lane) {
   if (max == kNegativeInfinity) return;
   float* total = buffers.total + r * dv;
-  const float total_max = buffers.total_max[r];
-  if (total_max == kNegativeInfinity) {
+  if (buffers.total_max[r] == kNegativeInfinity) {
     buffers.total_max[r] = max;
     buffers.total_sum[r] = sum;
     copy_row(accumulator, dv, total);
     return;
   }
-  const float new_max = max > total_max ? max : total_max;
-  const Vec old_factor = Vec::broadcast(exp2_of(total_max - new_max));
-  const Vec factor = Vec::broadcast(exp2_of(max - new_max));
-  float lanes[Vec::kWidth];
-  Vec::fma(Vec::broadcast(sum), factor, Vec::broadcast(buffers.total_sum[r]) * old_factor).store(lanes);
-  buffers.total_sum[r] = lanes[0];
-  buffers.total_max[r] = new_max;
+  const Vec old_factor = Vec::broadcast(factors.total[lane]), factor = Vec::broadcast(factors.state[lane]);
+  buffers.total_sum[r] = __builtin_fmaf(sum, factors.state[lane], buffers.total_sum[r] * factors.total[lane]);
+  buffers.total_max[r] = factors.max[lane];
   for (int64_t d = 0; d < dv; d += Vec::kWidth) {
     Vec::fma(Vec::load(accumulator + d), factor, Vec::load(total + d) * old_factor).store(total + d);
   }
 }
 
-// The open segment joins the total, and a new one opens.
+// The open segment joins the total, and a new one opens. Factors come for a vector of rows at a time: where few tiles
+// of a segment are visited, merging is a good part of the time.
 PYCORE_INLINE void merge_segment(const ForwardBuffers& buffers, int64_t rows, int64_t dv) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (buffers.max[r] == kNegativeInfinity) continue;
-    float* accumulator = buffers.accumulator + r * dv;
-    merge_row(buffers, r, buffers.max[r], Vec::load(buffers.sum + r * Vec::kWidth).reduce_add(), accumulator, dv);
-    buffers.max[r] = kNegativeInfinity;
-    Vec::zero().store(buffers.sum + r * Vec::kWidth);
-    zero_rows(accumulator, dv);
+  for (int64_t first = 0; first < rows; first += Vec::kWidth) {
+    const MergeFactors factors(Vec::load(buffers.total_max + first), Vec::load(buffers.max + first));
+    for (int64_t r = first; r < first + Vec::kWidth && r < rows; ++r) {
+      if (buffers.max[r] == kNegativeInfinity) continue;
+      float* accumulator = buffers.accumulator + r * dv;
+      merge_row(buffers, r, buffers.max[r], Vec::load(buffers.sum + r * Vec::kWidth).reduce_add(), accumulator, dv,
+                factors, r - first);
+      buffers.max[r] = kNegativeInfinity;
+      Vec::zero().store(buffers.sum + r * Vec::kWidth);
+      zero_rows(accumulator, dv);
+    }
   }
 }
 
@@ -396,7 +409,8 @@ void forward_merge(const AttentionParams& params, const QueryTile& queries, cons
   for (int64_t n = 0; n < count; ++n) {
     const float* state = reinterpret_cast<const float*>(static_cast<const char*>(partials) + n * stride);
     for (int64_t r = 0; r < rows; ++r, state += state_floats(params)) {
-      merge_row(buffers, r, state[0], state[1], state + 2, dv);
+      const MergeFactors factors(Vec::broadcast(buffers.total_max[r]), Vec::broadcast(state[0]));
+      merge_row(buffers, r, state[0], state[1], state + 2, dv, factors, 0);
     }
   }
   finish_rows(params, queries, buffers);

@@ -20,7 +20,8 @@
 #if defined(__CUDACC__)
 #define PYCORE_HOST_DEVICE __host__ __device__
 #else
-#define PYCORE_HOST_DEVICE
+// Inlined always: a copy of its own would be a weak symbol, and in a file of wide instructions that crashes others.
+#define PYCORE_HOST_DEVICE [[gnu::always_inline]]
 #endif
 
 namespace pycore {
