@@ -18,6 +18,7 @@ from pycore._load import build_info, cpu_isa
 if TYPE_CHECKING:
     from pycore import compat, models, native, nn, ops, positions, reference, schedules
     from pycore.bitstreams import Bitstreams
+    from pycore.equal_info_windows import EqualInfoWindows
     from pycore.native import ArithmeticDecoder, ArithmeticEncoder, BitstreamError
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "ArithmeticEncoder",
     "BitstreamError",
     "Bitstreams",
+    "EqualInfoWindows",
     "__version__",
     "build_info",
     "compat",
@@ -42,6 +44,7 @@ __all__ = [
 
 
 _FROM_NATIVE = ("ArithmeticDecoder", "ArithmeticEncoder", "BitstreamError")
+_EQUAL_INFO = {"EqualInfoWindows": "pycore.equal_info_windows"}
 
 
 def __getattr__(name: str) -> Any:
@@ -53,6 +56,8 @@ def __getattr__(name: str) -> Any:
         return getattr(__getattr__("native"), name)
     if name == "Bitstreams":
         return importlib.import_module("pycore.bitstreams").Bitstreams
+    if name in _EQUAL_INFO:
+        return getattr(importlib.import_module(_EQUAL_INFO[name]), name)
     if name in __all__:
         return importlib.import_module(f"pycore.{name}")
     raise AttributeError(f"module 'pycore' has no attribute {name!r}")

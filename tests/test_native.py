@@ -31,6 +31,9 @@ KERNELS = [
     "rms_norm_backward",
     "torchac_decode",
     "torchac_encode",
+    "window_counts",
+    "window_decode",
+    "window_encode",
 ]
 
 
