@@ -18,6 +18,7 @@ from pycore._load import build_info, cpu_isa
 if TYPE_CHECKING:
     from pycore import compat, models, native, nn, ops, positions, reference, schedules
     from pycore.bitstreams import Bitstreams
+    from pycore.equal_info_table import EqualInfoTable
     from pycore.equal_info_windows import EqualInfoWindows
     from pycore.native import ArithmeticDecoder, ArithmeticEncoder, BitstreamError
 
@@ -28,6 +29,7 @@ __all__ = [
     "ArithmeticEncoder",
     "BitstreamError",
     "Bitstreams",
+    "EqualInfoTable",
     "EqualInfoWindows",
     "__version__",
     "build_info",
@@ -44,7 +46,7 @@ __all__ = [
 
 
 _FROM_NATIVE = ("ArithmeticDecoder", "ArithmeticEncoder", "BitstreamError")
-_EQUAL_INFO = {"EqualInfoWindows": "pycore.equal_info_windows"}
+_EQUAL_INFO = {"EqualInfoTable": "pycore.equal_info_table", "EqualInfoWindows": "pycore.equal_info_windows"}
 
 
 def __getattr__(name: str) -> Any:

@@ -123,7 +123,7 @@ class EqualInfoWindows:
         op = "EqualInfoWindows.decode"
         values = _token_array(op, tokens, 1 << self.bits)
         distinct, inverse = np.unique(values, return_inverse=True)
-        windows = _decode(distinct, _Rows(op, model, _BYTES, self.max_batch), self.bits)
+        windows = _decode(distinct, Rows(op, model, _BYTES, self.max_batch), self.bits)
         return b"".join([windows[i] for i in inverse.tolist()])
 
     def _encode(self, op: str, texts: list[bytes], model: NextProbs) -> list[Tensor]:
@@ -133,7 +133,7 @@ class EqualInfoWindows:
             if not isinstance(text, bytes | bytearray | memoryview):
                 name = "data" if op.endswith(".encode") else f"texts[{i}]"
                 raise TypeError(f"{op}: {name} is a {type(text).__name__} and must be bytes")
-        rows = _Rows(op, model, _BYTES, self.max_batch)
+        rows = Rows(op, model, _BYTES, self.max_batch)
         tokens = _encode([bytes(text) for text in texts], rows, self.bits)
         return [torch.tensor(each, dtype=torch.int64) for each in tokens]
 
@@ -162,7 +162,7 @@ def _shown(prefix: bytes) -> str:
     return repr(prefix) if len(prefix) <= 48 else f"...{prefix[-48:]!r} ({len(prefix)} bytes)"
 
 
-class _Rows:
+class Rows:
     """Cumulative counts of the model's answers, asked for in batches; the first few are remembered for one call."""
 
     def __init__(self, op: str, model: Any, alphabet: int, max_batch: int) -> None:
@@ -192,7 +192,16 @@ class _Rows:
         return cumulative, rows
 
     def ask(self, prefixes: list[bytes]) -> Ints:
-        """One question to the model; its answer is checked."""
+        """One question to the model; its answer is checked and counted."""
+        return self.answer(prefixes)[1]
+
+    def shares(self, prefixes: list[bytes]) -> NDArray[np.float64]:
+        """[n, V]: the probabilities after each prefix, as quantize_cdf gives them at precision 24."""
+        cdf = _load.native().quantize_cdf(self.answer(prefixes)[0], precision=24)
+        return np.diff(cdf) / float(1 << 24)
+
+    def answer(self, prefixes: list[bytes]) -> tuple[Any, Ints]:
+        """What the model says, once it is known to be probabilities, and its cumulative counts."""
         probs = self.model.next_probs(list(prefixes))
         if hasattr(probs, "detach"):
             probs = probs.detach().cpu()
@@ -212,11 +221,10 @@ class _Rows:
         for i in np.flatnonzero(faults)[:1]:
             wrong = "has NaN, infinity or a negative entry" if faults[i] == 1 else "sums to zero"
             raise ValueError(f"{self.op}: next_probs({_shown(prefixes[i])}) {wrong} and must not")
-        counted: Ints = cumulative
-        return counted
+        return probs, cumulative
 
 
-def _encode(texts: Sequence[bytes], rows: _Rows, bits: int) -> list[list[int]]:
+def _encode(texts: Sequence[bytes], rows: Rows, bits: int) -> list[list[int]]:
     """Every text a walk; all walks take a step at a time, and one that ends a window starts the next."""
     native = _load.native()
     tokens: list[list[int]] = [[] for _ in texts]
@@ -240,7 +248,7 @@ def _encode(texts: Sequence[bytes], rows: _Rows, bits: int) -> list[list[int]]:
     return tokens
 
 
-def _decode(tokens: Ints, rows: _Rows, bits: int) -> list[bytes]:
+def _decode(tokens: Ints, rows: Rows, bits: int) -> list[bytes]:
     """Every token a walk."""
     native = _load.native()
     windows = [bytearray() for _ in tokens]

@@ -26,6 +26,7 @@ KERNELS = [
     "attention_backward",
     "invariant_linear",
     "invariant_linear_backward",
+    "pack_equal_info",
     "quantize_cdf",
     "rms_norm",
     "rms_norm_backward",

@@ -8,6 +8,7 @@ namespace pycore::python {
 
 void register_arithmetic_coding(pybind11::module_& m);
 void register_arithmetic_coding_streaming(pybind11::module_& m);
+void register_arithmetic_coding_table(pybind11::module_& m);
 void register_arithmetic_coding_windows(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_linear(pybind11::module_& m);

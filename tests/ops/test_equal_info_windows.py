@@ -16,7 +16,7 @@ from equal_info_models import Fixed, Hashed, Order2
 
 import pycore
 from pycore import native
-from pycore.equal_info_windows import _decode, _encode, _Rows
+from pycore.equal_info_windows import Rows, _decode, _encode
 from pycore.reference import arithmetic_coding as coder
 from pycore.reference import arithmetic_coding_windows as reference
 
@@ -35,8 +35,8 @@ def counts_of(model: Any) -> Callable[[tuple[int, ...]], list[int]]:
     return counts
 
 
-def rows_of(model: Any, alphabet: int) -> _Rows:
-    return _Rows("test", model, alphabet, 4096)
+def rows_of(model: Any, alphabet: int) -> Rows:
+    return Rows("test", model, alphabet, 4096)
 
 
 # ---- the code --------------------------------------------------------------------------------------------------------
