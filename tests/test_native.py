@@ -19,8 +19,10 @@ from pycore import _load, native
 # Every public kernel entry point. A new op adds its kernels here.
 KERNELS = [
     "ac_decode",
+    "ac_decode_bytes",
     "ac_decode_logits",
     "ac_encode",
+    "ac_encode_bytes",
     "ac_encode_logits",
     "attention",
     "attention_backward",

@@ -13,14 +13,18 @@ namespace pycore::avx2 {
 namespace {
 #include "coder_avx2.h"
 #include "coder_crc.h"
+#include "coder_nibbles_avx2.h"
 //
 #include "arithmetic_coding_rows.inl.h"
 //
 #include "arithmetic_coding_decode.inl.h"
 #include "arithmetic_coding_encode.inl.h"
+//
+#include "arithmetic_coding_adaptive.inl.h"
 }  // namespace
 
-const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams, add_bytes};
+const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams,
+                            encode_bytes, decode_bytes,  add_bytes};
 
 }  // namespace pycore::avx2
 

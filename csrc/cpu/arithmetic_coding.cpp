@@ -55,18 +55,26 @@ Status quantize_cdf(const QuantizeParams& params, const Parallel& parallel, void
 // loses less than 2^-23 of a bit. The rest is the frame, the lanes' lengths and last words, and the word beyond the end
 // that is written before it is known whether it counts.
 int64_t encode_capacity(const EncodeParams& params) {
-  const int64_t bits = params.length * params.model.precision;
+  const int64_t bits = params.length * (params.order == kNoOrder ? params.model.precision : 2 * kAdaptivePrecision);
   return (bits / 8 + params.length / 4096 + kFrameBytes + 16 * params.lanes + 64) / 64 * 64;
 }
 
 int64_t encode_scratch(const EncodeParams& params, int64_t threads) {
-  return threads * coder_slot_bytes(params.model.symbols);
+  return threads *
+         (params.order == kNoOrder ? coder_slot_bytes(params.model.symbols) : adaptive_slot_bytes(params.order));
 }
 
 Status encode(const EncodeParams& params, const Parallel& parallel, void* scratch) {
+  const CoderKernels& run = kernels();
+  if (params.order != kNoOrder) {
+    const int64_t bytes = adaptive_slot_bytes(params.order);
+    for_each_item(limited(parallel, params.streams * params.length), params.streams, [&](int64_t slot, int64_t stream) {
+      run.encode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
+    });
+    return {};
+  }
   const int64_t bytes = coder_slot_bytes(params.model.symbols);
   char* slots = cleared(scratch, bytes, parallel.threads);
-  const CoderKernels& run = kernels();
   for_each_item(limited(parallel, params.streams * params.length), params.streams,
                 [&](int64_t slot, int64_t stream) { run.encode(params, stream, slots + slot * bytes); });
   return {};
@@ -90,13 +98,20 @@ Status open_streams(const DecodeParams& params, const Parallel& parallel) {
 }
 
 int64_t decode_scratch(const DecodeParams& params, int64_t threads) {
-  return threads * coder_slot_bytes(params.model.symbols);
+  return threads * (params.adaptive ? adaptive_slot_bytes(1) : coder_slot_bytes(params.model.symbols));
 }
 
 Status decode(const DecodeParams& params, const Parallel& parallel, void* scratch) {
+  const CoderKernels& run = kernels();
+  if (params.adaptive) {
+    const int64_t bytes = adaptive_slot_bytes(1);
+    for_each_item(limited(parallel, params.streams * params.length), params.streams, [&](int64_t slot, int64_t stream) {
+      run.decode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
+    });
+    return {};
+  }
   const int64_t bytes = coder_slot_bytes(params.model.symbols);
   char* slots = cleared(scratch, bytes, parallel.threads);
-  const CoderKernels& run = kernels();
   // Fewer streams at once where that would leave threads without work.
   const int64_t height = std::clamp<int64_t>(params.streams / parallel.threads, 1, kStreamsAtOnce);
   for_each_item(limited(parallel, params.streams * params.length), (params.streams + height - 1) / height,

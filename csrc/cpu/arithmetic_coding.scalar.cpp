@@ -13,8 +13,11 @@ namespace {
 //
 #include "arithmetic_coding_decode.inl.h"
 #include "arithmetic_coding_encode.inl.h"
+//
+#include "arithmetic_coding_adaptive.inl.h"
 }  // namespace
 
-const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams, add_bytes};
+const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams,
+                            encode_bytes, decode_bytes,  add_bytes};
 
 }  // namespace pycore::scalar

@@ -27,7 +27,8 @@ inline Reader open_lane(const uint8_t* begin, const uint8_t* end) {
   return reader;
 }
 
-template <bool kFine>
+// kChecked: the payload may end here. Otherwise the caller knows that it does not, and precision is at most 16.
+template <bool kFine, bool kChecked>
 inline void take_symbol(Reader* reader, Share share, int precision) {
   RangeDecoder coder = reader->coder;
   range_consume(&coder, share.begin, share.width, precision);
@@ -37,13 +38,23 @@ inline void take_symbol(Reader* reader, Share share, int precision) {
       reader->skip(2);
     }
   } else {
-    const bool need = range_needs_word(coder.range);
-    RangeDecoder more = coder;
-    range_put_word(&more, reader->word());
-    coder.code = need ? more.code : coder.code;
-    coder.range = need ? more.range : coder.range;
-    const uint8_t* after = reader->end - reader->next > 2 ? reader->next + 2 : reader->end;
-    reader->next = need ? after : reader->next;
+    // Whether a word is needed is no branch: it would be a coin's flip. range >= 2^32, so its leading zeros are below
+    // 32 and have 16 in them where it is below 2^48. A damaged code with a range of 0 comes here too, hence the bit.
+    const int shift = __builtin_clzll(coder.range | 1) & 16;
+    uint16_t word;
+    if (kChecked) {
+      word = reader->word();
+    } else {
+      __builtin_memcpy(&word, reader->next, 2);
+      word = __builtin_bswap16(word);
+    }
+    coder.code = coder.code << shift | static_cast<uint64_t>(word) >> (shift ^ 16);
+    coder.range <<= shift;
+    if (kChecked) {
+      reader->skip(shift >> 3);
+    } else {
+      reader->next += shift >> 3;
+    }
   }
   reader->coder = coder;
 }
@@ -59,31 +70,49 @@ CoderFault decode_rows(Reader reader, const Rows& rows, int64_t first, int64_t s
     const CoderFault fault =
         rows.find(first + i * step, static_cast<uint32_t>(value), out + (first + i * step), &share);
     if (__builtin_expect(fault != CoderFault::kNone, 0)) return fault;
-    take_symbol<kFine>(&reader, share, precision);
+    take_symbol<kFine, true>(&reader, share, precision);
   }
   return CoderFault::kNone;
 }
 
 // kLanes stretches of payload at once, all with the model in the slot: symbol i of stretch l goes to out[l][i * step].
-// The values of a damaged code may be beyond the model; they are held inside it, and the CRC of the symbols tells.
+// The values of a damaged code may lie beyond the model; they are folded into it, and the CRC of the symbols tells.
+template <bool kFine, bool kChecked, int kLanes>
+void decode_run(Reader* reader, const Slot& slot, int64_t begin, int64_t end, int precision, int64_t* const* out,
+                int64_t step) {
+  const uint32_t* row = slot.row;
+  const auto* buckets = static_cast<const typename Buckets<kFine>::Symbol*>(slot.buckets);
+  const int shift = bucket_shift<kFine>(precision);
+  const uint64_t mask = (uint64_t{1} << precision) - 1;
+  for (int64_t i = begin; i < end; ++i) {
+    for (int l = 0; l < kLanes; ++l) {
+      const uint32_t value = static_cast<uint32_t>(range_locate(reader[l].coder, precision) & mask);
+      const int64_t symbol = find_in_buckets(row, buckets, shift, value);
+      out[l][i * step] = symbol;
+      take_symbol<kFine, kChecked>(&reader[l], {row[symbol], row[symbol + 1] - row[symbol]}, precision);
+    }
+  }
+}
+
 template <bool kFine, int kLanes>
 void decode_together(Reader* readers, const Slot& slot, int64_t count, int precision, int64_t* const* outs,
                      int64_t step) {
   Reader reader[kLanes];
   int64_t* out[kLanes];
   for (int l = 0; l < kLanes; ++l) reader[l] = readers[l], out[l] = outs[l];
-  const uint32_t *row = slot.row, *buckets = slot.buckets;
-  const int shift = bucket_shift(precision);
-  const uint64_t last = (uint64_t{1} << precision) - 1;
-  for (int64_t i = 0; i < count; ++i) {
+  int64_t i = 0;
+  // A symbol takes one word at most, so that many symbols need no look at the end.
+  while (!kFine && i < count) {
+    int64_t sure = count - i;
     for (int l = 0; l < kLanes; ++l) {
-      uint64_t value = range_locate(reader[l].coder, precision);
-      value = value < last ? value : last;
-      const int64_t symbol = find_in_buckets(row, buckets, shift, static_cast<uint32_t>(value));
-      out[l][i * step] = symbol;
-      take_symbol<kFine>(&reader[l], {row[symbol], row[symbol + 1] - row[symbol]}, precision);
+      const int64_t words = (reader[l].end - reader[l].next) / 2;
+      sure = words < sure ? words : sure;
     }
+    if (sure < 16) break;
+    decode_run<kFine, false, kLanes>(reader, slot, i, i + sure, precision, out, step);
+    i += sure;
   }
+  decode_run<kFine, true, kLanes>(reader, slot, i, count, precision, out, step);
   for (int l = 0; l < kLanes; ++l) readers[l] = reader[l];
 }
 
@@ -230,7 +259,7 @@ void open_stream(const DecodeParams& params, int64_t stream) {
   const int64_t begin = params.offsets[stream];
   const Frame frame =
       read_frame(params.data + begin, params.offsets[stream + 1] - begin, add_bytes, params.results + stream);
-  if (params.results[stream].fault == CoderFault::kNone && frame.kind != kRowsKind) {
+  if (params.results[stream].fault == CoderFault::kNone && (frame.kind != kRowsKind) != params.adaptive) {
     params.results[stream].fault = CoderFault::kKind;
     params.results[stream].value = frame.kind;
   }

@@ -30,11 +30,12 @@ inline void put_symbol(Writer* writer, Share share, int precision) {
       writer->out += 2;
     }
   } else {
-    const uint64_t need = range_needs_word(coder.range);
+    // range >= 2^32, so its leading zeros are below 32 and have 16 in them where it is below 2^48.
+    const int shift = __builtin_clzll(coder.range) & 16;
     store_word(writer->out, static_cast<uint16_t>(coder.low >> 48));
-    writer->out += 2 * need;
-    coder.low <<= 16 * need;
-    coder.range <<= 16 * need;
+    writer->out += shift >> 3;
+    coder.low <<= shift;
+    coder.range <<= shift;
   }
   writer->coder = coder;
 }
@@ -152,12 +153,14 @@ void encode_stream(const EncodeParams& params, int64_t stream, void* scratch) {
 void quantize_row(const QuantizeParams& params, int64_t row, void* scratch) {
   const Slot slot = slot_of(scratch, params.symbols);
   const int64_t offset = params.values.offset(row);
-  uint64_t sum;
+  uint64_t sum = 0;
   CoderFault fault;
   if (params.logits) {
     const float* logits =
         float_row(params.dtype, params.values.data, offset, params.entry_stride, params.symbols, slot.floats);
-    fault = counts_of_logits(logits, params.symbols, slot.counts, &sum);
+    int32_t highest;
+    fault = highest_point(logits, params.symbols, &highest);
+    if (fault == CoderFault::kNone) sum = logit_counts(logits, params.symbols, highest, slot.counts, slot.blocks);
   } else {
     fault = counts_of_probs(params.dtype, params.values.data, offset, params.entry_stride, params.symbols, slot.floats,
                             slot.counts, &sum);

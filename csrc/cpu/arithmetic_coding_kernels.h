@@ -18,6 +18,8 @@ struct CoderKernels {
   void (*encode)(const EncodeParams& params, int64_t stream, void* scratch);
   void (*open)(const DecodeParams& params, int64_t stream);
   void (*decode)(const DecodeParams& params, int64_t stream, int64_t streams, void* scratch);
+  void (*encode_bytes)(const EncodeParams& params, int64_t stream, void* scratch);
+  void (*decode_bytes)(const DecodeParams& params, int64_t stream, void* scratch);
   uint32_t (*crc)(uint32_t crc, const uint8_t* data, int64_t bytes);
 };
 
@@ -27,12 +29,14 @@ struct CoderSlot {
   uint64_t fingerprint;
   CoderFault fault;
 };
-inline constexpr int64_t kBucketBits =
-    11;  // one bucket is a stretch of 2^precision; the table stays in the first cache
-inline constexpr int64_t kSlotHeader = 64, kBucketBytes = ((int64_t{1} << kBucketBits) + 16) * 4;
+inline constexpr int64_t kSlotHeader = 64, kBucketBytes = 4 * 4096 + 64;  // 2^12 symbols of 32 bits, or 2^13 of 16
 
 inline int64_t slot_row_bytes(int64_t symbols) { return (symbols + 1 + 16) * 4 / 64 * 64 + 64; }
-inline int64_t coder_slot_bytes(int64_t symbols) { return kSlotHeader + kBucketBytes + 3 * slot_row_bytes(symbols); }
+inline int64_t coder_slot_bytes(int64_t symbols) { return kSlotHeader + kBucketBytes + 4 * slot_row_bytes(symbols); }
+
+// Entries of 16 bits and a count of uses for each context: 17 of them, or 17 after each byte.
+inline int64_t adaptive_contexts(int order) { return order == 1 ? 256 * 17 : 17; }
+inline int64_t adaptive_slot_bytes(int order) { return (adaptive_contexts(order) * 33 + 127) / 64 * 64; }
 
 namespace scalar {
 extern const CoderKernels coder;

@@ -90,6 +90,10 @@ inline bool is_cumulative(const int32_t* row, int64_t symbols, int precision) {
   return row[0] == 0 && row[symbols] == int32_t{1} << precision && rising(row, symbols + 1);
 }
 
+// Rows up to this long are read whole: addresses that do not wait for the code let the next rows be fetched meanwhile,
+// where a binary search would wait for memory at each step.
+constexpr int64_t kScanned = 512;
+
 struct Share {
   uint32_t begin, width;
 };
@@ -119,7 +123,7 @@ struct GivenRows {
   CoderFault find(int64_t position, uint32_t value, int64_t* symbol, Share* out) const {
     const T* r = row(position);
     int64_t from = 1, count = model.symbols - 1;
-    while (count > 128) {
+    while (count > kScanned) {
       const int64_t half = count / 2;
       from += static_cast<uint32_t>(r[from + half - 1]) <= value ? half : 0;
       count -= half;
@@ -168,12 +172,12 @@ const float* float_row(DType dtype, const void* data, int64_t offset, int64_t st
   return out;
 }
 
-CoderFault counts_of_logits(const float* logits, int64_t symbols, uint32_t* counts, uint64_t* sum) {
-  int32_t highest;
-  if (!logit_points(logits, symbols, reinterpret_cast<int32_t*>(counts), &highest)) return CoderFault::kBadValue;
-  if (highest == -kLogitBound) return CoderFault::kNoMass;
-  *sum = logit_counts(counts, symbols, highest);
-  return CoderFault::kNone;
+// The point of the row's highest logit, from which the others are measured.
+CoderFault highest_point(const float* logits, int64_t symbols, int32_t* point) {
+  float highest;
+  if (!highest_logit(logits, symbols, &highest)) return CoderFault::kBadValue;
+  *point = logit_point(highest);
+  return *point == -kLogitBound ? CoderFault::kNoMass : CoderFault::kNone;
 }
 
 CoderFault counts_of_probs(DType dtype, const void* data, int64_t offset, int64_t stride, int64_t symbols,
@@ -213,43 +217,63 @@ struct LogitRows {
   const CoderModel& model;
   int64_t offset;  // of the stream's first logit
   uint32_t* counts;
+  uint64_t* blocks;  // sums of kCountBlock counts
   float* floats;
 
-  CoderFault load(int64_t position, uint64_t* sum) const {
-    const float* row = float_row(model.dtype, model.data, offset + position * model.position_stride, model.entry_stride,
-                                 model.symbols, floats);
-    return counts_of_logits(row, model.symbols, counts, sum);
+  const float* row(int64_t position) const {
+    return float_row(model.dtype, model.data, offset + position * model.position_stride, model.entry_stride,
+                     model.symbols, floats);
   }
 
   CoderFault share(int64_t position, int32_t symbol, Share* out) const {
-    uint64_t sum;
-    const CoderFault fault = load(position, &sum);
+    const float* logits = row(position);
+    int32_t highest;
+    const CoderFault fault = highest_point(logits, model.symbols, &highest);
     if (fault != CoderFault::kNone) return fault;
-    const uint64_t before = sum_of(counts, symbol);
+    uint64_t before;
+    const uint64_t sum = logit_sums(logits, model.symbols, highest, symbol, &before);
+    const uint64_t after = before + logit_count(highest - logit_point(logits[symbol]));
     out->begin = cdf_entry(symbol, before, sum, model.symbols, model.precision);
-    out->width = cdf_entry(symbol + 1, before + counts[symbol], sum, model.symbols, model.precision) - out->begin;
+    out->width = cdf_entry(symbol + 1, after, sum, model.symbols, model.precision) - out->begin;
     return CoderFault::kNone;
   }
 
   // cdf[i] <= value where C[i] (2^P - V) + i C[V] < (value + 1) C[V]: a sum that grows symbol by symbol, no division.
-  CoderFault find(int64_t position, uint32_t value, int64_t* symbol, Share* out) const {
-    uint64_t sum;
-    const CoderFault fault = load(position, &sum);
-    if (fault != CoderFault::kNone) return fault;
-    __extension__ typedef unsigned __int128 Wide;
-    const uint64_t shared = (uint64_t{1} << model.precision) - static_cast<uint64_t>(model.symbols);
+  // Wide holds 2^P C[V].
+  template <class Wide>
+  int64_t search(uint32_t value, uint64_t sum, uint64_t* before) const {
+    const Wide shared = (uint64_t{1} << model.precision) - static_cast<uint64_t>(model.symbols);
     const Wide limit = static_cast<Wide>(value + uint64_t{1}) * sum;
     int64_t s = 0;
-    uint64_t before = 0;
+    uint64_t running = 0;
     const auto fits = [&](int64_t i, uint64_t cumulative) {
-      return static_cast<Wide>(cumulative) * shared + static_cast<Wide>(static_cast<uint64_t>(i)) * sum < limit;
+      return cumulative * shared + static_cast<Wide>(static_cast<uint64_t>(i)) * sum < limit;
     };
-    for (; s + 16 < model.symbols; s += 16) {
-      const uint64_t after = before + sum_of(counts + s, 16);
-      if (!fits(s + 16, after)) break;
-      before = after;
+    for (; s + kCountBlock < model.symbols && fits(s + kCountBlock, running + blocks[s / kCountBlock]);
+         s += kCountBlock) {
+      running += blocks[s / kCountBlock];
     }
-    for (; s + 1 < model.symbols && fits(s + 1, before + counts[s]); ++s) before += counts[s];
+    while (s + 16 < model.symbols) {
+      const uint64_t sixteen = sum_of_sixteen(counts + s);
+      if (!fits(s + 16, running + sixteen)) break;
+      running += sixteen;
+      s += 16;
+    }
+    for (; s + 1 < model.symbols && fits(s + 1, running + counts[s]); ++s) running += counts[s];
+    *before = running;
+    return s;
+  }
+
+  CoderFault find(int64_t position, uint32_t value, int64_t* symbol, Share* out) const {
+    const float* logits = row(position);
+    int32_t highest;
+    const CoderFault fault = highest_point(logits, model.symbols, &highest);
+    if (fault != CoderFault::kNone) return fault;
+    const uint64_t sum = logit_counts(logits, model.symbols, highest, counts, blocks);
+    __extension__ typedef unsigned __int128 Large;
+    uint64_t before;
+    const bool small = sum >> (63 - model.precision) == 0;
+    const int64_t s = small ? search<uint64_t>(value, sum, &before) : search<Large>(value, sum, &before);
     *symbol = s;
     out->begin = cdf_entry(s, before, sum, model.symbols, model.precision);
     out->width = cdf_entry(s + 1, before + counts[s], sum, model.symbols, model.precision) - out->begin;
@@ -257,9 +281,12 @@ struct LogitRows {
   }
 
   CoderFault cumulate(int64_t position, uint32_t* out) const {
-    uint64_t sum;
-    const CoderFault fault = load(position, &sum);
-    if (fault == CoderFault::kNone) cumulate_counts(counts, sum, model.symbols, model.precision, out);
+    const float* logits = row(position);
+    int32_t highest;
+    const CoderFault fault = highest_point(logits, model.symbols, &highest);
+    if (fault != CoderFault::kNone) return fault;
+    const uint64_t sum = logit_counts(logits, model.symbols, highest, counts, blocks);
+    cumulate_counts(counts, sum, model.symbols, model.precision, out);
     return fault;
   }
 };
@@ -268,36 +295,57 @@ struct LogitRows {
 
 struct Slot {
   CoderSlot* header;
-  uint32_t *buckets, *row, *counts;
+  void* buckets;
+  uint32_t *row, *counts;
   float* floats;
+  uint64_t* blocks;
 };
 
 inline Slot slot_of(void* scratch, int64_t symbols) {
   char* memory = static_cast<char*>(scratch);
   char* rows = memory + kSlotHeader + kBucketBytes;
   const int64_t bytes = slot_row_bytes(symbols);
-  return {reinterpret_cast<CoderSlot*>(memory), reinterpret_cast<uint32_t*>(memory + kSlotHeader),
-          reinterpret_cast<uint32_t*>(rows), reinterpret_cast<uint32_t*>(rows + bytes),
-          reinterpret_cast<float*>(rows + 2 * bytes)};
+  return {reinterpret_cast<CoderSlot*>(memory),       memory + kSlotHeader,
+          reinterpret_cast<uint32_t*>(rows),          reinterpret_cast<uint32_t*>(rows + bytes),
+          reinterpret_cast<float*>(rows + 2 * bytes), reinterpret_cast<uint64_t*>(rows + 3 * bytes)};
 }
 
+// Buckets are stretches of 2^precision; the table stays in the first cache. Up to precision 16 symbols fit 16 bits.
+template <bool kFine>
+struct Buckets;
+template <>
+struct Buckets<false> {
+  using Symbol = uint16_t;
+  static constexpr int kBits = 13;
+};
+template <>
+struct Buckets<true> {
+  using Symbol = uint32_t;
+  static constexpr int kBits = 12;
+};
+
+template <bool kFine>
 inline int bucket_shift(int precision) {
-  return precision > kBucketBits ? precision - static_cast<int>(kBucketBits) : 0;
+  return precision > Buckets<kFine>::kBits ? precision - Buckets<kFine>::kBits : 0;
 }
 
 // buckets[b] is the symbol that value b << shift belongs to; one more follows for the end.
-void fill_buckets(const uint32_t* row, int64_t symbols, int precision, uint32_t* buckets) {
-  const int shift = bucket_shift(precision);
+template <bool kFine>
+void fill_buckets(const uint32_t* row, int64_t symbols, int precision, void* memory) {
+  using Symbol = typename Buckets<kFine>::Symbol;
+  Symbol* buckets = static_cast<Symbol*>(memory);
+  const int shift = bucket_shift<kFine>(precision);
   const int64_t count = int64_t{1} << (precision - shift);
   int64_t symbol = 0;
   for (int64_t b = 0; b < count; ++b) {
     while (row[symbol + 1] <= static_cast<uint32_t>(b << shift)) ++symbol;
-    buckets[b] = static_cast<uint32_t>(symbol);
+    buckets[b] = static_cast<Symbol>(symbol);
   }
-  buckets[count] = static_cast<uint32_t>(symbols - 1);
+  buckets[count] = static_cast<Symbol>(symbols - 1);
 }
 
-inline int64_t find_in_buckets(const uint32_t* row, const uint32_t* buckets, int shift, uint32_t value) {
+template <class Symbol>
+inline int64_t find_in_buckets(const uint32_t* row, const Symbol* buckets, int shift, uint32_t value) {
   int64_t low = buckets[value >> shift], high = buckets[(value >> shift) + 1];
   while (__builtin_expect(low < high, 0)) {
     const int64_t middle = (low + high + 1) >> 1;
@@ -325,7 +373,12 @@ void prepare_slot(const Slot& slot, const CoderModel& model, const void* key, co
   for (int64_t i = 0; i <= model.symbols; ++i) {
     slot.header->fingerprint = fingerprint_add(slot.header->fingerprint, slot.row[i]);
   }
-  if (buckets) fill_buckets(slot.row, model.symbols, model.precision, slot.buckets);
+  if (!buckets) return;
+  if (model.precision > 16) {
+    fill_buckets<true>(slot.row, model.symbols, model.precision, slot.buckets);
+  } else {
+    fill_buckets<false>(slot.row, model.symbols, model.precision, slot.buckets);
+  }
 }
 
 // Calls f(rows) with the stream's rows as what they are.
@@ -341,6 +394,6 @@ void with_rows(const CoderModel& model, int64_t stream, const Slot& slot, const 
       f(GivenRows<uint16_t>{model, static_cast<const uint16_t*>(model.data) + offset,
                             reinterpret_cast<uint16_t*>(slot.counts)});
       break;
-    default: f(LogitRows{model, offset, slot.counts, slot.floats});
+    default: f(LogitRows{model, offset, slot.counts, slot.blocks, slot.floats});
   }
 }

@@ -49,48 +49,104 @@ inline int64_t count_at_most(const int32_t* entries, int64_t count, uint32_t val
   return found;
 }
 
-inline bool logit_points(const float* logits, int64_t count, int32_t* points, int32_t* highest) {
-  const __m512 scale = _mm512_set1_ps(kLogitScale), bound = _mm512_set1_ps(kLogitBound);
-  const __m512 low = _mm512_set1_ps(-kLogitBound), infinity = _mm512_set1_ps(__builtin_inff());
-  __m512i most = _mm512_set1_epi32(-kLogitBound);
+constexpr int64_t kCountBlock = 64;
+
+inline bool highest_logit(const float* logits, int64_t count, float* highest) {
+  const __m512 infinity = _mm512_set1_ps(__builtin_inff()), lowest = _mm512_set1_ps(-__builtin_inff());
+  __m512 most = lowest;
   __mmask16 bad = 0;
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 mask = first16(count - i);
-    const __m512 x = _mm512_mask_loadu_ps(low, mask, logits + i);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m512 x = _mm512_loadu_ps(logits + i);
     bad |= _mm512_cmp_ps_mask(x, infinity, _CMP_NLT_UQ);
-    const __m512i point = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, scale), low), bound));
-    most = _mm512_max_epi32(most, point);
-    _mm512_mask_storeu_epi32(points + i, mask, point);
+    most = _mm512_max_ps(most, x);
   }
-  *highest = _mm512_reduce_max_epi32(most);
+  if (i < count) {
+    const __m512 x = _mm512_mask_loadu_ps(lowest, first16(count - i), logits + i);
+    bad |= _mm512_cmp_ps_mask(x, infinity, _CMP_NLT_UQ);
+    most = _mm512_max_ps(most, x);
+  }
+  *highest = _mm512_reduce_max_ps(most);
   return bad == 0;
 }
 
-inline __m512i add_wide(__m512i sums, __m512i x) {
-  const __m512i low = _mm512_and_si512(x, _mm512_set1_epi64(0xffffffff)), high = _mm512_srli_epi64(x, 32);
-  return _mm512_add_epi64(_mm512_add_epi64(sums, low), high);
+inline __m512i logit_powers() {
+  alignas(64) uint32_t powers[16];
+  for (int f = 0; f < 16; ++f) powers[f] = logit_power(f);
+  return _mm512_load_si512(powers);
 }
 
-inline uint64_t logit_counts(uint32_t* points, int64_t count, int32_t highest) {
-  uint32_t table[16];
-  for (int f = 0; f < 16; ++f) table[f] = logit_power(f);
-  const __m512i powers = _mm512_loadu_si512(table), top = _mm512_set1_epi32(highest);
-  __m512i sums = _mm512_setzero_si512();
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 mask = first16(count - i);
-    const __m512i distance = _mm512_sub_epi32(top, _mm512_maskz_loadu_epi32(mask, points + i));
-    const __m512i power = _mm512_permutexvar_epi32(distance, powers);  // looks at the low four bits
-    const __m512i value = _mm512_maskz_srlv_epi32(mask, power, _mm512_srli_epi32(distance, 4));
-    _mm512_mask_storeu_epi32(points + i, mask, value);
-    sums = add_wide(sums, value);
-  }
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(sums));
+// logit_count(top - logit_point(x)) of sixteen logits.
+inline __m512i sixteen_counts(__m512 x, __m512i top, __m512i powers) {
+  const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(kLogitScale));
+  const __m512 held = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(-kLogitBound)), _mm512_set1_ps(kLogitBound));
+  const __m512i distance = _mm512_sub_epi32(top, _mm512_cvtps_epi32(held));
+  const __m512i power = _mm512_permutexvar_epi32(distance, powers);  // looks at the low four bits
+  return _mm512_srlv_epi32(power, _mm512_srli_epi32(distance, 4));   // 0 for shifts of 32 and more
 }
 
-inline uint64_t sum_of(const uint32_t* counts, int64_t count) {
-  __m512i sums = _mm512_setzero_si512();
-  for (int64_t i = 0; i < count; i += 16) {
-    sums = add_wide(sums, _mm512_maskz_loadu_epi32(first16(count - i), counts + i));
-  }
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(sums));
+inline uint64_t sum_lanes(__m512i sums) {  // of 32 bits
+  const __m512i low = _mm512_and_si512(sums, _mm512_set1_epi64(0xffffffff));
+  return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(low, _mm512_srli_epi64(sums, 32))));
 }
+
+// Lanes of 32 bits hold 255 counts of up to 2^24; 128 are added before they move on.
+constexpr int64_t kLaneBlock = 128 * 16;
+
+inline uint64_t logit_sums(const float* logits, int64_t count, int32_t highest, int64_t split, uint64_t* before) {
+  const __m512i powers = logit_powers(), top = _mm512_set1_epi32(highest);
+  uint64_t sum = 0, first = 0;
+  for (int64_t i = 0; i < count;) {
+    __m512i all = _mm512_setzero_si512(), part;
+    const int64_t stop = count - i < kLaneBlock ? count : i + kLaneBlock;
+    const int64_t whole = split / 16 * 16 < stop ? split / 16 * 16 : stop / 16 * 16;
+    for (; i < whole; i += 16) all = _mm512_add_epi32(all, sixteen_counts(_mm512_loadu_ps(logits + i), top, powers));
+    part = all;
+    if (i < stop && i < split) {
+      const __mmask16 mask = first16(stop - i);
+      const __m512i x = sixteen_counts(_mm512_maskz_loadu_ps(mask, logits + i), top, powers);
+      all = _mm512_mask_add_epi32(all, mask, all, x);
+      part = _mm512_mask_add_epi32(part, first16(split - i) & mask, part, x);
+      i += 16;
+    }
+    for (; i + 16 <= stop; i += 16) {
+      all = _mm512_add_epi32(all, sixteen_counts(_mm512_loadu_ps(logits + i), top, powers));
+    }
+    if (i < stop) {
+      const __mmask16 mask = first16(stop - i);
+      all = _mm512_mask_add_epi32(all, mask, all, sixteen_counts(_mm512_maskz_loadu_ps(mask, logits + i), top, powers));
+      i = stop;
+    }
+    sum += sum_lanes(all);
+    first += sum_lanes(part);
+  }
+  *before = first;
+  return sum;
+}
+
+inline uint64_t logit_counts(const float* logits, int64_t count, int32_t highest, uint32_t* counts, uint64_t* blocks) {
+  const __m512i powers = logit_powers(), top = _mm512_set1_epi32(highest);
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < count;) {
+    const int64_t stop = count - i < kCountBlock ? count : i + kCountBlock;
+    __m512i all = _mm512_setzero_si512();
+    for (; i + 16 <= stop; i += 16) {
+      const __m512i x = sixteen_counts(_mm512_loadu_ps(logits + i), top, powers);
+      _mm512_storeu_si512(counts + i, x);
+      all = _mm512_add_epi32(all, x);
+    }
+    if (i < stop) {
+      const __mmask16 mask = first16(stop - i);
+      const __m512i x = sixteen_counts(_mm512_maskz_loadu_ps(mask, logits + i), top, powers);
+      _mm512_mask_storeu_epi32(counts + i, mask, x);
+      all = _mm512_mask_add_epi32(all, mask, all, x);
+      i = stop;
+    }
+    const uint64_t block = sum_lanes(all);
+    *blocks++ = block;
+    sum += block;
+  }
+  return sum;
+}
+
+inline uint64_t sum_of_sixteen(const uint32_t* counts) { return sum_lanes(_mm512_loadu_si512(counts)); }

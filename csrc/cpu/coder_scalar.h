@@ -3,6 +3,7 @@
 // functions. Included inside an anonymous namespace.
 
 constexpr int kCrcTables = 8;
+constexpr int64_t kCountBlock = 64;
 
 struct CrcTable {
   uint32_t of[kCrcTables][256];
@@ -48,28 +49,56 @@ int64_t count_at_most(const T* entries, int64_t count, uint32_t value) {
   return found;
 }
 
-// points[i] = logit_point(logits[i]), and the highest of them; false if a logit is NaN or +infinity.
-bool logit_points(const float* logits, int64_t count, int32_t* points, int32_t* highest) {
+// The highest of the logits, or -infinity; false if one is NaN or +infinity.
+bool highest_logit(const float* logits, int64_t count, float* highest) {
   bool good = true;
-  int32_t most = -kLogitBound;
+  float most = -__builtin_inff();
   for (int64_t i = 0; i < count; ++i) {
     good &= logits[i] < __builtin_inff();  // false for NaN
-    points[i] = logit_point(logits[i]);
-    most = points[i] > most ? points[i] : most;
+    most = logits[i] > most ? logits[i] : most;
   }
   *highest = most;
   return good;
 }
 
-// Turns points into counts where they are, and sums them.
-uint64_t logit_counts(uint32_t* points, int64_t count, int32_t highest) {
+// The sum of all counts, and of those before `split`.
+uint64_t logit_sums(const float* logits, int64_t count, int32_t highest, int64_t split, uint64_t* before) {
   uint64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += points[i] = logit_count(highest - static_cast<int32_t>(points[i]));
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == split) *before = sum;
+    sum += logit_count(highest - logit_point(logits[i]));
+  }
   return sum;
 }
 
-uint64_t sum_of(const uint32_t* counts, int64_t count) {
+// All counts, their sum, and the sum of each kCountBlock of them.
+uint64_t logit_counts(const float* logits, int64_t count, int32_t highest, uint32_t* counts, uint64_t* blocks) {
   uint64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += counts[i];
+  for (int64_t begin = 0; begin < count; begin += kCountBlock) {
+    const uint64_t before = sum;
+    for (int64_t i = begin; i < begin + kCountBlock && i < count; ++i) {
+      sum += counts[i] = logit_count(highest - logit_point(logits[i]));
+    }
+    *blocks++ = sum - before;
+  }
   return sum;
+}
+
+inline uint64_t sum_of_sixteen(const uint32_t* counts) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < 16; ++i) sum += counts[i];
+  return sum;
+}
+
+// The last of a context's entries that is at most `value`.
+inline int find_nibble(const uint16_t* entries, uint32_t value) {
+  int found = 0;
+  for (int i = 1; i < kNibbles; ++i) found += entries[i] <= value;
+  return found;
+}
+
+inline void move_entries(uint16_t* entries, int symbol, int rate) {
+  for (int i = 0; i < kNibbles; ++i) {
+    entries[i] = static_cast<uint16_t>(entries[i] + ((adaptive_target(i, symbol) - entries[i]) >> rate));
+  }
 }

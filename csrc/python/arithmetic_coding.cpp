@@ -38,11 +38,7 @@ py::object quantize(py::object values, bool logits, int64_t precision, py::objec
   return cdf.object;
 }
 
-py::tuple encode_with(const char* op, const py::object& symbols, const char* argument, const py::object& model,
-                      const int64_t* precision, std::optional<int64_t> model_id, int64_t lanes,
-                      std::optional<int64_t> threads) {
-  const Array symbols_array = input(symbols, op, "symbols"), model_array = input(model, op, argument);
-  EncodeParams params = encode_params(op, symbols_array.view, argument, model_array.view, precision, model_id, lanes);
+py::tuple encoded(const char* op, EncodeParams params, const char* argument, std::optional<int64_t> threads) {
   const Array offsets = cpu_result(py::none(), DType::kInt64, {params.streams + 1}, op, "offsets");
   int64_t* ends = offsets.view.as<int64_t>();
   std::vector<StreamResult> results(static_cast<size_t>(params.streams));
@@ -59,8 +55,19 @@ py::tuple encode_with(const char* op, const py::object& symbols, const char* arg
   ends[0] = 0;
   for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
   const Array data = cpu_result(py::none(), DType::kUInt8, {ends[params.streams]}, op, "data");
-  throw_if(pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
+  {
+    const py::gil_scoped_release release;
+    throw_if(pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
+  }
   return py::make_tuple(data.object, offsets.object);
+}
+
+py::tuple encode_with(const char* op, const py::object& symbols, const char* argument, const py::object& model,
+                      const int64_t* precision, std::optional<int64_t> model_id, int64_t lanes,
+                      std::optional<int64_t> threads) {
+  const Array symbols_array = input(symbols, op, "symbols"), model_array = input(model, op, argument);
+  return encoded(op, encode_params(op, symbols_array.view, argument, model_array.view, precision, model_id, lanes),
+                 argument, threads);
 }
 
 py::object decode_with(const char* op, const py::object& data, const py::object& offsets, const char* argument,
@@ -72,7 +79,10 @@ py::object decode_with(const char* op, const py::object& data, const py::object&
   std::vector<StreamResult> results(static_cast<size_t>(params.streams));
   params.results = results.data();
   const Parallel parallel = thread_parallel(threads, op);
-  throw_if(open_streams(params, parallel), op);
+  {
+    const py::gil_scoped_release release;
+    throw_if(open_streams(params, parallel), op);
+  }
   check_results(op, results, argument, params.model);
   params.length = common_length(op, results);
   params.model = coder_model(op, argument, model_array.view, precision, params.streams, params.length, model_id);
@@ -106,6 +116,44 @@ py::object ac_decode_logits(py::object data, py::object offsets, py::object logi
                             std::optional<int64_t> model_id, py::object out, std::optional<int64_t> threads) {
   return decode_with("ac_decode_logits", data, offsets, "logits", logits, &precision, model_id, out, threads);
 }
+
+py::tuple ac_encode_bytes(py::object data, int64_t order, std::optional<int64_t> threads) {
+  constexpr const char* kOp = "ac_encode_bytes";
+  const Array array = input(data, kOp, "data");
+  return encoded(kOp, encode_bytes_params(kOp, array.view, order), "data", threads);
+}
+
+py::object ac_decode_bytes(py::object data, py::object offsets, py::object out, std::optional<int64_t> threads) {
+  constexpr const char* kOp = "ac_decode_bytes";
+  const Array data_array = input(data, kOp, "data"), offsets_array = input(offsets, kOp, "offsets");
+  DecodeParams params = decode_params(kOp, data_array.view, offsets_array.view);
+  params.adaptive = true;
+  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  params.results = results.data();
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    throw_if(open_streams(params, parallel), kOp);
+  }
+  check_results(kOp, results, "data", params.model);
+  params.length = common_length(kOp, results);
+  const Array bytes = cpu_result(out, DType::kUInt8, {params.streams, params.length}, kOp, "out");
+  params.bytes = bytes.view.as<uint8_t>();
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(decode_scratch(params, parallel.threads));
+    throw_if(decode(params, parallel, scratch.data), kOp);
+  }
+  check_results(kOp, results, "data", params.model);
+  return bytes.object;
+}
+
+constexpr const char* kEncodeBytesDoc =
+    R"(One stream per row of bytes, with a model that learns from them: see pycore.ops.ac_encode_bytes.
+
+data [streams, length] uint8. Returns (data, offsets) as ac_encode.)";
+
+constexpr const char* kDecodeBytesDoc = R"(Inverse of `ac_encode_bytes`: uint8 [streams, length], in `out` if given.)";
 
 py::object torchac_encode(py::object cdf, py::object sym) {
   constexpr const char* kOp = "torchac_encode";
@@ -190,6 +238,10 @@ void register_arithmetic_coding(py::module_& m) {
   m.def("ac_decode_logits", &ac_decode_logits, kDecodeLogitsDoc, py::arg("data"), py::arg("offsets"), py::arg("logits"),
         py::kw_only(), py::arg("precision") = 16, py::arg("model_id") = none, py::arg("out") = none,
         py::arg("threads") = none);
+  m.def("ac_encode_bytes", &ac_encode_bytes, kEncodeBytesDoc, py::arg("data"), py::kw_only(), py::arg("order") = 0,
+        py::arg("threads") = none);
+  m.def("ac_decode_bytes", &ac_decode_bytes, kDecodeBytesDoc, py::arg("data"), py::arg("offsets"), py::kw_only(),
+        py::arg("out") = none, py::arg("threads") = none);
   m.def("torchac_encode", &torchac_encode, kTorchacEncodeDoc, py::arg("cdf"), py::arg("sym"));
   m.def("torchac_decode", &torchac_decode, kTorchacDecodeDoc, py::arg("cdf"), py::arg("byte_stream"), py::kw_only(),
         py::arg("out") = none);

@@ -95,12 +95,11 @@ void check_finished(Decoder& decoder) {
   decoder.stream.finish();
 }
 
-constexpr const char* kEncoderDoc =
-    R"(Codes one stream, a few symbols at a time: the bytes that pycore.ops.ac_encode gives.
+constexpr const char* kEncoderDoc = R"(Codes one stream, a few symbols at a time: what pycore.ops.ac_encode gives.
 
-encode(symbols, cdf) takes an int or an integer array [n] on the CPU, and cumulative frequencies as quantize_cdf gives them:
-int32 or uint16, [V + 1] for all of the symbols or [n, V + 1]. It returns the encoder. finish() returns the stream and can be
-called once. A call that raises leaves the stream as it was.
+encode(symbols, cdf) takes an int or an integer array [n] on the CPU, and cumulative frequencies as quantize_cdf gives
+them: int32 or uint16, [V + 1] for all of the symbols or [n, V + 1]. It returns the encoder. finish() returns the stream
+and can be called once. A call that raises leaves the stream as it was.
 
 model_id: 0 to 2^63 - 1, kept in the stream in place of the fingerprint of its first row.
 
@@ -110,12 +109,12 @@ distribution.)";
 constexpr const char* kDecoderDoc =
     R"(Decodes a stream of one lane, a few symbols at a time, when the cdf depends on what came before.
 
-decode(cdf) returns an int for a cdf [V + 1], an int64 array for a cdf [n, V + 1] or with count=n. finish() says whether all
-symbols were decoded and were those that were coded; until then they are not to be trusted where the cdfs might differ.
-A call that raises leaves the decoder as it was.
+decode(cdf) returns an int for a cdf [V + 1], an int64 array for a cdf [n, V + 1] or with count=n. finish() says whether
+all symbols were decoded and were those that were coded; until then they are not to be trusted where the cdfs might
+differ. A call that raises leaves the decoder as it was.
 
-BitstreamError: on opening, for a stream that is damaged, truncated, extended or foreign; in decode(), for another model or
-more symbols than there are; in finish(), for symbols that are left, or are not what was coded.)";
+BitstreamError: on opening, for a stream that is damaged, truncated, extended or foreign; in decode(), for another model
+or more symbols than there are; in finish(), for symbols that are left, or are not what was coded.)";
 
 }  // namespace
 

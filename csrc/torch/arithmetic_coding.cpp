@@ -40,10 +40,7 @@ Tensor quantize_cdf_cpu(const Tensor& values, bool logits, int64_t precision) {
   return cdf;
 }
 
-std::tuple<Tensor, Tensor> encode_with(const char* op, const Tensor& symbols, const char* argument, const Tensor& model,
-                                       const int64_t* precision, std::optional<int64_t> model_id, int64_t lanes) {
-  EncodeParams params =
-      encode_params(op, view(symbols, op, "symbols"), argument, view(model, op, argument), precision, model_id, lanes);
+std::tuple<Tensor, Tensor> encoded(const char* op, EncodeParams params, const char* argument) {
   std::vector<StreamResult> results(static_cast<size_t>(params.streams));
   params.results = results.data();
   const Parallel parallel = torch_parallel();
@@ -59,6 +56,14 @@ std::tuple<Tensor, Tensor> encode_with(const char* op, const Tensor& symbols, co
   const Tensor data = scratch_tensor(ends[params.streams]);
   throw_if(pack_streams(params, ends, static_cast<uint8_t*>(data.mutable_data_ptr()), parallel), op);
   return {data, offsets};
+}
+
+std::tuple<Tensor, Tensor> encode_with(const char* op, const Tensor& symbols, const char* argument, const Tensor& model,
+                                       const int64_t* precision, std::optional<int64_t> model_id, int64_t lanes) {
+  return encoded(
+      op,
+      encode_params(op, view(symbols, op, "symbols"), argument, view(model, op, argument), precision, model_id, lanes),
+      argument);
 }
 
 Tensor decode_with(const char* op, const Tensor& data_any, const Tensor& offsets_any, const char* argument,
@@ -98,6 +103,30 @@ std::tuple<Tensor, Tensor> ac_encode_logits_cpu(const Tensor& symbols, const Ten
 Tensor ac_decode_logits_cpu(const Tensor& data, const Tensor& offsets, const Tensor& logits, int64_t precision,
                             std::optional<int64_t> model_id) {
   return decode_with("ac_decode_logits", data, offsets, "logits", logits, &precision, model_id);
+}
+
+std::tuple<Tensor, Tensor> ac_encode_bytes_cpu(const Tensor& data, int64_t order) {
+  constexpr const char* kOp = "ac_encode_bytes";
+  return encoded(kOp, encode_bytes_params(kOp, view(data, kOp, "data"), order), "data");
+}
+
+Tensor ac_decode_bytes_cpu(const Tensor& data_any, const Tensor& offsets_any) {
+  constexpr const char* kOp = "ac_decode_bytes";
+  const Tensor data = torch::stable::contiguous(data_any), offsets = torch::stable::contiguous(offsets_any);
+  DecodeParams params = decode_params(kOp, view(data, kOp, "data"), view(offsets, kOp, "offsets"));
+  params.adaptive = true;
+  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  params.results = results.data();
+  const Parallel parallel = torch_parallel();
+  throw_if(open_streams(params, parallel), kOp);
+  check_results(kOp, results, "data", params.model);
+  params.length = common_length(kOp, results);
+  const Tensor bytes = empty_cpu({params.streams, params.length}, ScalarType::Byte);
+  params.bytes = static_cast<uint8_t*>(bytes.mutable_data_ptr());
+  const Tensor scratch = scratch_tensor(decode_scratch(params, parallel.threads));
+  throw_if(decode(params, parallel, scratch.mutable_data_ptr()), kOp);
+  check_results(kOp, results, "data", params.model);
+  return bytes;
 }
 
 Tensor torchac_encode_cpu(const Tensor& cdf, const Tensor& sym) {
@@ -140,6 +169,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
       "ac_encode_logits(Tensor symbols, Tensor logits, SymInt precision, SymInt? model_id) "
       "-> (Tensor data, Tensor offsets)");
   m.def("ac_decode_logits(Tensor data, Tensor offsets, Tensor logits, SymInt precision, SymInt? model_id) -> Tensor");
+  m.def("ac_encode_bytes(Tensor data, SymInt order) -> (Tensor data, Tensor offsets)");
+  m.def("ac_decode_bytes(Tensor data, Tensor offsets) -> Tensor");
   m.def("torchac_encode(Tensor cdf, Tensor sym) -> Tensor");
   m.def("torchac_decode(Tensor cdf, Tensor byte_stream) -> Tensor");
 }
@@ -150,6 +181,8 @@ STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
   m.impl("ac_decode", TORCH_BOX(&ac_decode_cpu));
   m.impl("ac_encode_logits", TORCH_BOX(&ac_encode_logits_cpu));
   m.impl("ac_decode_logits", TORCH_BOX(&ac_decode_logits_cpu));
+  m.impl("ac_encode_bytes", TORCH_BOX(&ac_encode_bytes_cpu));
+  m.impl("ac_decode_bytes", TORCH_BOX(&ac_decode_bytes_cpu));
   m.impl("torchac_encode", TORCH_BOX(&torchac_encode_cpu));
   m.impl("torchac_decode", TORCH_BOX(&torchac_decode_cpu));
 }

@@ -76,8 +76,8 @@ def decode_int16_normalized_cdf(cdf_int: Tensor, byte_stream: bytes) -> Tensor:
     """Inverse of `encode_int16_normalized_cdf`: int16 [...].
 
     Raises:
-        BitstreamError: a stream that is shorter or longer than its symbols make it, or that no symbols of cdf_int give.
-        ValueError, TypeError: as `encode_float_cdf`.
+        BitstreamError: a stream with bytes after its end, or one that no symbols of cdf_int give; most that are cut
+        short. ValueError, TypeError: as `encode_float_cdf`.
     """
     op = "decode_int16_normalized_cdf"
     _check_tensors(op, cdf_int=cdf_int)

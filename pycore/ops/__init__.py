@@ -3,8 +3,10 @@
 
 from pycore.ops.arithmetic_coding import (
     ac_decode,
+    ac_decode_bytes,
     ac_decode_logits,
     ac_encode,
+    ac_encode_bytes,
     ac_encode_logits,
     quantize_cdf,
 )
@@ -13,8 +15,10 @@ from pycore.ops.linear import invariant_linear, rms_norm
 
 __all__ = [
     "ac_decode",
+    "ac_decode_bytes",
     "ac_decode_logits",
     "ac_encode",
+    "ac_encode_bytes",
     "ac_encode_logits",
     "attention",
     "invariant_linear",

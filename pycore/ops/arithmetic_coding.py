@@ -19,7 +19,15 @@ from pycore.bitstreams import Bitstreams
 
 _load.load_ops()
 
-__all__ = ["ac_decode", "ac_decode_logits", "ac_encode", "ac_encode_logits", "quantize_cdf"]
+__all__ = [
+    "ac_decode",
+    "ac_decode_bytes",
+    "ac_decode_logits",
+    "ac_encode",
+    "ac_encode_bytes",
+    "ac_encode_logits",
+    "quantize_cdf",
+]
 
 _BitstreamError: type[ValueError] = _load.native().BitstreamError
 
@@ -179,6 +187,38 @@ def ac_decode_logits(
     return _decoded("ac_decode_logits", op, streams.data, streams.offsets, logits, precision, model_id)
 
 
+def ac_encode_bytes(data: Tensor, *, order: int = 0) -> Bitstreams:
+    """Codes each row of bytes with a model that learns from it as it goes: no distributions are given or stored.
+
+    A byte is coded as two symbols of four bits, whose distributions move towards what was coded. Every stream starts
+    afresh, so its bytes are its own.
+
+    Args:
+        data: uint8 [streams, length], any strides, on the CPU.
+        order: 0 learns how often bytes are, 1 how often they are after each byte.
+
+    Returns:
+        The streams, for `ac_decode_bytes`, which reads the order from them.
+
+    Raises:
+        ValueError: a shape, dtype or order that does not fit.
+        TypeError: data is no tensor, or order no int.
+    """
+    _check_tensors("ac_encode_bytes", data=data)
+    _check_int("ac_encode_bytes", "order", order)
+    return Bitstreams(*torch.ops.pycore.ac_encode_bytes(data, order))
+
+
+def ac_decode_bytes(streams: Bitstreams) -> Tensor:
+    """Inverse of `ac_encode_bytes`: uint8 [streams, length]; streams all of one length.
+
+    Raises:
+        BitstreamError, ValueError, TypeError: as `ac_decode`.
+    """
+    _check_streams("ac_decode_bytes", streams)
+    return _decoded("ac_decode_bytes", torch.ops.pycore.ac_decode_bytes, streams.data, streams.offsets)
+
+
 def _decoded(name: str, op: Callable[..., Tensor], *args: Any) -> Tensor:
     # torch turns every std::invalid_argument into a ValueError, and only sentences about streams begin like this.
     try:
@@ -232,7 +272,12 @@ def _decode_fake(data: Tensor, offsets: Tensor, *_: Any) -> Tensor:
     return data.new_empty((offsets.shape[0] - 1, length), dtype=torch.int64)
 
 
-for _name in ("ac_encode", "ac_encode_logits"):
+@torch.library.register_fake("pycore::ac_decode_bytes")
+def _decode_bytes_fake(data: Tensor, offsets: Tensor) -> Tensor:
+    return data.new_empty((offsets.shape[0] - 1, torch.library.get_ctx().new_dynamic_size()))
+
+
+for _name in ("ac_encode", "ac_encode_bytes", "ac_encode_logits"):
     torch.library.register_fake(f"pycore::{_name}", _encode_fake)
 for _name in ("ac_decode", "ac_decode_logits"):
     torch.library.register_fake(f"pycore::{_name}", _decode_fake)
@@ -255,5 +300,8 @@ def _no_vmap(name: str) -> Callable[..., Any]:
 
 
 torch.library.register_vmap("pycore::quantize_cdf", _quantize_rows)
-for _name in ("ac_encode", "ac_encode_logits", "ac_decode", "ac_decode_logits"):
+for _name in (
+    *("ac_encode", "ac_encode_bytes", "ac_encode_logits"),
+    *("ac_decode", "ac_decode_bytes", "ac_decode_logits"),
+):
     torch.library.register_vmap(f"pycore::{_name}", _no_vmap(_name))

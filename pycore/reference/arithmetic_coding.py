@@ -119,6 +119,43 @@ def encode(symbols: Sequence[int], cdfs: Sequence[Sequence[int]], model_id: int 
     return frame(mode, lanes, symbols, model, lengths + b"".join(bodies))
 
 
+class AdaptiveBytes:
+    """The model of `encode_bytes`: contexts of sixteen symbols of four bits, precision 15."""
+
+    def __init__(self, order: int) -> None:
+        self.order, self.before = order, 0
+        self.contexts: dict[tuple[int, int], tuple[list[int], int]] = {}
+
+    def cdf(self, context: int) -> list[int]:
+        """Entries 0 .. 16 of a context of the next byte: 0 for the high half, 1 + high half for the low one."""
+        start = [2048 * i for i in range(16)]
+        return [*self.contexts.get((self.before, context), (start, 0))[0], 1 << 15]
+
+    def learn(self, context: int, symbol: int) -> None:
+        """Moves the context towards the symbol; after the low half the byte is known."""
+        key = (self.before, context)
+        uses = self.contexts.get(key, ([], 0))[1]
+        rate = 2 + sum(uses >= bound for bound in (2, 6, 18, 90))
+        targets = [i if i <= symbol else (1 << 15) - 16 + i for i in range(16)]
+        moved = [e + ((t - e) >> rate) for e, t in zip(self.cdf(context), targets, strict=False)]
+        self.contexts[key] = (moved, uses + 1)
+        if context > 0 and self.order:
+            self.before = (context - 1) * 16 + symbol
+
+
+def encode_bytes(data: bytes, order: int) -> bytes:
+    """One stream of bytes, with the adaptive model of this order."""
+    model = AdaptiveBytes(order)
+    symbols: list[int] = []
+    cdfs: list[list[int]] = []
+    for byte in data:
+        for context, symbol in ((0, byte >> 4), (1 + (byte >> 4), byte & 15)):
+            symbols.append(symbol)
+            cdfs.append(model.cdf(context))
+            model.learn(context, symbol)
+    return frame(1 + order, 1, list(data), fingerprint(()), payload(symbols, cdfs))
+
+
 def decode_payload(body: bytes, count: int, cdfs: Sequence[Sequence[int]]) -> list[int]:
     """Inverse of `payload`."""
     number = int.from_bytes(body, "big") << 8 * (8 + 4 * count)  # words after the end are zero

@@ -225,6 +225,50 @@ void noise(Problem p, const std::vector<uint8_t>& good) {
   ++cases;
 }
 
+// Bytes with adaptive models: whole, damaged and forged.
+void adaptive() {
+  std::vector<uint8_t> bytes(static_cast<size_t>(draw(0, 20)));
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(draw(0, 3) ? draw(60, 70) : next());
+  pycore::EncodeParams encode;
+  encode.order = static_cast<int>(draw(0, 1));
+  encode.symbols = bytes.data();
+  encode.position_stride = 1;
+  encode.streams = 1;
+  encode.length = static_cast<int64_t>(bytes.size());
+  pycore::StreamResult result;
+  encode.results = &result;
+  std::vector<uint8_t> stream(static_cast<size_t>(pycore::encode_capacity(encode)));
+  encode.memory = stream.data();
+  pycore::encode(encode, pycore::Parallel{}, scratch_of(pycore::encode_scratch(encode, 1)));
+  stream.resize(static_cast<size_t>(result.bytes));
+  for (int i = 0; i < 8; ++i) {
+    std::vector<uint8_t> bad = stream;
+    if (i > 0 && draw(0, 4) == 0) bad.resize(static_cast<size_t>(draw(0, static_cast<int64_t>(bad.size()))));
+    if (i > 0 && !bad.empty()) bad[static_cast<size_t>(next() % bad.size())] ^= static_cast<uint8_t>(draw(1, 255));
+    if (i > 2) forge(&bad);
+    const Exact exact(bad);
+    const int64_t offsets[2] = {0, exact.size};
+    pycore::DecodeParams params;
+    params.adaptive = true;
+    params.data = exact.data.get();
+    params.offsets = offsets;
+    params.streams = 1;
+    params.results = &result;
+    pycore::open_streams(params, pycore::Parallel{});
+    bool accepted = result.fault == CoderFault::kNone && result.count < 1000;
+    std::vector<uint8_t> out(static_cast<size_t>(accepted ? result.count : 0));
+    if (accepted) {
+      params.length = result.count;
+      params.bytes = out.data();
+      pycore::decode(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
+      accepted = result.fault == CoderFault::kNone;
+    }
+    expect(accepted || bad != stream, "good bytes are refused");
+    expect(!accepted || out == bytes, "other bytes were handed back as right");
+    ++cases;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -238,6 +282,7 @@ int main() {
     expect(decodes(p, good), "a good stream is refused");
     for (int i = 0; i < 60; ++i) damage(p, good);
     for (int i = 0; i < 4 && p.id; ++i) noise(p, good);
+    if (draw(0, 9) == 0) adaptive();
   }
   std::printf("%ld cases, %ld of them decoded to the end\n", long(cases), long(decoded));
   return failures == 0 ? 0 : 1;

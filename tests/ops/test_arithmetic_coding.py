@@ -20,11 +20,16 @@ from coder_inputs import SYMBOL_DTYPES, encode_all, ideal_bytes, random_cdf, two
 from torch import Tensor
 
 import pycore
-from pycore import Bitstreams, ops
+from pycore import BitstreamError, Bitstreams, ops
 from pycore.reference import arithmetic_coding as reference
 
 kernels = torch.ops.pycore
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "arithmetic_coding.json").read_text())
+# b"abracadabra, abracadabra" with the adaptive models of order 0 and 1, version 1.
+ADAPTIVE = [
+    "ac0101013d43f8a5851eecde25232284e49cf2cb1800000000000e0000000000616490694973d02d6a67431a0774",
+    "ac0102011e6a1381851eecde25232284e49cf2cb180000000000100000000000616272616707692f4d9364811651a56f",
+]
 ALPHABETS = [1, 2, 3, 17, 128, 129, 255, 256, 257, 300]
 
 
@@ -309,6 +314,73 @@ def test_model_id() -> None:
     assert torch.equal(ops.ac_decode(streams, cdf, model_id=2**63 - 1), drawn)
 
 
+# ---- adaptive models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_adaptive_streams_are_the_references(isa: str, order: int) -> None:
+    text = Path(__file__).read_bytes()[:2000]
+    for data in (b"", b"a", b"\xff\x00", bytes(range(256)) * 2, b"ab" * 300, text):
+        rows = (
+            torch.frombuffer(bytearray(data * 3), dtype=torch.uint8).view(3, -1) if data else torch.empty(3, 0).byte()
+        )
+        streams = ops.ac_encode_bytes(rows, order=order)
+        assert streams.to_bytes() == [reference.encode_bytes(data, order)] * 3
+        assert torch.equal(ops.ac_decode_bytes(streams), rows)
+        assert ops.ac_encode_bytes(rows.T.contiguous().T, order=order).to_bytes() == streams.to_bytes()
+
+
+def test_golden_adaptive_streams() -> None:
+    data = torch.frombuffer(bytearray(b"abracadabra, abracadabra"), dtype=torch.uint8)[None]
+    for order, stream in enumerate(ADAPTIVE):
+        assert ops.ac_encode_bytes(data, order=order).to_bytes()[0].hex() == stream
+        assert torch.equal(ops.ac_decode_bytes(Bitstreams.from_bytes([bytes.fromhex(stream)])), data)
+
+
+def test_adaptive_models_learn() -> None:
+    """Text: order 0 near the entropy of its bytes, order 1 far below."""
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("test_*.py")))
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)[None]
+    share = torch.bincount(data[0].long()).double() / len(text)
+    entropy = float(-(share[share > 0] * share[share > 0].log2()).sum())
+    sizes = [8 * ops.ac_encode_bytes(data, order=order).nbytes / len(text) for order in (0, 1)]
+    assert sizes[0] < entropy * 1.05 and sizes[1] < entropy * 0.8
+
+
+def test_damaged_adaptive_streams(isa: str) -> None:
+    data = torch.frombuffer(bytearray(b"abracadabra"), dtype=torch.uint8)[None]
+    for order in (0, 1):
+        stream = ops.ac_encode_bytes(data, order=order).to_bytes()[0]
+        for length in range(len(stream)):
+            with pytest.raises(BitstreamError, match=r"^ac_decode_bytes: streams\[0\] is truncated$"):
+                ops.ac_decode_bytes(Bitstreams.from_bytes([stream[:length]]))
+        for bit in range(8 * len(stream)):
+            damaged = bytearray(stream)
+            damaged[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(BitstreamError, match=r"^ac_decode_bytes: streams\[0\] "):
+                ops.ac_decode_bytes(Bitstreams.from_bytes([damaged]))
+        with pytest.raises(
+            BitstreamError, match=r"streams\[0\] is of another kind \([12]\), which another decoder reads"
+        ):
+            ops.ac_decode(Bitstreams.from_bytes([stream]), random_cdf(256))
+    with pytest.raises(BitstreamError, match=r"streams\[0\] is of another kind \(0\), which another decoder reads"):
+        ops.ac_decode_bytes(ops.ac_encode(data, random_cdf(256)))
+
+
+def test_adaptive_errors() -> None:
+    data = torch.zeros(1, 3, dtype=torch.uint8)
+    for call, error, sentence in (
+        (lambda: ops.ac_encode_bytes(b"abc"), TypeError, "ac_encode_bytes: data is a bytes and must be a Tensor"),
+        (lambda: ops.ac_encode_bytes(data[0]), ValueError, r"data has shape \[3\] and must be \[streams, length\]"),
+        (lambda: ops.ac_encode_bytes(data.int()), ValueError, "data has dtype int32 and must have uint8"),
+        (lambda: ops.ac_encode_bytes(data, order=2), ValueError, "order is 2 and must be 0 or 1"),
+        (lambda: ops.ac_encode_bytes(data, order="a"), TypeError, "order is a str and must be an int"),
+        (lambda: ops.ac_decode_bytes(data), TypeError, "ac_decode_bytes: streams is a Tensor and must be a Bitstreams"),
+    ):
+        with pytest.raises(error, match=sentence):
+            call()
+
+
 # ---- Bitstreams ------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +412,9 @@ def test_opcheck() -> None:
         torch.library.opcheck(kernels.ac_encode, (drawn, cdf, None, lanes))
     torch.library.opcheck(kernels.ac_encode, (drawn, cdf, 7, 1))
     torch.library.opcheck(kernels.ac_encode_logits, (drawn, logits, 16, None))
+    torch.library.opcheck(kernels.ac_encode_bytes, (drawn.byte(), 1))
+    coded = ops.ac_encode_bytes(drawn.byte())
+    torch.library.opcheck(kernels.ac_decode_bytes, (coded.data, coded.offsets))
     streams = ops.ac_encode(drawn, cdf)
     torch.library.opcheck(kernels.ac_decode, (streams.data, streams.offsets, cdf, None))
     torch.library.opcheck(kernels.ac_decode_logits, (streams.data, streams.offsets, logits, 16, None))
@@ -405,5 +480,9 @@ def test_native_is_the_same_kernel() -> None:
     decoded = np.empty((2, 30), dtype=np.int64)
     assert native.ac_decode_logits(data, offsets, logits.numpy(), model_id=3, out=decoded) is decoded
     assert np.array_equal(decoded, symbols.numpy())
+    raw = symbols.byte().numpy()
+    data, offsets = native.ac_encode_bytes(raw, order=1, threads=2)
+    assert np.array_equal(native.ac_decode_bytes(data, offsets), raw)
+    data, offsets = native.ac_encode(symbols, cdf)
     with pytest.raises(pycore.BitstreamError, match=r"^ac_decode: streams\[1\] is truncated$"):
         native.ac_decode(data, offsets - np.array([0, 0, 1]), cdf)

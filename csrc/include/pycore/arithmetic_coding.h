@@ -58,7 +58,12 @@ struct CoderModel {
   uint64_t id = 0;
 };
 
+// Adaptive models of bytes need no distributions: encoder and decoder learn the same ones from what they have coded, by
+// the rules in coder_math.h. Order 0 learns the bytes, order 1 the bytes after each byte.
+inline constexpr int kNoOrder = -1;
+
 struct EncodeParams {
+  int order = kNoOrder;                // 0 or 1: symbols are bytes, and model is not used
   DType symbol_dtype = DType::kInt64;  // any integer
   const void* symbols = nullptr;       // [streams, length]
   int64_t stream_stride = 0, position_stride = 0;
@@ -74,7 +79,9 @@ struct DecodeParams {
   const int64_t* offsets = nullptr;  // [streams + 1], into data
   int64_t streams = 0, length = 0;
   CoderModel model;
+  bool adaptive = false;            // streams of adaptive models, decoded to bytes; model is not used
   int64_t* symbols = nullptr;       // [streams, length], contiguous
+  uint8_t* bytes = nullptr;         // the same, in place of symbols
   StreamResult* results = nullptr;  // [streams]
 };
 

@@ -159,6 +159,24 @@ inline EncodeParams encode_params(const char* op, const TensorView& symbols, con
   return params;
 }
 
+// data [streams, length] uint8; the caller adds memory and results.
+inline EncodeParams encode_bytes_params(const char* op, const TensorView& data, int64_t order) {
+  check_on_cpu(op, "data", data);
+  check_value(data.dtype == DType::kUInt8, op, "data has dtype ", dtype_name(data.dtype), " and must have uint8");
+  check_value(data.dims == 2, op, "data has shape ", shape_text(data), " and must be [streams, length]");
+  check_value(order == 0 || order == 1, op, "order is ", order, " and must be 0 or 1");
+  EncodeParams params;
+  params.order = static_cast<int>(order);
+  params.symbol_dtype = DType::kUInt8;
+  params.symbols = data.data;
+  params.streams = data.shape[0];
+  params.length = data.shape[1];
+  params.stream_stride = data.strides[0];
+  params.position_stride = data.strides[1];
+  params.model.symbols = 256;
+  return params;
+}
+
 // The sentence for one stream of `op`; `stream` is its name, as "streams[3]".
 inline void check_result(const char* op, const std::string& stream, int64_t index, const StreamResult& result,
                          const char* argument, const CoderModel& model) {

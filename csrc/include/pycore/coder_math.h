@@ -160,6 +160,19 @@ PYCORE_CODER void range_put_word(RangeDecoder* coder, uint16_t word) {
   coder->range <<= 16;
 }
 
+// ---- adaptive models ------------------------------------------------------------------------------------------------
+// A byte is two symbols of four bits, the high one and then, in a context of its own for each high one, the low one. A
+// context holds entries 0 .. 15 of a cdf of precision 15 and how often it was used. At the start entry i is 2048 i.
+// After symbol s, entry i moves by floor((target - entry) / 2^rate) towards its target, i for i <= s and 2^15 - 16 + i
+// above: entries keep rising strictly, so every symbol keeps a share.
+inline constexpr int kAdaptivePrecision = 15;
+inline constexpr int kNibbles = 16, kByteContexts = 17;  // contexts of a byte: high, and low after each high
+inline constexpr int kMostUses = 255;
+
+PYCORE_CODER int adaptive_rate(int uses) { return 2 + (uses >= 2) + (uses >= 6) + (uses >= 18) + (uses >= 90); }
+
+PYCORE_CODER int32_t adaptive_target(int i, int symbol) { return i <= symbol ? i : (1 << kAdaptivePrecision) - 16 + i; }
+
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 // CRC-32C (Castagnoli), reflected: start with ~0, add bytes, and take ~ of the result.
