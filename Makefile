@@ -19,8 +19,10 @@ ARGS ?=
 .PHONY: clean
 .DELETE_ON_ERROR:
 
-test: build
+# The whole suite also runs its integration with the oldest transformers it supports, beside the one in the environment.
+test: build $(if $(ARGS),,$(VENV)/.transformers4)
 	$(VENV)/bin/python -m pytest -q tests $(ARGS)
+	$(if $(ARGS),,PYTHONPATH=$(VENV)/transformers4 $(VENV)/bin/python -m pytest -q tests/integrations)
 
 bench: build
 	$(VENV)/bin/python -m bench.run --quick $(ARGS)
@@ -66,6 +68,10 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.transformers4: $(VENV)/.installed
+	$(PIP) install --quiet --upgrade --target $(VENV)/transformers4 "transformers==4.57.*"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py

@@ -137,7 +137,12 @@ def chunked_rope(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, si
 
 
 def compiled_flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink: int | None = None, window: int | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sink: int | None = None,
+    window: int | None = None,
+    score_mod: Callable | None = None,
 ) -> Callable:
     """torch.compile(flex_attention) with the same rule as mask_mod; causal when no window is given. No CPU backward."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -151,7 +156,7 @@ def compiled_flex(
     rule = causal_rule if window is None else lambda_rule
     block_mask = create_block_mask(rule, None, None, query.shape[2], key.shape[2], device=query.device.type)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(query, key, value, block_mask=block_mask)
+    return lambda: compiled(query, key, value, score_mod=score_mod, block_mask=block_mask)
 
 
 def reference(

@@ -22,25 +22,19 @@ It exits with 0 if the paper's finding was reproduced, with 1 if not, and with 2
 from __future__ import annotations
 
 import argparse
-import datetime
-import hashlib
-import json
 import math
 import os
-import platform
-import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 import torch
+from common import Parser, Progress, UserError, facts, figure_class, make_folder, read_corpus, run_main, write
 from torch import Tensor
 from torch.nn import functional
 
-import pycore
 from pycore.models.bytelm import BOS, Bytelm, BytelmConfig
 from pycore.schedules import Causal, Lambda
 
@@ -59,10 +53,6 @@ READINGS: tuple[tuple[str, Any, int], ...] = (
 )
 
 
-class UserError(Exception):
-    """What the user can put right, in one sentence."""
-
-
 @dataclass(frozen=True)
 class Training:
     """What the trained weights depend on beside the model's shape and the text."""
@@ -73,54 +63,6 @@ class Training:
     length: int = TRAIN_LENGTH
     learning_rate: float = 3e-3
     warmup: int = 50
-
-
-class Progress:
-    """A bar on a terminal; elsewhere (a log, a test) a line for every tenth."""
-
-    def __init__(self, label: str, total: int, stream: TextIO = sys.stderr) -> None:
-        self.label, self.total, self.stream = label, total, stream
-        self.bar = stream.isatty()
-        self.started = time.monotonic()
-        self.tenths = 0
-
-    def update(self, done: int, note: str = "") -> None:
-        """Shows that `done` of the total are done."""
-        tenths = 10 * done // self.total
-        left = (time.monotonic() - self.started) * (self.total - done) / max(done, 1)
-        if self.bar:
-            filled = 30 * done // self.total
-            bar = "#" * filled + "." * (30 - filled)
-            text = f"\r{self.label} [{bar}] {done}/{self.total}  {note}  {left:.0f} s left"
-            print(text.ljust(90), end="\n" if done == self.total else "", file=self.stream, flush=True)
-        elif tenths > self.tenths:
-            print(f"{self.label} {done}/{self.total}  {note}", file=self.stream, flush=True)
-        self.tenths = tenths
-
-
-def read_corpus() -> tuple[bytes, list[bytes], str]:
-    """The standard library's source text, without its tests and whatever was installed beside it.
-
-    Returns:
-        the training text, the held-out files (every 20th), and a fingerprint of both.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    names = sorted(
-        path.relative_to(root).as_posix()
-        for pattern in ("*.py", "*/*.py")
-        for path in root.glob(pattern)
-        if not left_out & set(path.relative_to(root).parts)
-    )
-    files = [(root / name).read_bytes() for name in names]
-    held_out = files[::20]
-    train = b"".join(data for i, data in enumerate(files) if i % 20 != 0)
-    if len(train) < 1_000_000:
-        raise UserError(f"the standard library at {root} has {len(train)} bytes of Python source, too few to train on")
-    digest = hashlib.sha256(train)
-    for data in held_out:
-        digest.update(data)
-    return train, held_out, digest.hexdigest()
 
 
 def train(model: Bytelm, text: bytes, training: Training) -> float:
@@ -235,15 +177,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def figure_class() -> Any:
-    """The Figure of matplotlib, which needs no display. Imported late: everything but the plot does without it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the plot needs matplotlib; pip install pycore-kernels[examples], or pass --no-plot") from error
-    return Figure
-
-
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bits per byte against position, one line for each reading."""
     figure = figure_class()(figsize=(7.5, 4.5), layout="constrained")
@@ -272,36 +205,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.legend(title="attention (at the end)", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=150)
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass  # only a label
-    return {"cpu": cpu, "cores": os.cpu_count(), "isa": pycore.cpu_isa(), "system": platform.system()}
-
-
-def commit() -> str | None:
-    """The commit of the tree this script stands in, if it stands in one."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{NAME}: {message}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -334,46 +237,31 @@ def run(options: argparse.Namespace) -> int:
     """The whole experiment; returns the exit status."""
     if not options.no_plot:
         figure_class()  # a missing matplotlib should be known before minutes of training
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {options.out} cannot be made a folder: {error.strerror}") from error
+    make_folder(options.out)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     text, held_out, fingerprint = read_corpus()
     windows = evaluation_windows(held_out, options.windows)
     training = Training(steps=options.steps, seed=options.seed)
-    model, facts = trained_model(options.checkpoint, text, fingerprint, training)
+    model, trained = trained_model(options.checkpoint, text, fingerprint, training)
     rows = evaluate(model, windows)
     checks = conclusions(rows)
     reproduced = all(holds for holds, _ in checks)
     result = {
         "name": NAME,
         "quick": options.quick,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit(),
+        **facts(),
         "text": {"train_bytes": len(text), "held_out_bytes": sum(map(len, held_out)), "sha256": fingerprint},
-        "training": {**asdict(training), **facts},
+        "training": {**asdict(training), **trained},
         "windows": options.windows,
         "buckets": BUCKETS,
         "rows": rows,
         "checks": [{"holds": holds, "claim": claim} for holds, claim in checks],
         "reproduced": reproduced,
     }
-    stem = f"{NAME}_quick" if options.quick else NAME
-    try:
-        written = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        (options.out / f"{stem}.json").write_text(written, encoding="utf-8")
-        if not options.no_plot:
-            plot(rows, options.out / f"{stem}.png")
-    except OSError as error:
-        raise UserError(f"--out {options.out} cannot be written to: {error.strerror}") from error
+    stem = options.out / (f"{NAME}_quick" if options.quick else NAME)
     print(table(rows))
-    print(f"written: {options.out / stem}.json" + ("" if options.no_plot else " and .png"))
+    write(result, stem, None if options.no_plot else lambda path: plot(rows, path))
     for holds, claim in checks:
         print(f"{'yes' if holds else 'NO':>4}  {claim}")
     if options.quick:
@@ -385,11 +273,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    try:
-        return run(arguments(argv))
-    except UserError as error:
-        print(f"{NAME}: {error}", file=sys.stderr)
-        return 2
+    return run_main(NAME, lambda: run(arguments(argv)))
 
 
 if __name__ == "__main__":

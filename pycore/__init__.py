@@ -18,6 +18,7 @@ from pycore._load import build_info, cpu_isa
 if TYPE_CHECKING:
     from pycore import compat, models, native, nn, ops, positions, reference, schedules
     from pycore.bitstreams import Bitstreams
+    from pycore.cache import LambdaKVCache
     from pycore.equal_info_table import EqualInfoTable
     from pycore.equal_info_windows import EqualInfoWindows
     from pycore.native import ArithmeticDecoder, ArithmeticEncoder, BitstreamError
@@ -31,6 +32,7 @@ __all__ = [
     "Bitstreams",
     "EqualInfoTable",
     "EqualInfoWindows",
+    "LambdaKVCache",
     "__version__",
     "build_info",
     "compat",
@@ -44,9 +46,16 @@ __all__ = [
     "schedules",
 ]
 
+# Where the classes are that `pycore` itself exports.
+_HOMES = {
+    "Bitstreams": "pycore.bitstreams",
+    "EqualInfoTable": "pycore.equal_info_table",
+    "EqualInfoWindows": "pycore.equal_info_windows",
+    "LambdaKVCache": "pycore.cache",
+}
+
 
 _FROM_NATIVE = ("ArithmeticDecoder", "ArithmeticEncoder", "BitstreamError")
-_EQUAL_INFO = {"EqualInfoTable": "pycore.equal_info_table", "EqualInfoWindows": "pycore.equal_info_windows"}
 
 
 def __getattr__(name: str) -> Any:
@@ -56,10 +65,8 @@ def __getattr__(name: str) -> Any:
         return _load.native()
     if name in _FROM_NATIVE:
         return getattr(__getattr__("native"), name)
-    if name == "Bitstreams":
-        return importlib.import_module("pycore.bitstreams").Bitstreams
-    if name in _EQUAL_INFO:
-        return getattr(importlib.import_module(_EQUAL_INFO[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     if name in __all__:
         return importlib.import_module(f"pycore.{name}")
     raise AttributeError(f"module 'pycore' has no attribute {name!r}")

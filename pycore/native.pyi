@@ -87,6 +87,7 @@ def attention(
     schedule_tensor: Any = None,
     interleaved: bool = False,
     distance_limit: int | None = None,
+    key_ring: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -119,6 +120,7 @@ def attention_backward(
     schedule_tensor: Any = None,
     interleaved: bool = False,
     distance_limit: int | None = None,
+    key_ring: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -131,6 +133,18 @@ def attention_backward(
     threads: int | None = None,
     stream: int = 0,
 ) -> tuple[Any, Any, Any, Any, Any]: ...
+def lambda_cache_append(
+    key_cache: Any,
+    value_cache: Any,
+    lengths: Any,
+    key: Any,
+    value: Any,
+    starts: Any = None,
+    *,
+    sink_size: int,
+    threads: int | None = None,
+    stream: int = 0,
+) -> None: ...
 def invariant_linear(x: Any, weight: Any, bias: Any = None, *, out: Any = None, threads: int | None = None) -> Any: ...
 def invariant_linear_backward(
     grad_out: Any,

@@ -91,3 +91,34 @@ def test_length_extrapolation_bad_arguments(arguments: list[str], message: str, 
     assert result.returncode == 2
     assert result.stderr.startswith("length_extrapolation: ") and message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_streaming(quick: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = quick
+    result = run("streaming.py", "--quick", "--no-plot", "--tokens", "400", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((out / "streaming_quick.json").read_text(encoding="utf-8"))
+    assert written["tokens"] == 400 and len(written["rows"]) == 20 and written["machine"]["cpu"]
+    assert len({row["cache_bytes"] for row in written["rows"]}) == 1  # full from the first twentieth on
+    assert all(0 < row["bits_per_byte"] < 20 and row["microseconds"] > 0 for row in written["rows"])
+    assert "yes  the caches hold" in result.stdout and "stream 20/20" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--tokens", "19"], "--tokens is 19 and must be at least 20"), (["--tokens", "999999999"], "must be at most")],
+)
+def test_streaming_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run("streaming.py", "--quick", "--no-plot", "--out", str(tmp_path), *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("streaming: ") and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_positions(tmp_path: Path) -> None:
+    result = run("positions.py", "--quick", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "positions_quick.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in written["rows"]] == ["none", "alibi", "t5", "rope", "rope, limited", "harmonic"]
+    assert all(len(row["accuracy"]) == 9 and all(0 <= x <= 1 for x in row["accuracy"]) for row in written["rows"])
+    bad = run("positions.py", "--steps", "0")
+    assert bad.returncode == 2 and bad.stderr == "positions: --steps is 0 and must be at least 1\n"

@@ -26,6 +26,7 @@ KERNELS = [
     "ac_encode_logits",
     "attention",
     "attention_backward",
+    "lambda_cache_append",
     "invariant_linear",
     "invariant_linear_backward",
     "pack_equal_info",

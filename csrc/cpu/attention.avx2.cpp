@@ -18,6 +18,7 @@ namespace {
 // (in this order)
 #include "attention_tiles.inl.h"
 // (in this order)
+#include "attention_few_rows.inl.h"
 #include "attention_logits.inl.h"
 // (in this order)
 #include "attention_forward.inl.h"

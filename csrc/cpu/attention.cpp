@@ -88,6 +88,17 @@ void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
   static_cast<T*>(params.grad_sink_logits)[h] = static_cast<T>(sum);
 }
 
+// Numbers of keys and values that are not worth waking a second thread for, as in a step of decoding on a small window.
+constexpr int64_t kSerialWork = 1 << 16;
+
+int64_t forward_work(const AttentionParams& params) {
+  int64_t keys = params.key_length;
+  if (params.schedule.kind == ScheduleKind::kLambda) {
+    keys = std::min(keys, params.schedule.sink_size + params.schedule.window_size + params.query_length);
+  }
+  return params.batch * params.heads * params.query_length * keys * (params.head_dim + params.value_dim);
+}
+
 // The first tile that rows p_lo..p_hi visit in a later segment than `tile`, or kNoTile.
 int64_t next_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t tile) {
   return map.next_tile(p_lo, p_hi, (tile / kSegmentTiles + 1) * kSegmentTiles);
@@ -150,14 +161,15 @@ struct ForwardPlan {
 int64_t attention_forward_scratch(const AttentionParams& params, int64_t threads) {
   const AttentionKernels* kernels = kernels_for(params.dtype);
   if (!kernels || params.batch * params.heads * params.query_length == 0) return 0;
-  const ForwardPlan plan(params, *kernels, threads);
+  const ForwardPlan plan(params, *kernels, forward_work(params) < kSerialWork ? 1 : threads);
   return threads * plan.slot_bytes + (plan.segments > 1 ? plan.tiles * plan.segments * plan.partial_bytes : 0);
 }
 
-Status attention_forward(const AttentionParams& params, const Parallel& parallel, void* scratch) {
+Status attention_forward(const AttentionParams& params, const Parallel& given, void* scratch) {
   const AttentionKernels* kernels = kernels_for(params.dtype);
   if (!kernels) return kNoKernel;
   if (params.batch * params.heads * params.query_length == 0) return {};
+  const Parallel parallel = limited(given, forward_work(params), kSerialWork);
   const ForwardPlan plan(params, *kernels, parallel.threads);
   char* const partials = static_cast<char*>(scratch) + parallel.threads * plan.slot_bytes;
   const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * plan.slot_bytes; };

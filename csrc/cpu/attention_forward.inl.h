@@ -5,7 +5,7 @@
 //
 // Floors for one block against one full tile, D channels: 2 * 6 * 64 * D FMAs (3072 cycles at D = 64 with two 8-lane or
 // one 16-lane FMA a cycle) against 6 * 64 exponentials (about 20 instructions a vector). The tile's own bytes are
-// shared by all blocks. Include after attention_logits.inl.h.
+// shared by all blocks. Include after attention_logits.inl.h and attention_few_rows.inl.h.
 
 constexpr int64_t kForwardRows = 192;
 constexpr float kNegativeInfinity = -__builtin_inff();
@@ -163,7 +163,46 @@ struct LoadedTile {
   bool near, far;  // whether some pair is within, or beyond, the distance limit
   const float* value;
   int64_t value_stride;
+  // With no more rows than a block, the rows of the tile themselves, in dtype `key_dtype`; else not filled.
+  bool few = false;
+  DType key_dtype = DType::kFloat32;
+  TilePointers keys, far_keys, values;
 };
+
+// Makes the keys and values of a tile ready for its blocks: one block reads them where they lie, several share a
+// transposed copy.
+PYCORE_INLINE void load_tile(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
+                             const ForwardBuffers& buffers, bool few, LoadedTile* loaded) {
+  const int64_t d = padded(params.head_dim), b = queries.batch, kv_head = queries.kv_head;
+  const bool rope = params.rope_cos != nullptr;
+  TileRows keys, values, rotated;
+  loaded->few = few;
+  if (few) {
+    loaded->values.fill(params, params.value, params.value_strides, map, b, kv_head, loaded->tile, loaded->present);
+    TilePointers* unrotated = rope ? &loaded->far_keys : &loaded->keys;
+    unrotated->fill(params, params.key, params.key_strides, map, b, kv_head, loaded->tile, loaded->present);
+    loaded->key_dtype = rope ? DType::kFloat32 : params.dtype;
+    loaded->value = nullptr;
+    if (rope && loaded->near) {
+      tile_rows(params, params.key, params.key_strides, map, b, kv_head, loaded->tile, loaded->present, params.head_dim,
+                buffers.key_copy, &keys);
+      rotate_rows(params, keys, d, buffers.key_rows, &rotated);
+      loaded->keys.fill(buffers.key_rows, d, loaded->present);
+    }
+    return;
+  }
+  tile_rows(params, params.key, params.key_strides, map, b, kv_head, loaded->tile, loaded->present, params.head_dim,
+            buffers.key_copy, &keys);
+  tile_rows(params, params.value, params.value_strides, map, b, kv_head, loaded->tile, loaded->present,
+            params.value_dim, buffers.value_rows, &values);
+  if (loaded->far) transpose_rows(keys, params.head_dim, buffers.key_far);
+  if (loaded->near) {
+    if (rope) rotate_rows(params, keys, d, buffers.key_rows, &rotated);
+    transpose_rows(rope ? rotated : keys, params.head_dim, buffers.key_columns);
+  }
+  loaded->value = matrix_rows(params, values, loaded->present, map.contiguous(loaded->tile), params.value_strides.row,
+                              params.value_dim, buffers.value_rows, &loaded->value_stride);
+}
 
 // `positions`: where the block's rows stand.
 PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
@@ -191,13 +230,22 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
       }
       query = buffers.query_block;
     }
-    tile_product<false>(rows, params.head_dim, query, d, buffers.key_columns, kKeyTile, begin, end,
-                        StoreBlock{buffers.scores, kKeyTile});
+    if (loaded.few) {
+      score_few(loaded.key_dtype, rows, loaded.keys, params.head_dim, query, d, begin, end, buffers.scores);
+    } else {
+      tile_product<false>(rows, params.head_dim, query, d, buffers.key_columns, kKeyTile, begin, end,
+                          StoreBlock{buffers.scores, kKeyTile});
+    }
   }
   if (any_far) {
     float* scores = any_near ? buffers.scores_far : buffers.scores;
-    tile_product<false>(rows, params.head_dim, buffers.query_far + row * d, d, buffers.key_far, kKeyTile, begin, end,
-                        StoreBlock{scores, kKeyTile});
+    if (loaded.few) {
+      score_few(params.dtype, rows, loaded.far_keys, params.head_dim, buffers.query_far + row * d, d, begin, end,
+                scores);
+    } else {
+      tile_product<false>(rows, params.head_dim, buffers.query_far + row * d, d, buffers.key_far, kKeyTile, begin, end,
+                          StoreBlock{scores, kKeyTile});
+    }
     for (int m = 0; m < rows && any_near; ++m) {
       float* near_scores = buffers.scores + m * kKeyTile;
       for (int64_t c = begin; c < end; c += Vec::kWidth) {
@@ -226,6 +274,15 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
       drop_out(params, buffers.scores + m * kKeyTile, begin, end,
                dropped_keys(params, queries.batch, h, positions[m], loaded.tile, keeps.bits[m]));
     }
+  }
+  if (loaded.few) {
+    // Rows that keep the same keys go together, the others one by one.
+    const bool same = keeps.any == keeps.all;
+    for (int64_t m = 0; m < rows; m += same ? rows : 1) {
+      accumulate_few(params.dtype, same ? rows : 1, loaded.values, keeps.bits[m], buffers.scores + m * kKeyTile,
+                     params.value_dim, buffers.accumulator + (row + m) * dv, dv);
+    }
+    return;
   }
   accumulate_kept<false>(rows, keeps, buffers.scores, kKeyTile, loaded.value, loaded.value_stride, params.value_dim,
                          buffers.accumulator + row * dv, dv);
@@ -296,21 +353,10 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     const int64_t base = tile * kKeyTile;
     loaded.far = reaches_far && p_hi - base > params.distance_limit;
     loaded.near = !loaded.far || p_lo - (base + kKeyTile - 1) <= params.distance_limit;
-    TileRows keys, values, rotated;
-    tile_rows(params, params.key, params.key_strides, map, queries.batch, queries.kv_head, tile, loaded.present,
-              params.head_dim, buffers.key_copy, &keys);
-    tile_rows(params, params.value, params.value_strides, map, queries.batch, queries.kv_head, tile, loaded.present,
-              params.value_dim, buffers.value_rows, &values);
     for (int64_t h = 0; h < queries.heads && buffers.strips; ++h) {
       fill_strip(params, queries.head + h, p_hi, tile, queries.count, buffers.strips + h * strip_length(queries.count));
     }
-    if (loaded.far) transpose_rows(keys, params.head_dim, buffers.key_far);
-    if (loaded.near) {
-      if (rope) rotate_rows(params, keys, d, buffers.key_rows, &rotated);
-      transpose_rows(rope ? rotated : keys, params.head_dim, buffers.key_columns);
-    }
-    loaded.value = matrix_rows(params, values, loaded.present, map.contiguous(tile), params.value_strides.row,
-                               params.value_dim, buffers.value_rows, &loaded.value_stride);
+    load_tile(params, map, queries, buffers, rows <= kProductRows, &loaded);
     for (int64_t row = 0; row < rows; row += kProductRows) {
       const int64_t count = rows - row < kProductRows ? rows - row : kProductRows;
       forward_block(params, map, queries, loaded, positions + row, buffers, row, count);

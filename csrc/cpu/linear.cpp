@@ -36,8 +36,6 @@ int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads) {
   return std::clamp(parts(wanted, 12) * 12, kMinItemRows, kMaxItemRows);
 }
 
-Parallel limited(const Parallel& parallel, int64_t work) { return work < kSerialWork ? Parallel{} : parallel; }
-
 int64_t norm_chunk_rows(int64_t rows) {
   return parts(std::max<int64_t>(parts(rows, kNormChunks), 1), kNormRowBlock) * kNormRowBlock;
 }
@@ -67,7 +65,7 @@ Status linear_forward(const LinearParams& params, const Parallel& parallel, void
   const int64_t rows = params.x.rows, columns = params.out_features;
   const int64_t column_items = parts(columns, kLinearColumns);
   const int64_t height = item_rows(rows, column_items, parallel.threads);
-  const Parallel pool = limited(parallel, rows * columns * params.in_features);
+  const Parallel pool = limited(parallel, rows * columns * params.in_features, kSerialWork);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
     kernels->forward(params, part(item / column_items, height, rows),
                      part(item % column_items, kLinearColumns, columns),
@@ -91,7 +89,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const int64_t weight_items = params.grad_weight ? parts(outs, kWeightRows) * weight_columns : 0;
   const int64_t x_items = params.grad_x ? parts(rows, height) * column_items : 0;
   const int64_t bias_items = params.grad_bias ? parts(outs, kBiasColumns) : 0;
-  const Parallel pool = limited(parallel, rows * ins * outs);
+  const Parallel pool = limited(parallel, rows * ins * outs, kSerialWork);
   // One list, the largest items first, so that no thread waits between the three gradients.
   for_each_item(pool, weight_items + x_items + bias_items, [&](int64_t slot, int64_t item) {
     void* slot_scratch = static_cast<char*>(scratch) + slot * kernels->backward_scratch;
@@ -116,7 +114,7 @@ Status rms_norm_forward(const RmsNormParams& params, const Parallel& parallel) {
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows;
   const int64_t height = std::max<int64_t>(1, kSerialWork / 8 / std::max<int64_t>(params.channels, 1));
-  const Parallel pool = limited(parallel, 4 * rows * params.channels);
+  const Parallel pool = limited(parallel, 4 * rows * params.channels, kSerialWork);
   for_each_item(pool, parts(rows, height),
                 [&](int64_t, int64_t item) { kernels->norm(params, part(item, height, rows)); });
   return {};
@@ -135,7 +133,7 @@ Status rms_norm_backward(const RmsNormBackwardParams& params, const Parallel& pa
   const int64_t row_bytes = params.channels * element_size(params.dtype);
   char* partials = static_cast<char*>(scratch);                                 // [chunks, channels]
   char* chains = params.grad_weight ? partials + chunks * row_bytes : nullptr;  // [threads, channels]
-  const Parallel pool = limited(parallel, 8 * rows * params.channels);
+  const Parallel pool = limited(parallel, 8 * rows * params.channels, kSerialWork);
   for_each_item(pool, chunks, [&](int64_t slot, int64_t item) {
     void* partial = params.grad_weight ? partials + item * row_bytes : nullptr;
     void* chain = params.grad_weight ? chains + slot * row_bytes : nullptr;

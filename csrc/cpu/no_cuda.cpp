@@ -3,6 +3,7 @@
 #ifndef PYCORE_WITH_CUDA
 
 #include <pycore/attention.h>
+#include <pycore/attention_cache.h>
 
 namespace pycore {
 namespace {
@@ -11,6 +12,7 @@ constexpr Status kNoCuda = {StatusCode::kUnsupported,
 }  // namespace
 
 Status launch_attention_forward(const AttentionParams&, void*) { return kNoCuda; }
+Status launch_lambda_cache_append(const CacheAppendParams&, void*) { return kNoCuda; }
 
 }  // namespace pycore
 

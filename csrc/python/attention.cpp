@@ -86,6 +86,7 @@ struct Inputs {
     const std::optional<int64_t> limit = keywords.number<int64_t>("distance_limit");
     check_value(!limit || *limit >= 0, op, "distance_limit is ", limit.value_or(0), " and must be at least 0");
     args.distance_limit = limit.value_or(-1);
+    args.key_ring = keywords.number<int64_t>("key_ring").value_or(0);
     const int64_t head_dim = args.query.dims == 4 ? args.query.shape[3] : 1;
     const double usual = head_dim > 0 ? 1.0 / std::sqrt(static_cast<double>(head_dim)) : 1.0;
     args.scale = keywords.number<double>("scale").value_or(usual);
@@ -173,7 +174,8 @@ on CUDA; last dimension contiguous. Keywords: schedule ("full", "causal", "lambd
 window_size], "prefix" with schedule_tensor = lengths [B], "segments" with schedule_args = [causal] and schedule_tensor =
 boundaries), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, sink_logits, softcap, dropout_p with dropout_seed,
 key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
-distance_limit defaults to none for every schedule. out and lse are new arrays unless given. threads defaults to all
+distance_limit defaults to none for every schedule, and
+key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and lse are new arrays unless given. threads defaults to all
 processors; stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
 in one sentence.)";
 

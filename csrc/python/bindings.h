@@ -11,6 +11,7 @@ void register_arithmetic_coding_streaming(pybind11::module_& m);
 void register_arithmetic_coding_table(pybind11::module_& m);
 void register_arithmetic_coding_windows(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
+void register_attention_cache(pybind11::module_& m);
 void register_linear(pybind11::module_& m);
 
 }  // namespace pycore::python

@@ -66,6 +66,7 @@ PYBIND11_MODULE(native, m) {
   register_arithmetic_coding_table(m);
   register_arithmetic_coding_windows(m);
   register_attention(m);
+  register_attention_cache(m);
   register_linear(m);
 }
 

@@ -20,26 +20,23 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The arguments that forward and backward share, three times in one order: schema, parameters, names.
-#define PYCORE_SCHEMA                                                                                        \
-  "Tensor query, Tensor key, Tensor value, Tensor? rope_cos, Tensor? rope_sin, Tensor? distance_bias, "      \
-  "Tensor? alibi_slopes, Tensor? sink_logits, Tensor? key_starts, Tensor? key_lengths, Tensor? key_offset, " \
-  "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, str op, str schedule, "             \
-  "SymInt[] schedule_args, bool interleaved, SymInt distance_limit, float scale, float softcap, float dropout_p"
+#define PYCORE_SCHEMA                                                                                              \
+  "Tensor query, Tensor key, Tensor value, Tensor? rope_cos, Tensor? rope_sin, Tensor? distance_bias, "            \
+  "Tensor? alibi_slopes, Tensor? sink_logits, Tensor? key_starts, Tensor? key_lengths, Tensor? key_offset, "       \
+  "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, str op, str schedule, "                   \
+  "SymInt[] schedule_args, bool interleaved, SymInt distance_limit, float scale, float softcap, float dropout_p, " \
+  "SymInt key_ring=0"
 #define PYCORE_PARAMETERS                                                                                             \
   Tensor query, Tensor key, Tensor value, OptionalTensor rope_cos, OptionalTensor rope_sin,                           \
       OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor sink_logits,                          \
       OptionalTensor key_starts, OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths, \
       OptionalTensor schedule_tensor, OptionalTensor dropout_seed, std::string op, std::string schedule,              \
       std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit, double scale, double softcap,     \
-      double dropout_p
+      double dropout_p, int64_t key_ring
 #define PYCORE_NAMES                                                                                        \
   query, key, value, rope_cos, rope_sin, distance_bias, alibi_slopes, sink_logits, key_starts, key_lengths, \
       key_offset, query_lengths, schedule_tensor, dropout_seed, op, schedule, schedule_args, interleaved,   \
-      distance_limit, scale, softcap, dropout_p
-
-Tensor last_contiguous(const Tensor& x) {
-  return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
-}
+      distance_limit, scale, softcap, dropout_p, key_ring
 
 // The views borrow from the tensors, which the caller keeps.
 AttentionArgs attention_args(PYCORE_PARAMETERS) {
@@ -64,6 +61,7 @@ AttentionArgs attention_args(PYCORE_PARAMETERS) {
   args.schedule_args = schedule_args;
   args.interleaved = interleaved;
   args.distance_limit = distance_limit;
+  args.key_ring = key_ring;
   args.scale = scale;
   args.softcap = softcap;
   args.dropout_p = dropout_p;

@@ -14,17 +14,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  const int64_t dims = tensor.dim();
-  const bool strided = dims > 0 && tensor.size(dims - 1) > 1 && tensor.stride(dims - 1) != 1;
-  return strided ? torch::stable::contiguous(tensor) : tensor;
-}
-
-std::optional<Tensor> with_contiguous_rows(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional<Tensor>(with_contiguous_rows(*tensor)) : std::nullopt;
-}
-
 Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape) {
   return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device());
 }
@@ -52,8 +41,8 @@ struct Scratch {
 
 Tensor invariant_linear_cpu(const Tensor& x_any, const Tensor& weight_any, const std::optional<Tensor>& bias_any) {
   constexpr const char* kOp = "invariant_linear";
-  const Tensor x = with_contiguous_rows(x_any), weight = with_contiguous_rows(weight_any);
-  const std::optional<Tensor> bias = with_contiguous_rows(bias_any);
+  const Tensor x = last_contiguous(x_any), weight = last_contiguous(weight_any);
+  const std::optional<Tensor> bias = last_contiguous(bias_any);
   const TensorView x_view = view(x, kOp, "x"), weight_view = view(weight, kOp, "weight");
   const TensorView bias_view = view(bias, kOp, "bias");
   check_linear(kOp, x_view, weight_view, bias_view);
@@ -72,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> invariant_linear_backward_cpu(const Tensor& g
                                                                  const Tensor& weight_any, bool need_x,
                                                                  bool need_weight, bool need_bias) {
   constexpr const char* kOp = "invariant_linear_backward";
-  const Tensor grad_out = with_contiguous_rows(grad_out_any), x = with_contiguous_rows(x_any);
-  const Tensor weight = with_contiguous_rows(weight_any);
+  const Tensor grad_out = last_contiguous(grad_out_any), x = last_contiguous(x_any);
+  const Tensor weight = last_contiguous(weight_any);
   const TensorView grad_view = view(grad_out, kOp, "grad_out"), x_view = view(x, kOp, "x");
   const TensorView weight_view = view(weight, kOp, "weight");
   check_linear(kOp, x_view, weight_view, TensorView{});
@@ -93,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> invariant_linear_backward_cpu(const Tensor& g
 
 Tensor rms_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any, double eps) {
   constexpr const char* kOp = "rms_norm";
-  const Tensor x = with_contiguous_rows(x_any);
-  const std::optional<Tensor> weight = with_contiguous_rows(weight_any);
+  const Tensor x = last_contiguous(x_any);
+  const std::optional<Tensor> weight = last_contiguous(weight_any);
   const TensorView x_view = view(x, kOp, "x"), weight_view = view(weight, kOp, "weight");
   check_rms_norm(kOp, x_view, weight_view, eps);
   RmsNormParams params = rms_norm_params(x_view, weight_view, eps);
@@ -108,8 +97,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad_out_any, con
                                                  const std::optional<Tensor>& weight_any, double eps, bool need_x,
                                                  bool need_weight) {
   constexpr const char* kOp = "rms_norm_backward";
-  const Tensor grad_out = with_contiguous_rows(grad_out_any), x = with_contiguous_rows(x_any);
-  const std::optional<Tensor> weight = with_contiguous_rows(weight_any);
+  const Tensor grad_out = last_contiguous(grad_out_any), x = last_contiguous(x_any);
+  const std::optional<Tensor> weight = last_contiguous(weight_any);
   const TensorView grad_view = view(grad_out, kOp, "grad_out"), x_view = view(x, kOp, "x");
   const TensorView weight_view = view(weight, kOp, "weight");
   check_rms_norm(kOp, x_view, weight_view, eps);

@@ -64,6 +64,15 @@ inline TensorView view(const std::optional<torch::stable::Tensor>& tensor, const
   return tensor.has_value() ? view(*tensor, op, argument) : TensorView{};
 }
 
+// Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
+inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x) {
+  return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x) {
+  return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x)) : std::nullopt;
+}
+
 // torch's own thread pool, with as many slots as torch.set_num_threads allows. Inside one of torch's parallel regions
 // parallel_for runs everything on the calling thread, so nesting is safe.
 inline Parallel torch_parallel() {

@@ -10,6 +10,7 @@ to the last bit, which is what an arithmetic coder needs of a model.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pycore import ops
-from pycore.positions import rope_tables
+from pycore.cache import LambdaKVCache
+from pycore.nn.attention import POSITIONS, PositionScheme, SelfAttention
+from pycore.nn.linear import Projection, RMSNorm
 from pycore.schedules import Causal, Lambda, Schedule
 
 BOS = 256
 VOCABULARY = 257  # 256 bytes and BOS
-
-# Attention rotates relative to a tile of keys, so a rotary table is this much longer than the largest distance.
-_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class BytelmConfig:
         heads: query heads; ``dim / heads`` channels each, an even number because RoPE rotates pairs.
         kv_heads: key and value heads, which divide ``heads``.
         mlp_ratio: hidden channels of a feed-forward block, as a multiple of ``dim``.
+        position: how attention learns where keys stand: ``"rope"``, ``"alibi"``, ``"t5"``, ``"harmonic"`` or
+            ``"none"``, see :class:`pycore.nn.attention.PositionScheme`.
         theta: base of the rotary frequencies.
-        max_distance: largest distance between a query and a key that the rotary table serves. Text may be longer
-            where ``distance_limit`` cuts distances off.
+        max_distance: largest distance between a query and a key that the rotary tables serve, and that a cache for a
+            causal reading holds. Text may be longer where ``distance_limit`` cuts distances off.
         norm_eps: added to the mean square in the norms.
     """
 
@@ -49,6 +51,7 @@ class BytelmConfig:
     heads: int = 4
     kv_heads: int = 4
     mlp_ratio: int = 4
+    position: str = "rope"
     theta: float = 10000.0
     max_distance: int = 4096
     norm_eps: float = 1e-6
@@ -57,6 +60,8 @@ class BytelmConfig:
         for name in ("layers", "dim", "heads", "kv_heads", "mlp_ratio", "max_distance"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BytelmConfig: {name} is {getattr(self, name)} and must be at least 1")
+        if self.position not in POSITIONS:
+            raise ValueError(f"BytelmConfig: position is {self.position!r} and must be one of {', '.join(POSITIONS)}")
         if self.dim % self.heads != 0 or (self.dim // self.heads) % 2 != 0:
             raise ValueError(f"BytelmConfig: heads is {self.heads} and must cut dim {self.dim} into even parts")
         if self.heads % self.kv_heads != 0:
@@ -66,58 +71,6 @@ class BytelmConfig:
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.dim // self.heads
-
-
-class Projection(nn.Module):
-    """``x W^T`` without bias, row by row the same bits: ``[..., inputs]`` to ``[..., outputs]``."""
-
-    def __init__(self, inputs: int, outputs: int, *, gain: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs) * (gain / math.sqrt(inputs)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.invariant_linear(x, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """Division by the root mean square of the last dimension, times a learned weight."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, eps=self.eps)
-
-
-class SelfAttention(nn.Module):
-    """Projections around one call of :func:`pycore.ops.attention`.
-
-    Keys stay un-rotated: the op rotates by distance, which is what a distance limit and an evicting cache need.
-    """
-
-    def __init__(self, config: BytelmConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        kv_dim = config.kv_heads * config.head_dim
-        self.query = Projection(config.dim, config.dim)
-        self.key = Projection(config.dim, kv_dim)
-        self.value = Projection(config.dim, kv_dim)
-        self.out = Projection(config.dim, config.dim, gain=1.0 / math.sqrt(2 * config.layers))
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention is given: query, key and value of the normed input, ``[batch, heads, length, head_dim]``."""
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        )
-        return query, key, value
-
-    def forward(self, x: Tensor, attend: dict[str, Any]) -> Tensor:
-        """x: ``[batch, length, dim]``; ``attend``: further arguments of the attention op."""
-        mixed: Any = ops.attention(*self.project(x), **attend)  # a Tensor, as no lse is asked for
-        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -139,26 +92,29 @@ class Block(nn.Module):
     def __init__(self, config: BytelmConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = SelfAttention(config)
+        gain = 1.0 / math.sqrt(2 * config.layers)
+        self.attention = SelfAttention(config.dim, config.heads, kv_heads=config.kv_heads, gain=gain)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, attend: dict[str, Any]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), attend)
+    def forward(
+        self, x: Tensor, attend: dict[str, Any], cache: LambdaKVCache | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), attend, cache, starts)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Bytelm(nn.Module):
-    """Byte-level decoder with rotary positions; the embedding is also the output projection.
+    """Byte-level decoder; the embedding is also the output projection.
 
     Example:
         >>> model = Bytelm()
         >>> logits = model(tokens_from_bytes(b"import ")[None])                    # [1, 8, 257]
         >>> far = model(tokens, schedule=Lambda(sink_size=4, window_size=128))     # any length, linear cost
+        >>> caches = model.caches(Lambda(sink_size=4, window_size=128))
+        >>> logits = model(tokens, caches=caches)             # then token by token, in constant memory:
+        >>> logits = model(token, caches=caches)              # [1, 1, 257], the bits of one pass over everything
     """
-
-    rope_cos: Tensor
-    rope_sin: Tensor
 
     def __init__(self, config: BytelmConfig | None = None) -> None:
         super().__init__()
@@ -167,22 +123,37 @@ class Bytelm(nn.Module):
         self.embedding = nn.Parameter(torch.randn(VOCABULARY, config.dim) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        cos, sin = rope_tables(config.max_distance + 1 + _TILE, config.head_dim, theta=config.theta)
-        # A function of the configuration, so not part of a checkpoint.
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.positions = PositionScheme(
+            config.position, config.heads, config.head_dim, max_distance=config.max_distance, theta=config.theta
+        )
 
     def attention_arguments(self, length: int, schedule: Schedule, distance_limit: int | None) -> dict[str, Any]:
         """What every layer tells the attention op: which pairs to keep and how they see their distance."""
         if distance_limit is None and isinstance(schedule, Lambda):
             distance_limit = schedule.window_size
         longest = length - 1 if distance_limit is None else min(length - 1, distance_limit)
-        if longest > self.config.max_distance:
+        if self.config.position in ("rope", "harmonic") and longest > self.config.max_distance:
             raise ValueError(
                 f"Bytelm: tokens has length {length}, whose distances exceed the configuration's max_distance "
                 f"{self.config.max_distance}; raise it or pass a distance_limit"
             )
-        return {"schedule": schedule, "distance_limit": distance_limit, "rope": (self.rope_cos, self.rope_sin)}
+        return {"schedule": schedule, "distance_limit": distance_limit, **self.positions()}
+
+    def caches(self, schedule: Schedule = Causal(), *, rollback: int = 0) -> list[LambdaKVCache]:  # noqa: B008
+        """An empty cache for each layer, to be passed to every call that goes on with the same text.
+
+        Args:
+            schedule: ``Lambda``, whose caches have a constant size for any length; or ``Causal``, whose caches hold
+                ``max_distance + 1`` tokens, the longest text that all of it can be attended to.
+            rollback: tokens that the caches' ``crop`` may take back.
+        """
+        if isinstance(schedule, Lambda):
+            sinks, window = schedule.sink_size, schedule.window_size
+        elif isinstance(schedule, Causal):
+            sinks, window = 0, self.config.max_distance + 1
+        else:
+            raise ValueError(f"Bytelm: schedule is {schedule!r} and must be Causal or Lambda for a cache")
+        return [LambdaKVCache(sinks, window, rollback) for _ in self.blocks]
 
     def forward(
         self,
@@ -190,31 +161,41 @@ class Bytelm(nn.Module):
         *,
         schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
         distance_limit: int | None = None,
+        caches: Sequence[LambdaKVCache] | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token that follows each position.
 
         Args:
             tokens: int64 ``[batch, length]``, bytes and :data:`BOS`.
-            schedule: which keys a query attends to, from :mod:`pycore.schedules`.
+            schedule: which keys a query attends to, from :mod:`pycore.schedules`. With caches, theirs.
             distance_limit: distances beyond it are seen as it. None stands for the window with ``Lambda``, as in
                 LM-Infinite, and for no limit elsewhere.
+            caches: from :meth:`caches`; tokens then follow what the caches have seen.
+            starts: int64 ``[batch]``, tokens at the front of each row that are padding; their logits mean nothing.
 
         Returns:
             Logits, ``[batch, length, 257]``.
 
         Raises:
             TypeError: tokens is not int64.
-            ValueError: tokens is not a matrix, or its distances are longer than the rotary table.
+            ValueError: tokens is not a matrix, its distances are longer than the rotary table, or caches are not one
+                for each layer.
             IndexError: a token is not in 0..256.
         """
         if tokens.dtype != torch.int64:
             raise TypeError(f"Bytelm: tokens has dtype {tokens.dtype} and must have torch.int64")
         if tokens.dim() != 2:
             raise ValueError(f"Bytelm: tokens has {tokens.dim()} dimensions and must have 2, [batch, length]")
-        attend = self.attention_arguments(tokens.shape[1], schedule, distance_limit)
+        if caches is None:
+            attend = self.attention_arguments(tokens.shape[1], schedule, distance_limit)
+        elif len(caches) != len(self.blocks):
+            raise ValueError(f"Bytelm: caches has {len(caches)} entries and must have {len(self.blocks)}")
+        else:
+            attend = {"distance_limit": distance_limit, **self.positions()}
         x = functional.embedding(tokens, self.embedding)
-        for block in self.blocks:
-            x = block(x, attend)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, attend, None if caches is None else caches[layer], starts)
         return ops.invariant_linear(self.norm(x), self.embedding)
 
     @property

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules built on :mod:`pycore.ops`. None yet."""
+"""Modules on pycore's ops."""
+
+from pycore.nn.attention import LambdaAttention
+
+__all__ = ["LambdaAttention"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pycore._load import load_ops
-from pycore.schedules import Causal, Lambda, Schedule
+from pycore.ops.attention_middle import check_middle, gathered, merged, middle_tokens, rotated
+from pycore.schedules import Causal, Full, Lambda, Schedule
 
 load_ops()
 
@@ -33,6 +34,7 @@ def attention(
     interleaved: bool = False,
     distance_limit: int | None = None,
     distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -65,6 +67,7 @@ def attention(
         distance_limit: the largest distance a rotation sees; None for no limit.
         distance_bias: [H, n], float32 (float64 for float64 queries): bias[h, min(d', n - 1)] is added to a logit, with
             d' = min(max(d, 0), distance_limit). T5 buckets and clipped relative positions are such tables.
+        alibi_slopes: [H], float32 (float64): -slope * d' is added to a logit, as distance_bias is, at any distance.
         sink_logits: [H], float32 (float64): a logit per head that joins the softmax and carries no value.
         softcap: logits become softcap * tanh(logit / softcap) before the bias is added; 0 for none.
         dropout_p: the share of weights set to zero, in [0, 1); the others grow by 1 / (1 - dropout_p). Drawn anew at
@@ -83,8 +86,9 @@ def attention(
 
     Source: Dao et al., "FlashAttention"; positions and distance limit after Han et al., "LM-Infinite", section 3.
     """
-    return _call(
-        "attention", query, key, value, schedule, rope, interleaved, distance_limit, distance_bias, None, sink_logits,
+    return call_attention(
+        "attention", query, key, value, schedule, rope, interleaved, distance_limit, distance_bias, alibi_slopes,
+        sink_logits,
         softcap, dropout_p, scale, (key_starts, key_lengths, key_offset, query_lengths), return_lse,
     )  # fmt: skip
 
@@ -96,11 +100,11 @@ def lambda_attention(
     *,
     sink_size: int,
     window_size: int,
-    alibi_slopes: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
     distance_limit: int | None = None,
     distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -109,6 +113,7 @@ def lambda_attention(
     key_lengths: Tensor | None = None,
     key_offset: Tensor | None = None,
     query_lengths: Tensor | None = None,
+    middle_topk: int = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Λ-masked attention: the first `sink_size` tokens and the newest `window_size`, at a cost linear in length.
@@ -119,22 +124,48 @@ def lambda_attention(
     Args:
         sink_size: tokens kept from the start, at least 0.
         window_size: newest tokens kept, the query's own among them (FlashAttention's window (left, 0) is left + 1).
-        alibi_slopes: [H], float32 (float64): -slope * min(d, distance_limit) is added to a logit, as distance_bias is.
         distance_limit: `window_size` by default, as in LM-Infinite; must be at least that. 2**62 for no limit.
+        middle_topk: for decoding, a query of length 1: each head also attends to the so many keys between sinks and
+            window that it scores highest (of equal ones the first), all of them at distance `window_size`, which must
+            then be the distance_limit. This reads every key, and holds a score for each. The choice has no gradient.
 
     The other arguments, the return value and the errors are those of `attention`.
 
     Source: Han et al., "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", section 3.
     """
+    op = "lambda_attention"
     limit = window_size if distance_limit is None else distance_limit
-    return _call(
-        "lambda_attention", query, key, value, Lambda(sink_size, window_size), rope, interleaved, limit, distance_bias,
-        alibi_slopes, sink_logits, softcap, dropout_p, scale, (key_starts, key_lengths, key_offset, query_lengths),
-        return_lse,
+    lengths = (key_starts, key_lengths, key_offset, query_lengths)
+    check_int(op, "middle_topk", middle_topk)
+    if middle_topk and isinstance(query, Tensor):
+        placed = rope is not None or distance_bias is not None or alibi_slopes is not None
+        check_middle(op, middle_topk, query, placed, limit, window_size)
+    kept = call_attention(
+        op, query, key, value, Lambda(sink_size, window_size), rope, interleaved, limit, distance_bias, alibi_slopes,
+        sink_logits, softcap, dropout_p, scale, lengths, return_lse or middle_topk != 0,
     )  # fmt: skip
+    if middle_topk == 0:
+        return kept
+    query, key, value = _autocast(query, key, value)
+    seen = rotated(query, rope, interleaved, window_size)
+    with torch.no_grad():
+        index, count = middle_tokens(seen, key, lengths, sink_size, window_size, middle_topk)
+    bias = distance_bias
+    if distance_bias is not None:
+        bias = distance_bias[:, min(window_size, distance_bias.shape[1] - 1), None].contiguous()
+    elif alibi_slopes is not None:
+        bias = -alibi_slopes[:, None] * window_size
+    middle_key, middle_value = (gathered(x, index).to(seen.dtype) for x in (key, value))
+    middle = call_attention(
+        op, seen, middle_key, middle_value, Full(), None, False, None, bias, None, None, softcap,
+        dropout_p, scale, (None, count, None, query_lengths), True,
+    )  # fmt: skip
+    assert isinstance(kept, tuple) and isinstance(middle, tuple)
+    out, lse = merged(kept, middle)
+    return (out, lse) if return_lse else out
 
 
-def _call(
+def call_attention(
     op: str,
     query: Tensor,
     key: Tensor,
@@ -151,15 +182,17 @@ def _call(
     scale: float | None,
     lengths: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     return_lse: bool,
+    key_ring: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` under the name `op`; key_ring is how a cache keeps its keys (csrc/include/pycore/attention.h)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
     if isinstance(schedule, Lambda):
-        _check_int(op, "sink_size", schedule.sink_size)
-        _check_int(op, "window_size", schedule.window_size)
+        check_int(op, "sink_size", schedule.sink_size)
+        check_int(op, "window_size", schedule.window_size)
     names = ("key_starts", "key_lengths", "key_offset", "query_lengths", "distance_bias", "alibi_slopes", "sink_logits")
     for name, option in zip(names, (*lengths, distance_bias, alibi_slopes, sink_logits), strict=True):
         if option is not None and not isinstance(option, Tensor):
@@ -175,24 +208,31 @@ def _call(
             raise TypeError(f"{op}: {name} is a {type(number).__name__} and must be a number")
     limit = _NO_LIMIT
     if distance_limit is not None:
-        _check_int(op, "distance_limit", distance_limit)
+        check_int(op, "distance_limit", distance_limit)
         if distance_limit < 0:
             raise ValueError(f"{op}: distance_limit is {distance_limit} and must be at least 0")
         limit = distance_limit
-    if query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    query, key, value = _autocast(query, key, value)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     out, lse = torch.ops.pycore.attention(
         query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule.tensor, seed,
-        op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p,
+        op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p, key_ring,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _check_int(op: str, name: str, value: Any) -> None:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value in the dtype autocast asks for; float64 stays."""
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def check_int(op: str, name: str, value: Any) -> None:
     if not isinstance(value, (int, torch.SymInt)) and not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
     number: Any = value

@@ -63,10 +63,13 @@ def attention(
     key_lengths: Tensor | None = None,
     key_offset: Tensor | None = None,
     query_lengths: Tensor | None = None,
+    middle_topk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`pycore.ops.attention` as formulas: softmax(softcap(scale * <rotated q, k>) + bias) v over the kept keys.
 
-    Args and shapes are those of `pycore.ops.attention`. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]).
+    Args and shapes are those of `pycore.ops.attention` and `lambda_attention`.
+
+    Returns (out [B, H, Lq, Dv], lse [B, H, Lq]).
     """
     schedule = Causal() if schedule is None else schedule
     batch, heads, query_length, head_dim = query.shape
@@ -84,11 +87,15 @@ def attention(
         rows = torch.arange(end - start)
         j = torch.where(rows < sinks, rows, rows + offset)[None, :]
         p = (end - start + offset - queries + torch.arange(queries))[:, None]
-        keep = keep_mask(schedule, p, j, b)
+        kept = keep_mask(schedule, p, j, b)
         d = p - j if distance_limit is None else (p - j).clamp(max=distance_limit)
         for h in range(heads):
             q, k, v = query[b, h, :queries], key[b, h // group, start:end], value[b, h // group, start:end]
-            scores = scale * (q @ k.T if rope is None else _rotated_scores(q, k, d * keep, rope, interleaved))
+            middle = (p >= j) & ~kept & (middle_topk > 0)
+            seen = d * (kept | middle)
+            scores = scale * (q @ k.T if rope is None else _rotated_scores(q, k, seen, rope, interleaved))
+            best = scores.masked_fill(~middle, -torch.inf).argsort(dim=1, descending=True, stable=True)
+            keep = kept | (torch.zeros_like(kept).scatter(1, best[:, :middle_topk], True) & middle)
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
             if distance_bias is not None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pycore.models.bytelm import BOS, VOCABULARY, Bytelm, BytelmConfig, tokens_from_bytes
-from pycore.schedules import Causal, Lambda
+from pycore.schedules import Causal, Full, Lambda
 
 TEXT = b"def attend(query, key, value):\n    return softmax(query @ key.T) @ value\n" * 3
 # Schedule and distance limit, the readings of the length experiment.
@@ -139,6 +139,116 @@ def test_compiles_to_the_same_bits(model: Bytelm, schedule: Any, limit: int | No
             assert torch.equal(compiled(tokens, schedule=schedule, distance_limit=limit), expected), length
 
 
+POSITIONS = ("rope", "alibi", "t5", "harmonic", "none")
+CACHED = [(Causal(), None), (Lambda(4, 32), None), (Lambda(4, 32), 90), (Lambda(70, 100), None)]
+
+
+@pytest.fixture(scope="module", params=POSITIONS)
+def positioned(request: pytest.FixtureRequest) -> Bytelm:
+    torch.manual_seed(1)
+    config = BytelmConfig(dim=64, heads=4, kv_heads=2, mlp_ratio=2, position=request.param, max_distance=512)
+    model = Bytelm(config).eval()
+    with torch.no_grad():
+        model.embedding.mul_(20)
+    return model
+
+
+@pytest.mark.parametrize("schedule, limit", CACHED, ids=str)
+@pytest.mark.parametrize("chunks", [[], [339], [200, 1, 1, 7, 100], [64, 64, 3]], ids=str)
+def test_same_bits_on_a_cache(positioned: Bytelm, schedule: Any, limit: int | None, chunks: list[int]) -> None:
+    """In chunks and token by token, the logits of one pass over everything."""
+    tokens = random_tokens(2, 345)
+    with torch.no_grad():
+        whole = positioned(tokens, schedule=schedule, distance_limit=limit)
+        caches = positioned.caches(schedule)
+        at = 0
+        for size in [*chunks, *[1] * (345 - sum(chunks))]:
+            part = positioned(tokens[:, at : at + size], distance_limit=limit, caches=caches)
+            assert torch.equal(part, whole[:, at : at + size]), at
+            at += size
+
+
+@pytest.mark.usefixtures("isa", "threads")
+def test_same_bits_on_a_cache_alone_on_one_thread(positioned: Bytelm) -> None:
+    tokens = random_tokens(3, 113)
+    schedule = Lambda(4, 32)
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        whole = positioned(tokens, schedule=schedule)
+        torch.set_num_threads(1)
+        caches = positioned.caches(schedule)
+        for i in range(113):
+            assert torch.equal(positioned(tokens[1:2, i : i + 1], caches=caches)[0, 0], whole[1, i])
+
+
+def test_same_bits_of_padded_rows(positioned: Bytelm) -> None:
+    """A left-padded batch, first in one pass and then on, is its rows by themselves."""
+    texts = [random_tokens(1, length) for length in (113, 40, 97)]
+    starts = torch.tensor([0, 73, 16])
+    padded = torch.cat([functional.pad(text, (int(start), 0)) for text, start in zip(texts, starts, strict=True)])
+    more = random_tokens(3, 5)
+    schedule = Lambda(4, 32)
+    with torch.no_grad():
+        caches = positioned.caches(schedule)
+        together = torch.cat(
+            [positioned(padded, caches=caches, starts=starts)]
+            + [positioned(more[:, i : i + 1], caches=caches) for i in range(5)],
+            dim=1,
+        )
+        in_one_pass = positioned(padded, schedule=schedule, starts=starts)
+        for b, text in enumerate(texts):
+            alone = positioned(torch.cat([text, more[b : b + 1]], dim=1), schedule=schedule)[0]
+            assert torch.equal(together[b, int(starts[b]) :], alone)
+            assert torch.equal(in_one_pass[b, int(starts[b]) :], alone[: text.shape[1]])
+
+
+def test_taken_back(positioned: Bytelm) -> None:
+    tokens, wrong = random_tokens(1, 200), random_tokens(1, 7)
+    with torch.no_grad():
+        whole = positioned(tokens, schedule=Lambda(4, 32))
+        caches = positioned.caches(Lambda(4, 32), rollback=7)
+        positioned(tokens[:, :150], caches=caches)
+        positioned(wrong, caches=caches)
+        for cache in caches:
+            cache.crop(7)
+        assert torch.equal(positioned(tokens[:, 150:157], caches=caches), whole[:, 150:157])
+
+
+def test_positions_matter(positioned: Bytelm) -> None:
+    """Two earlier bytes change places: every scheme but none tells the difference, and none sees no order at all."""
+    if positioned.config.position == "none":
+        positioned = Bytelm(BytelmConfig(layers=1, position="none"))  # more layers see order through the causal mask
+    tokens = random_tokens(1, 60)
+    swapped = tokens.clone()
+    swapped[0, 3], swapped[0, 40] = tokens[0, 40], tokens[0, 3]
+    with torch.no_grad():
+        difference = (positioned(tokens)[0, -1] - positioned(swapped)[0, -1]).abs().max()
+    assert difference < 1e-6 if positioned.config.position == "none" else difference > 1e-4
+
+
+def test_every_scheme_learns(positioned: Bytelm) -> None:
+    torch.manual_seed(0)
+    model = Bytelm(BytelmConfig(layers=1, dim=32, heads=2, kv_heads=1, position=positioned.config.position))
+    tokens = tokens_from_bytes(TEXT[:48])[None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = functional.cross_entropy(model(tokens[:, :-1], schedule=Lambda(2, 20))[0], tokens[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_cache_errors(positioned: Bytelm) -> None:
+    with pytest.raises(ValueError, match="Bytelm: caches has 1 entries and must have 2"):
+        positioned(random_tokens(1, 3), caches=positioned.caches()[:1])
+    with pytest.raises(ValueError, match=r"Bytelm: schedule is Full\(\) and must be Causal or Lambda for a cache"):
+        positioned.caches(Full())
+
+
 class CalledOps(TorchDispatchMode):
     """Collects the names of the operators that run."""
 
@@ -199,8 +309,9 @@ def test_a_limit_admits_any_length() -> None:
         ({"heads": 3}, "heads is 3 and must cut dim 128 into even parts"),
         ({"dim": 12, "heads": 4}, "heads is 4 and must cut dim 12 into even parts"),
         ({"kv_heads": 3}, "kv_heads is 3 and must divide heads 4"),
+        ({"position": "sine"}, "position is 'sine' and must be one of rope, alibi, t5, harmonic, none"),
     ],
 )
-def test_bad_configurations(fields: dict[str, int], message: str) -> None:
+def test_bad_configurations(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"BytelmConfig: {message}"):
         BytelmConfig(**fields)

@@ -6,6 +6,10 @@
 // has position p = (key_lengths - key_starts + key_offset)[b] - query_lengths[b] + i: bottom-right alignment.
 // A row that keeps no key gives zeros and lse = -inf.
 //
+// A ring (key_ring > 0, a multiple of the key tile): what an evicting cache keeps in place. The last key_ring rows hold
+// position j in row j % key_ring of them, the rows before them the sinks; key_lengths counts all tokens seen. A tile of
+// positions is still a run of rows.
+//
 // Rotary embedding. The pair (x, y) of a query at distance d from a key is rotated by d' = min(d, distance_limit),
 // relative to the key tile: for d <= limit the query is rotated by p - base and the key by j - base, with base the
 // tile's first position; beyond the limit the query is rotated by `limit` and the key not at all. So a table needs
@@ -67,6 +71,7 @@ struct AttentionParams {
   const int64_t* key_lengths = nullptr;    // [batch] or null: key_length
   const int64_t* key_offset = nullptr;     // [batch] or null: 0
   const int64_t* query_lengths = nullptr;  // [batch] or null: query_length
+  int64_t key_ring = 0;                    // rows of the ring, 0: rows lie in order
 };
 
 struct AttentionBackwardParams {
@@ -86,16 +91,20 @@ struct AttentionBackwardParams {
 // How the rows of one batch row map to positions, and what they keep.
 struct RowMap {
   TileSchedule schedule;
-  int64_t start = 0;    // first valid key row
+  int64_t start = 0;    // first valid key row; of the ring, where there is one
   int64_t keys = 0;     // valid key rows
   int64_t sinks = 0;    // of which this many stand before the gap left by eviction
   int64_t offset = 0;   // evicted tokens
   int64_t queries = 0;  // valid query rows
+  int64_t ring = 0;     // rows of the ring that positions past the sinks lie in; 0: none
 
   PYCORE_HOST_DEVICE int64_t positions() const { return keys + offset; }
   PYCORE_HOST_DEVICE int64_t query_position(int64_t i) const { return positions() - queries + i; }
   // The row of a position that is present.
-  PYCORE_HOST_DEVICE int64_t key_row(int64_t j) const { return start + (j < sinks ? j : j - offset); }
+  PYCORE_HOST_DEVICE int64_t key_row(int64_t j) const {
+    if (ring > 0) return j < sinks ? j : start + j % ring;
+    return start + (j < sinks ? j : j - offset);
+  }
   PYCORE_HOST_DEVICE uint64_t present_bits(int64_t tile) const {
     const int64_t base = tile * kKeyTile;
     if (offset == 0) return tile_bits(base, 0, keys);
@@ -129,7 +138,7 @@ struct RowMap {
   // True if the tile's present positions lie in consecutive rows.
   PYCORE_HOST_DEVICE bool contiguous(int64_t tile) const {
     const int64_t base = tile * kKeyTile;
-    return offset == 0 || base >= sinks || base + kKeyTile <= sinks;
+    return (offset == 0 && ring == 0) || base >= sinks || base + kKeyTile <= sinks;
   }
 };
 
@@ -143,6 +152,14 @@ PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t 
   map.offset = params.key_offset ? params.key_offset[b] : 0;
   map.sinks = params.schedule.sink_size < map.keys ? params.schedule.sink_size : map.keys;
   map.queries = params.query_lengths ? params.query_lengths[b] : params.query_length;
+  if (params.key_ring > 0) {
+    const int64_t held = params.schedule.sink_size + params.key_ring;
+    map.offset = end > held ? end - held : 0;
+    map.keys = end - map.offset;
+    map.sinks = params.schedule.sink_size < map.keys ? params.schedule.sink_size : map.keys;
+    map.ring = params.key_ring;
+    map.start = params.key_length - params.key_ring;
+  }
   return map;
 }
 

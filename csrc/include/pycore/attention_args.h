@@ -25,6 +25,7 @@ struct AttentionArgs {
   TensorView schedule_tensor;          // prefix: lengths [batch]; segments: boundaries [S + 1]
   bool interleaved = false;
   int64_t distance_limit = -1;  // -1: none
+  int64_t key_ring = 0;
   double scale = 1.0;
   double softcap = 0.0;
   double dropout_p = 0.0;
@@ -162,6 +163,20 @@ inline const int64_t* check_lengths(const AttentionArgs& args, const char* name,
   return view.as<const int64_t>();
 }
 
+inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
+  if (args.key_ring == 0) return;
+  check_value(args.key_ring > 0 && args.key_ring % kKeyTile == 0, args.op, "key_ring is ", args.key_ring,
+              " and must be a multiple of ", kKeyTile);
+  check_value(params->schedule.kind == ScheduleKind::kLambda, args.op, "key_ring is given with schedule \"",
+              args.schedule, "\" and must come with \"lambda\"");
+  check_value(args.key_ring <= params->key_length && params->schedule.sink_size <= params->key_length - args.key_ring,
+              args.op, "key has length ", params->key_length, " and must have room for a ring of ", args.key_ring,
+              " and ", params->schedule.sink_size, " sinks");
+  check_value(params->key_lengths && !params->key_starts && !params->key_offset, args.op,
+              "key_ring comes with key_lengths, and without key_starts and key_offset");
+  params->key_ring = args.key_ring;
+}
+
 // Values of the length arguments; on the CPU, where reading them costs nothing.
 inline void check_length_values(const AttentionArgs& args, const AttentionParams& params) {
   for (int64_t b = 0; b < params.batch; ++b) {
@@ -169,8 +184,16 @@ inline void check_length_values(const AttentionArgs& args, const AttentionParams
     const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
     const int64_t offset = params.key_offset ? params.key_offset[b] : 0;
     const int64_t queries = params.query_lengths ? params.query_lengths[b] : params.query_length;
-    check_value(end >= 0 && end <= params.key_length, args.op, "key_lengths[", b, "] is ", end,
-                " and must be between 0 and key's length, ", params.key_length);
+    if (params.key_ring > 0) {
+      check_value(end >= 0 && end < kFar, args.op, "key_lengths[", b, "] is ", end, " and must be between 0 and ",
+                  kFar - 1);
+      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - queries + 1,
+                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", queries,
+                  " queries, each of ", params.schedule.window_size);
+    } else {
+      check_value(end >= 0 && end <= params.key_length, args.op, "key_lengths[", b, "] is ", end,
+                  " and must be between 0 and key's length, ", params.key_length);
+    }
     check_value(start >= 0 && start <= end, args.op, "key_starts[", b, "] is ", start,
                 " and must be between 0 and key_lengths[", b, "], ", end);
     check_value(offset >= 0 && offset < kFar, args.op, "key_offset[", b, "] is ", offset, " and must be between 0 and ",
@@ -211,7 +234,7 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
   int64_t positions = 0;
   if (args.query.device == Device::kCpu) {
     for (int64_t b = 0; b < params->batch; ++b) positions = std::max(positions, row_map(*params, b).positions());
-  } else if (!params->key_offset) {
+  } else if (!params->key_offset && params->key_ring == 0) {
     positions = params->key_length;
   }
   if (params->batch * params->heads * params->query_length == 0) return;
@@ -291,6 +314,7 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   params.key_lengths = detail::check_lengths(args, "key_lengths", args.key_lengths, params.batch);
   params.key_offset = detail::check_lengths(args, "key_offset", args.key_offset, params.batch);
   params.query_lengths = detail::check_lengths(args, "query_lengths", args.query_lengths, params.batch);
+  detail::check_ring(args, &params);
   if (query.device == Device::kCpu) detail::check_length_values(args, params);
   detail::check_rope(args, &params);
   detail::check_options(args, &params);

@@ -16,6 +16,11 @@ struct Parallel {
   void (*run)(void* context, int64_t slots, void (*body)(void* argument, int64_t slot), void* argument) = nullptr;
 };
 
+// The caller's threads, or one slot where there is too little work to wake a second thread for.
+inline Parallel limited(const Parallel& parallel, int64_t work, int64_t least) {
+  return work < least ? Parallel{} : parallel;
+}
+
 // Calls f(slot, item) for every item in [0, items).
 template <class F>
 void for_each_item(const Parallel& parallel, int64_t items, const F& f) {

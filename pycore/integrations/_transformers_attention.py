@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function that transformers' models call, layer after layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pycore.integrations._transformers_cache import MARK, LambdaLayer
+from pycore.integrations._transformers_mask import Spans, read_spans, require
+from pycore.integrations._transformers_rope import INTERLEAVED, Rope, rope_of, unrotate
+from pycore.ops import lambda_attention
+
+# What a model may hand to its attention that changes the result, and that is not available.
+_REFUSED = {
+    "position_bias": "a bias of its own", "head_mask": "a mask of heads", "cu_seq_lens_q": "packed sequences",
+    "cu_seq_lens_k": "packed sequences", "cu_seqlens": "packed sequences", "seq_idx": "packed sequences",
+    "cache": "a paged cache", "indices": "a choice of keys", "block_indices": "a choice of keys",
+    "sinks": "sinks of another kind",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What was registered under a name; distance_limit None takes inputs as the model rotated them."""
+
+    name: str
+    sink_size: int
+    window_size: int
+    distance_limit: int | None
+    interleaved: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One layer's call, besides query, key and value."""
+
+    name: str
+    sink_size: int
+    window_size: int
+    dropout: float
+    position_ids: Tensor | None  # [batch or 1, queries]
+    spans: Spans | None
+    rope: Rope | None  # None: nothing is un-rotated
+    interleaved: bool
+    options: dict[str, Any]  # of lambda_attention and LambdaKVCache.attend
+
+
+def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]]:
+    """The attention function to register."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As transformers calls it: query [B, H, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Lq, H, D]."""
+        name = registered.name
+        layer: LambdaLayer | None = getattr(key, MARK, None)
+        if layer is not None:  # first, so that a refused call leaves nothing waiting
+            key, value = layer.take(name)
+        _refuse(name, module, kwargs)
+        window = _sliding_window(name, module, kwargs)
+        sink_size, window_size = (registered.sink_size, registered.window_size) if window is None else (0, window)
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0}
+        options["sink_logits"] = None if s_aux is None else s_aux.to(wide)
+        rope, interleaved = None, False
+        if window is None and registered.distance_limit is not None:
+            rope = rope_of(name, module, query, registered.distance_limit)
+            interleaved = _interleaved(registered, module)
+        if rope is not None:
+            options |= {"rope": (rope.cos, rope.sin), "distance_limit": registered.distance_limit}
+            options["interleaved"] = interleaved
+            if position_ids is None:
+                raise ValueError(
+                    f"{name}: position_ids is None and must be handed on by {type(module).__name__} for a distance "
+                    "limit; register with limit_distances=False"
+                )
+        spans = read_spans(name, attention_mask, query.shape[0])
+        _check_positions(name, position_ids, query.shape[2], spans)
+        call = _Call(name, sink_size, window_size, dropout, position_ids, spans, rope, interleaved, options)
+        if layer is None:
+            out = _attend(call, query, key, value)
+        else:
+            for size, given, wanted in (
+                ("sink_size", layer.sink_size, registered.sink_size),
+                ("window_size", layer.window_size, registered.window_size),
+            ):
+                if given != wanted:
+                    raise ValueError(
+                        f"{name}: past_key_values has {size} {given} and must have the registered {wanted}"
+                    )
+            out = _attend_cached(call, layer, query, key, value)
+        return out.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention over keys as transformers' own caches give them, or without a cache."""
+    lengths: dict[str, Any] = {}
+    if call.spans is not None:
+        lengths = dict(zip(("key_starts", "key_lengths", "query_lengths"), call.spans, strict=False))
+    if call.rope is not None:
+        assert call.position_ids is not None
+        evicted = 0
+        if call.spans is None:
+            key, value, evicted = _without_middle(call, query.shape[2], key, value)
+        if evicted:
+            lengths["key_offset"] = torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
+        key_position = _key_positions(call, query, key, evicted)
+        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.interleaved)
+        key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.interleaved)
+    out = lambda_attention(
+        query, key, value, sink_size=call.sink_size, window_size=call.window_size, dropout_p=call.dropout, **lengths,
+        **call.options,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Appends new tokens to a layer of a LambdaCache and attends to what it holds."""
+    name = call.name
+    if call.dropout:
+        raise ValueError(f"{name}: dropout is {call.dropout} and must be 0 with a LambdaCache")
+    store = layer.open_store(name, call.sink_size, call.window_size)
+    starts = None
+    if call.spans is not None:
+        all_new = (call.spans.query_lengths == query.shape[2]).all()
+        require(all_new, f"{name}: attention_mask has padding on the right and must have it on the left")
+        starts = call.spans.new_starts
+        if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(starts.any()):
+            starts = None
+    offset = layer.position_offset
+    if call.rope is not None:
+        assert call.position_ids is not None
+        offset = _position_offset(name, layer, call.position_ids, query, starts)
+        inverse = call.rope.inverse(call.position_ids, query.dtype)
+        query, key = (unrotate(x, inverse, call.interleaved) for x in (query, key))
+    layer.append(key, value, starts, offset)
+    out = store.attend(query, **call.options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _without_middle(call: _Call, queries: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Leaves out, and counts, the rows that no query keeps, where they are most: no step has to un-rotate them."""
+    recent = call.window_size + queries - 1
+    evicted = key.shape[2] - call.sink_size - recent
+    if evicted <= call.sink_size + recent:
+        return key, value, 0
+    key, value = (torch.cat([x[:, :, : call.sink_size], x[:, :, -recent:]], 2) for x in (key, value))
+    return key, value, evicted
+
+
+def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Tensor:
+    """The position ids of the keys' rows, [B or 1, L], `evicted` rows missing between the sinks and the rest.
+
+    They are counted back from the last query, since only the queries' are known and a text's are consecutive.
+    """
+    assert call.position_ids is not None
+    row = torch.arange(key.shape[2], device=key.device)[None]
+    if call.spans is not None:
+        last_query = (call.spans.query_lengths - 1).clamp(min=0)[:, None]
+        last = call.position_ids.expand(query.shape[0], -1).gather(1, last_query)
+        return row + (last - (call.spans.key_lengths - 1)[:, None])
+    position = row + (call.position_ids[:, -1:] - (key.shape[2] - 1))
+    return position - evicted * (row < call.sink_size)
+
+
+def _check_positions(name: str, position_ids: Tensor | None, queries: int, spans: Spans | None) -> None:
+    """Position ids of a text must be consecutive: where they start again, another text begins."""
+    if position_ids is None:
+        return
+    if position_ids.dim() != 2:
+        raise ValueError(f"{name}: position_ids has {position_ids.dim()} dimensions and must have 2, [batch, length]")
+    if queries == 1:
+        return
+    consecutive = position_ids.diff(dim=-1) == 1
+    if spans is not None:  # padding may have any
+        row = torch.arange(1, queries, device=position_ids.device)[None]
+        consecutive = consecutive | (row <= spans.new_starts[:, None]) | (row >= spans.query_lengths[:, None])
+    require(
+        consecutive.all(),
+        f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not available",
+    )
+
+
+def _position_offset(
+    name: str, layer: LambdaLayer, position_ids: Tensor, query: Tensor, starts: Tensor | None
+) -> Tensor:
+    """What a token's position id exceeds its number by, [batch]; the first new token must follow the last one held."""
+    batch, _, new, _ = query.shape
+    last = position_ids[:, -1] - (new - 1 if starts is None else new - 1 - starts)
+    if layer.get_seq_length() == 0:
+        return last.expand(batch)
+    assert layer.store is not None
+    held = layer.store.lengths
+    offset = last - held
+    if layer.position_offset is not None:
+        require(
+            ((offset == layer.position_offset) | (held == 0)).all(),
+            f"{name}: position_ids do not go on where past_key_values ends and must be consecutive",
+        )
+    return offset
+
+
+def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """The window that the layer was trained with, None for a full-attention layer."""
+    config: Any = getattr(module, "config", None)
+    types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    kind = types[layer] if types is not None and layer is not None else None
+    if kind not in (None, "full_attention", "sliding_attention"):
+        raise ValueError(
+            f"{name}: layer_type of layer {layer} is {kind} and must be full_attention or sliding_attention"
+        )
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
+    if kind == "sliding_attention" and window is None:
+        window = config.sliding_window
+    return window
+
+
+def _refuse(name: str, module: nn.Module, kwargs: dict[str, Any]) -> None:
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(f"{name}: is_causal of {type(module).__name__} is False and must be True")
+    for argument, what in _REFUSED.items():
+        if kwargs.get(argument) is not None:
+            raise ValueError(f"{name}: {argument} is given and must be None: {what} cannot be honoured")
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        raise ValueError(f"{name}: output_attentions is True and must be False: the weights are never formed")
+
+
+def _interleaved(registered: Options, module: nn.Module) -> bool:
+    if registered.interleaved is not None:
+        return registered.interleaved
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    if model_type not in INTERLEAVED:
+        raise ValueError(
+            f"{registered.name}: model_type is {model_type} and must be one of {', '.join(INTERLEAVED)} for a distance "
+            "limit; register with limit_distances=False, or say how the model rotates with interleaved="
+        )
+    return INTERLEAVED[model_type]

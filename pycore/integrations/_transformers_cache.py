@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LambdaCache: transformers' cache interface over a LambdaKVCache a layer.
+
+A layer of transformers' caches takes rotated keys and returns all of them. Here only the attention function can undo
+the rotation and knows the padding, so `update` keeps the new tokens and returns them marked with their layer; the
+function finds the mark, appends them un-rotated and attends. Whether a layer slides is known there too, so the tensors
+come into being with the first attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pycore.cache import LambdaKVCache
+
+MARK = "_pycore_layer"  # the attribute of marked keys
+
+
+class LambdaLayer(CacheLayerMixin):
+    """One layer of a LambdaCache.
+
+    Attributes:
+        store: the keys and values, once there are any.
+        position_offset: int64 [batch], what a token's position id exceeds its number by; None as long as none is known.
+    """
+
+    is_compileable = False
+    is_sliding = False  # a sliding layer too takes the whole mask
+    supports_early_init = False
+
+    def __init__(self, sink_size: int, window_size: int, rollback: int) -> None:
+        """The sizes are LambdaCache's."""
+        super().__init__()
+        self.sink_size, self.window_size, self.rollback = sink_size, window_size, rollback
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.store: LambdaKVCache | None = None
+        self.position_offset: Tensor | None = None
+        self._seen = 0
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether new tokens have not been attended to."""
+        return self._new is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back."""
+        return self.rollback > 0
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do before the first attention."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes new tokens, [batch, kv_heads, tokens, head_dim], and returns them marked."""
+        self._new = (key_states, value_states)
+        setattr(key_states, MARK, self)
+        return key_states, value_states
+
+    def take(self, name: str) -> tuple[Tensor, Tensor]:
+        """The tokens that wait, once; they count with `append`."""
+        if self._new is None:
+            raise ValueError(f"{name}: key was attended to before and must come from this call of the cache's update")
+        new, self._new = self._new, None
+        return new
+
+    def append(self, key: Tensor, value: Tensor, starts: Tensor | None, position_offset: Tensor | None) -> None:
+        """Takes the tokens into `store`; the first starts[b] of row b are padding."""
+        assert self.store is not None
+        self.store.append(key, value, starts=starts)
+        self._seen += key.shape[2]
+        self.position_offset = position_offset
+
+    def open_store(self, name: str, sink_size: int, window_size: int) -> LambdaKVCache:
+        """The store, of these sizes."""
+        if self.store is None or self._seen == 0:
+            self.store = LambdaKVCache(sink_size, window_size, self.rollback)
+        if (self.store.sink_size, self.store.window_size) != (sink_size, window_size):
+            raise ValueError(
+                f"{name}: past_key_values was filled with sink_size {self.store.sink_size} and window_size "
+                f"{self.store.window_size} and must be used with these, not with {sink_size} and {window_size}"
+            )
+        return self.store
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding among them."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """The whole mask: padding is counted from the start. transformers 4 gives the positions of the queries."""
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self._seen + new, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 4
+
+    def crop(self, length: int) -> None:
+        """Takes -length tokens back where length is negative; else keeps the first `length`, as transformers 4 asks."""
+        tokens = -length if length < 0 else self._seen - length if length > 0 else 0
+        if tokens > 0:
+            if self.store is not None:
+                self.store.crop(tokens)
+            self._seen -= tokens
+
+    def _choose(self, index: Tensor) -> None:
+        if self.store is not None:
+            self.store.select(index.to(self.store.lengths.device, torch.int64))
+        if self.position_offset is not None:
+            self.position_offset = self.position_offset[index.to(self.position_offset.device)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        self._choose(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps rows `indices`."""
+        self._choose(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        if self.store is not None:
+            self._choose(torch.arange(len(self.store.lengths)).repeat_interleave(repeats))
+
+
+class LambdaCache(Cache):
+    """A cache of constant size for models whose `attn_implementation` was made by `register`.
+
+    Full-attention layers keep `sink_size` + `window_size` + `rollback` tokens, sliding layers their own window and
+    `rollback`, whatever has been seen. Where the registered attention limits distances the keys are kept un-rotated.
+
+    Args:
+        sink_size: as registered.
+        window_size: as registered.
+        rollback: tokens that can be taken back, for assisted and prompt-lookup decoding: at least the number of
+            candidates a step.
+
+    Raises:
+        ValueError, TypeError: a size is no integer, or out of range.
+
+    Example:
+        >>> cache = LambdaCache(sink_size=16, window_size=1024)
+        >>> model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(self, sink_size: int, window_size: int, rollback: int = 0) -> None:
+        LambdaKVCache(sink_size, window_size, rollback)  # checks them
+        self.sink_size, self.window_size, self.rollback = sink_size, window_size, rollback
+        self._last: LambdaLayer | None = None
+        new_layer: Any = functools.partial(LambdaLayer, sink_size, window_size, rollback)
+        super().__init__(layer_class_to_replicate=new_layer)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes a layer's new tokens and returns them for the attention function.
+
+        Raises:
+            ValueError: the attention before this one did not take its tokens from the cache.
+        """
+        if self._last is not None and self._last.waits:
+            raise ValueError(
+                "LambdaCache: attn_implementation is one that does not read this cache and must be one made by "
+                "pycore.integrations.transformers.register"
+            )
+        new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._last = self.layers[layer_idx]
+        return new
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._last = None
+        super().reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)
