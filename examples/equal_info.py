@@ -89,9 +89,10 @@ def codeword(low: int, width: int, scale: int, bits: int) -> int | None:
 
 
 def paper_windows(texts: list[bytes], model: WindowModel, bits: int, rule: str) -> tuple[list[list[int]], int, int]:
-    """The lengths of each text's windows by one of the paper's rules, how many were cut, and how many decode wrongly.
+    """Windows by one of the paper's rules: their lengths in each text, how many were judged, how many decode wrongly.
 
-    The last window of a text, which ends because the text does, is not judged.
+    The last window of a text, which ends because the text does, is not judged. Delay's windows decode by construction:
+    no shorter text has their codeword.
     """
     lengths: list[list[int]] = [[] for _ in texts]
     start = [0] * len(texts)
@@ -330,15 +331,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     out = Path(__file__).resolve().parent / "out"
     parser = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=out, help="folder for the plot and the JSON (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps of the small model (default: 1500)")
     parser.add_argument("--pieces", type=int, help="texts to code (default: 32)")
     parser.add_argument("--second-steps", type=int, help="steps of the second model on bytes (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="of the second models")
     parser.add_argument("--quick", action="store_true", help="hardly trained models and two short texts")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     options = parser.parse_args(argv)
+    options.steps = (4 if options.quick else 1500) if options.steps is None else options.steps
     options.pieces = (2 if options.quick else 32) if options.pieces is None else options.pieces
     options.second_steps = (2 if options.quick else 600) if options.second_steps is None else options.second_steps
-    for name in ("pieces", "second_steps"):
+    for name in ("steps", "pieces", "second_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)} and must be at least 1")
     if not 0 <= options.seed < 2**63:
@@ -354,7 +357,7 @@ def run(options: argparse.Namespace) -> int:
     text, held_out, fingerprint = read_corpus()
     texts = pieces_of(held_out, options.pieces, 64 if options.quick else 768)
     checkpoint = options.out / ("bytelm_quick.pt" if options.quick else "bytelm.pt")
-    training = Training(steps=4 if options.quick else 1500, seed=0)
+    training = Training(steps=options.steps, seed=0)
     bytelm, trained = trained_model(checkpoint, text, fingerprint, training)
     model = WindowModel(bytelm)
     rows = code_rows(model, plain_bits(bytelm, texts), texts)
@@ -375,7 +378,8 @@ def run(options: argparse.Namespace) -> int:
     result = {
         "name": NAME, "quick": options.quick, **facts(),
         "text": {"train_bytes": len(text), "coded_bytes": sum(map(len, texts)), "sha256": fingerprint},
-        "training": trained, "table": {"bits": table_bits, "seconds": build_seconds}, "rows": rows, "second": second,
+        "training": {"steps": options.steps, **trained},
+        "table": {"bits": table_bits, "seconds": build_seconds}, "rows": rows, "second": second,
         "checks": [{"holds": holds, "claim": claim} for holds, claim in checks],
     }  # fmt: skip
     stem = options.out / (f"{NAME}_quick" if options.quick else NAME)
