@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
-    from pycore import compat, models, native, nn, ops, positions, reference, schedules
+    from pycore import compat, integrations, models, native, nn, ops, positions, reference, schedules
     from pycore.bitstreams import Bitstreams
     from pycore.cache import LambdaKVCache
+    from pycore.equal_info_table import EqualInfoTable
+    from pycore.equal_info_windows import EqualInfoWindows
     from pycore.native import ArithmeticDecoder, ArithmeticEncoder, BitstreamError
 
 __version__ = "0.1.0"
@@ -28,11 +30,14 @@ __all__ = [
     "ArithmeticEncoder",
     "BitstreamError",
     "Bitstreams",
+    "EqualInfoTable",
+    "EqualInfoWindows",
     "LambdaKVCache",
     "__version__",
     "build_info",
     "compat",
     "cpu_isa",
+    "integrations",
     "models",
     "native",
     "nn",
@@ -48,6 +53,8 @@ _HOMES = {
     "ArithmeticEncoder": "native",
     "BitstreamError": "native",
     "Bitstreams": "bitstreams",
+    "EqualInfoTable": "equal_info_table",
+    "EqualInfoWindows": "equal_info_windows",
     "LambdaKVCache": "cache",
 }
 

@@ -133,3 +133,27 @@ def test_probabilistic(tmp_path: Path) -> None:
     assert written["dense"] > 0 and len(written["checks"]) == 3
     bad = run("probabilistic.py", "--windows", "0")
     assert bad.returncode == 2 and bad.stderr == "probabilistic: --windows is 0 and must be at least 1\n"
+
+
+def test_equal_info(tmp_path: Path) -> None:
+    result = run("equal_info.py", "--quick", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "equal_info_quick.json").read_text(encoding="utf-8"))
+    rows = {(row["rule"], row["bits"]): row for row in written["rows"]}
+    assert len(rows) == 4 * 4 + 2 and all(row["bytes_per_token"] >= 1 for row in rows.values())
+    assert not any(row["wrong"] for (rule, _), row in rows.items() if rule != "greedy")
+    # The model is hardly trained, so a window holds about one byte of the 256 for every eight bits.
+    assert all(bits / 9 < rows["STOP", bits]["bytes_per_token"] <= bits / 7.5 for bits in (16, 24, 32, 62))
+    assert [row["on"] for row in written["second"]] == ["bytes", "9-bit tokens"]
+    assert all(0 < row["bits_per_byte"] < 20 for row in written["second"])
+    assert "yes  every code but the greedy windows decodes to what was coded" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--pieces", "0"], "--pieces is 0 and must be at least 1"), (["--pieces", "99999999"], "must be at most")],
+)
+def test_equal_info_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run("equal_info.py", "--quick", "--no-plot", "--out", str(tmp_path), *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("equal_info: ") and message in result.stderr and result.stderr.count("\n") == 1

@@ -30,11 +30,15 @@ KERNELS = [
     "lambda_cache_append",
     "invariant_linear",
     "invariant_linear_backward",
+    "pack_equal_info",
     "quantize_cdf",
     "rms_norm",
     "rms_norm_backward",
     "torchac_decode",
     "torchac_encode",
+    "window_counts",
+    "window_decode",
+    "window_encode",
 ]
 
 

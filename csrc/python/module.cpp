@@ -63,6 +63,8 @@ PYBIND11_MODULE(native, m) {
   m.def("build_info", &build_info, "What this library was compiled with; pycore.build_info() says more.");
   register_arithmetic_coding(m);
   register_arithmetic_coding_streaming(m);
+  register_arithmetic_coding_table(m);
+  register_arithmetic_coding_windows(m);
   register_attention(m);
   register_attention_blocks(m);
   register_attention_cache(m);

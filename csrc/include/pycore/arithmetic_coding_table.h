@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// A table of 2^bits strings, each a token: text to tokens by the longest match or the fewest tokens, and back by
+// lookup.
+//
+// For encoding, the strings are a trie in a double array: the child of a node along byte c is at trie[base + c], if the
+// label there is c. Every node with children has a base of its own, so the label alone says whose child it is; nodes
+// without children share base 0, whose 256 slots have a label that no byte is. Every single byte is a token, so a walk
+// that cannot go on starts the next token with the byte it failed on, and each byte costs exactly one step. A node that
+// is no token has all 256 children, so a walk never fails there; only the end of the text can leave one there.
+//
+// For decoding, a token's string and length are 16 bytes, copied whole.
+#pragma once
+
+#include <pycore/export.h>
+#include <pycore/status.h>
+
+#include <cstdint>
+
+namespace pycore {
+
+inline constexpr int kLeastTableBits = 8, kMostTableBits = 20;
+inline constexpr int64_t kMostStringBytes = 255;
+inline constexpr int64_t kStringBytes = 16;        // of a string's entry
+inline constexpr int64_t kShortString = 15;        // the longest that is in its entry; the last byte is the length
+inline constexpr uint8_t kLongString = 255;        // in place of the length: the entry has offset (8 bytes) and length
+inline constexpr int64_t kMostParsed = INT32_MAX;  // bytes of text for the optimal parse, whose costs are int32
+
+// A node of the trie: base << 40 | token << 16 | label.
+inline constexpr uint64_t kNoLabel = 256, kTokenMask = (1 << 24) - 1, kNoToken = kTokenMask;
+inline constexpr int kTokenShift = 16, kBaseShift = 40;
+inline constexpr uint64_t kMostBases = uint64_t{1} << 24;
+
+struct TokenTable {
+  int64_t count = 0;                 // strings: 2^bits
+  const uint64_t* trie = nullptr;    // double array, of nodes at depth 2 and more
+  const uint64_t* roots = nullptr;   // [256], the nodes of single bytes
+  const uint8_t* lengths = nullptr;  // [count]
+  const uint8_t* strings = nullptr;  // [count, kStringBytes]
+  const uint8_t* pool = nullptr;     // strings that are longer than kShortString, and kStringBytes more
+};
+
+// Scratch of encode_longest().
+inline constexpr int64_t kParseLanes = 8, kParseSegment = 4096;
+inline constexpr int64_t kParseScratch = kParseLanes * kParseSegment * int64_t{sizeof(uint32_t)};
+
+// tokens [bytes], of which the first *count are written: the longest token, again and again.
+PYCORE_API Status encode_longest(const TokenTable& table, const uint8_t* data, int64_t bytes, int64_t* tokens,
+                                 int64_t* count, void* scratch);
+
+// As few tokens as can be; among these parses the one whose first token is longest, then the second, and so on.
+// Scratch: 5 * (bytes + 1) bytes, aligned to 4; bytes <= kMostParsed.
+PYCORE_API Status encode_fewest(const TokenTable& table, const uint8_t* data, int64_t bytes, int64_t* tokens,
+                                int64_t* count, void* scratch);
+
+// The bytes of all tokens, or -1 and the first that is none of the table's in *bad.
+PYCORE_API int64_t decoded_bytes(const TokenTable& table, const int64_t* tokens, int64_t count, int64_t* bad);
+
+// `bytes` is decoded_bytes() of the tokens; nothing is written past them.
+PYCORE_API Status decode_tokens(const TokenTable& table, const int64_t* tokens, int64_t count, uint8_t* out,
+                                int64_t bytes);
+
+// CRC-32C.
+PYCORE_API uint32_t crc32c(uint32_t crc, const uint8_t* data, int64_t bytes);
+
+}  // namespace pycore
