@@ -17,11 +17,17 @@ from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
     from pycore import compat, models, native, nn, ops, positions, reference, schedules
+    from pycore.bitstreams import Bitstreams
     from pycore.cache import LambdaKVCache
+    from pycore.native import ArithmeticDecoder, ArithmeticEncoder, BitstreamError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArithmeticDecoder",
+    "ArithmeticEncoder",
+    "BitstreamError",
+    "Bitstreams",
     "LambdaKVCache",
     "__version__",
     "build_info",
@@ -37,7 +43,13 @@ __all__ = [
 ]
 
 # Where the classes are that `pycore` itself exports.
-_HOMES = {"LambdaKVCache": "pycore.cache"}
+_HOMES = {
+    "ArithmeticDecoder": "native",
+    "ArithmeticEncoder": "native",
+    "BitstreamError": "native",
+    "Bitstreams": "bitstreams",
+    "LambdaKVCache": "cache",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -46,7 +58,8 @@ def __getattr__(name: str) -> Any:
 
         return _load.native()
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        home = _HOMES[name]
+        return getattr(__getattr__("native") if home == "native" else importlib.import_module(f"pycore.{home}"), name)
     if name in __all__:
         return importlib.import_module(f"pycore.{name}")
     raise AttributeError(f"module 'pycore' has no attribute {name!r}")

@@ -8,7 +8,7 @@ its `kind`, its numbers and its tensor (csrc/include/pycore/tile_schedule.h).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -226,6 +226,9 @@ class Constant(DistanceFamily):
         return float(self.p)
 
 
+_LAYER_STEP = 0x1E3779B97F4A7C15  # odd, so that no two layers below 2**63 share a seed
+
+
 @dataclass(frozen=True, eq=False)
 class Probabilistic(Schedule):
     """d >= 0 and (the key's block is drawn, or a window block, or j < sink_size): one round of drawn blocks.
@@ -267,6 +270,10 @@ class Probabilistic(Schedule):
     @property
     def args(self) -> list[int]:
         return [self.block_size, self.sink_size, self.window_blocks]
+
+    def for_layer(self, layer: int) -> Probabilistic:
+        """The same round with blocks of its own for a layer: the index is folded into the seed."""
+        return replace(self, seed=(self.seed + layer * _LAYER_STEP) % 2**63)
 
 
 def expected_density(

@@ -122,3 +122,14 @@ def test_positions(tmp_path: Path) -> None:
     assert all(len(row["accuracy"]) == 9 and all(0 <= x <= 1 for x in row["accuracy"]) for row in written["rows"])
     bad = run("positions.py", "--steps", "0")
     assert bad.returncode == 2 and bad.stderr == "positions: --steps is 0 and must be at least 1\n"
+
+
+def test_probabilistic(tmp_path: Path) -> None:
+    result = run("probabilistic.py", "--quick", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "probabilistic_quick.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in written["rows"]] == ["drawn, sink", "drawn", "window, sink", "window"]
+    assert all(len(row["bits_per_byte"]) == 5 and min(row["bits_per_byte"]) > 0 for row in written["rows"])
+    assert written["dense"] > 0 and len(written["checks"]) == 3
+    bad = run("probabilistic.py", "--windows", "0")
+    assert bad.returncode == 2 and bad.stderr == "probabilistic: --windows is 0 and must be at least 1\n"

@@ -18,14 +18,23 @@ from pycore import _load, native
 
 # Every public kernel entry point. A new op adds its kernels here.
 KERNELS = [
+    "ac_decode",
+    "ac_decode_bytes",
+    "ac_decode_logits",
+    "ac_encode",
+    "ac_encode_bytes",
+    "ac_encode_logits",
     "attention",
     "attention_backward",
     "attention_blocks",
     "lambda_cache_append",
     "invariant_linear",
     "invariant_linear_backward",
+    "quantize_cdf",
     "rms_norm",
     "rms_norm_backward",
+    "torchac_decode",
+    "torchac_encode",
 ]
 
 

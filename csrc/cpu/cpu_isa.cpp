@@ -13,9 +13,10 @@
 namespace pycore {
 namespace {
 
-// Bits of cpuid leaf 1 (ecx), leaf 7 subleaf 0 (ebx) and leaf 0x80000001 (ecx). F16C, BMI1/2 and LZCNT are asked for
-// because the kernels' target regions name them beside AVX2.
+// Bits of cpuid leaf 1 (ecx), leaf 7 subleaf 0 (ebx) and leaf 0x80000001 (ecx). F16C, BMI1/2, LZCNT, SSE4.2 and POPCNT
+// are asked for because the kernels' target regions name them beside AVX2.
 constexpr unsigned kFma = 1u << 12, kOsxsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
+constexpr unsigned kSse42 = 1u << 20, kPopcnt = 1u << 23;
 constexpr unsigned kBmi1 = 1u << 3, kAvx2 = 1u << 5, kBmi2 = 1u << 8;
 constexpr unsigned kAvx512f = 1u << 16, kAvx512dq = 1u << 17, kAvx512bw = 1u << 30, kAvx512vl = 1u << 31;
 constexpr unsigned kLzcnt = 1u << 5;
@@ -32,7 +33,8 @@ unsigned read_xcr0() {
 
 CpuIsa detect() {
   unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !has_all(c, kFma | kOsxsave | kAvx | kF16c)) return CpuIsa::kScalar;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !has_all(c, kFma | kOsxsave | kAvx | kF16c | kSse42 | kPopcnt))
+    return CpuIsa::kScalar;
   const unsigned xcr0 = read_xcr0();
   if (!has_all(xcr0, kYmmState)) return CpuIsa::kScalar;
   if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !has_all(c, kLzcnt)) return CpuIsa::kScalar;

@@ -33,8 +33,9 @@ inline DType numpy_dtype(const py::array& array) {
   switch (dtype.kind()) {
     case 'f':
       return size == 4 ? DType::kFloat32 : size == 8 ? DType::kFloat64 : size == 2 ? DType::kFloat16 : DType::kOther;
-    case 'i': return size == 4 ? DType::kInt32 : size == 8 ? DType::kInt64 : DType::kOther;
-    case 'u': return size == 1 ? DType::kUInt8 : size == 2 ? DType::kUInt16 : DType::kOther;
+    case 'i': return size == 4 ? DType::kInt32 : size == 8 ? DType::kInt64 : size == 1 ? DType::kInt8 : DType::kInt16;
+    case 'u':
+      return size == 1 ? DType::kUInt8 : size == 2 ? DType::kUInt16 : size == 4 ? DType::kUInt32 : DType::kUInt64;
     case 'b': return DType::kBool;
     default: break;
   }
@@ -49,10 +50,14 @@ inline DType dlpack_dtype(const dlpack::Tensor& tensor) {
     case dlpack::kFloat * 256 + 32: return DType::kFloat32;
     case dlpack::kFloat * 256 + 64: return DType::kFloat64;
     case dlpack::kBFloat * 256 + 16: return DType::kBFloat16;
+    case dlpack::kInt * 256 + 8: return DType::kInt8;
+    case dlpack::kInt * 256 + 16: return DType::kInt16;
     case dlpack::kInt * 256 + 32: return DType::kInt32;
     case dlpack::kInt * 256 + 64: return DType::kInt64;
     case dlpack::kUInt * 256 + 8: return DType::kUInt8;
     case dlpack::kUInt * 256 + 16: return DType::kUInt16;
+    case dlpack::kUInt * 256 + 32: return DType::kUInt32;
+    case dlpack::kUInt * 256 + 64: return DType::kUInt64;
     case dlpack::kBool * 256 + 8: return DType::kBool;
     default: return DType::kOther;
   }

@@ -6,6 +6,8 @@
 
 namespace pycore::python {
 
+void register_arithmetic_coding(pybind11::module_& m);
+void register_arithmetic_coding_streaming(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_attention_blocks(pybind11::module_& m);
 void register_attention_cache(pybind11::module_& m);

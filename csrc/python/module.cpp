@@ -61,6 +61,8 @@ PYBIND11_MODULE(native, m) {
         "Lowers (or restores) the instruction set for this process; ValueError if the machine does not have it.");
   m.def("available_isas", &available_isas, "The instruction sets this machine can run, slowest first.");
   m.def("build_info", &build_info, "What this library was compiled with; pycore.build_info() says more.");
+  register_arithmetic_coding(m);
+  register_arithmetic_coding_streaming(m);
   register_attention(m);
   register_attention_blocks(m);
   register_attention_cache(m);

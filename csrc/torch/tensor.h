@@ -26,6 +26,10 @@ inline DType dtype_of(torch::headeronly::ScalarType type) {
     case ScalarType::Byte: return DType::kUInt8;
     case ScalarType::UInt16: return DType::kUInt16;
     case ScalarType::Bool: return DType::kBool;
+    case ScalarType::Char: return DType::kInt8;
+    case ScalarType::Short: return DType::kInt16;
+    case ScalarType::UInt32: return DType::kUInt32;
+    case ScalarType::UInt64: return DType::kUInt64;
     default: return DType::kOther;
   }
 }

@@ -22,7 +22,7 @@ from pycore import ops
 from pycore.cache import LambdaKVCache
 from pycore.nn.attention import POSITIONS, PositionScheme, SelfAttention
 from pycore.nn.linear import Projection, RMSNorm
-from pycore.schedules import Causal, Lambda, Schedule
+from pycore.schedules import Causal, Lambda, Probabilistic, Schedule
 
 BOS = 256
 VOCABULARY = 257  # 256 bytes and BOS
@@ -195,6 +195,8 @@ class Bytelm(nn.Module):
             attend = {"distance_limit": distance_limit, **self.positions()}
         x = functional.embedding(tokens, self.embedding)
         for layer, block in enumerate(self.blocks):
+            if isinstance(schedule, Probabilistic):  # layers that read the same blocks could never pass on the others
+                attend = {**attend, "schedule": schedule.for_layer(layer)}
             x = block(x, attend, None if caches is None else caches[layer], starts)
         return ops.invariant_linear(self.norm(x), self.embedding)
 

@@ -2,5 +2,6 @@
 """Modules on pycore's ops."""
 
 from pycore.nn.attention import LambdaAttention
+from pycore.nn.probabilistic import ProbabilisticAttention
 
-__all__ = ["LambdaAttention"]
+__all__ = ["LambdaAttention", "ProbabilisticAttention"]

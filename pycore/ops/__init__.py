@@ -1,11 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """All ops, as functions. Each is also an op of `torch.ops.pycore`."""
 
+from pycore.ops.arithmetic_coding import (
+    ac_decode,
+    ac_decode_bytes,
+    ac_decode_logits,
+    ac_encode,
+    ac_encode_bytes,
+    ac_encode_logits,
+    quantize_cdf,
+)
 from pycore.ops.attention import attention, lambda_attention
 from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import invariant_linear, rms_norm
 
 __all__ = [
-    "attention", "invariant_linear", "lambda_attention", "pr_block_mask", "pr_flash_attention", "rms_norm",
-]  # fmt: skip
+    "ac_decode",
+    "ac_decode_bytes",
+    "ac_decode_logits",
+    "ac_encode",
+    "ac_encode_bytes",
+    "ac_encode_logits",
+    "attention",
+    "invariant_linear",
+    "lambda_attention",
+    "pr_block_mask",
+    "pr_flash_attention",
+    "quantize_cdf",
+    "rms_norm",
+]

@@ -6,7 +6,22 @@
 
 namespace pycore {
 
-enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt32, kInt64, kUInt8, kUInt16, kBool, kOther };
+enum class DType : int32_t {
+  kFloat32,
+  kFloat64,
+  kFloat16,
+  kBFloat16,
+  kInt32,
+  kInt64,
+  kUInt8,
+  kUInt16,
+  kBool,
+  kInt8,
+  kInt16,
+  kUInt32,
+  kUInt64,
+  kOther
+};
 enum class Device : int32_t { kCpu, kCuda, kOther };
 
 inline const char* dtype_name(DType dtype) {
@@ -20,6 +35,10 @@ inline const char* dtype_name(DType dtype) {
     case DType::kUInt8: return "uint8";
     case DType::kUInt16: return "uint16";
     case DType::kBool: return "bool";
+    case DType::kInt8: return "int8";
+    case DType::kInt16: return "int16";
+    case DType::kUInt32: return "uint32";
+    case DType::kUInt64: return "uint64";
     case DType::kOther: break;
   }
   return "an unsupported dtype";

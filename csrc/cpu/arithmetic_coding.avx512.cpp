@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// The coder on AVX-512. Nothing is included inside the target region but code without linkage.
+#include <immintrin.h>
+#include <pycore/arithmetic_coding_frame.h>
+#include <pycore/dtype.h>
+
+#include "arithmetic_coding_kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,sse4.2")
+
+namespace pycore::avx512 {
+namespace {
+#include "coder_avx512.h"
+#include "coder_crc.h"
+#include "coder_nibbles_avx2.h"
+//
+#include "arithmetic_coding_rows.inl.h"
+//
+#include "arithmetic_coding_decode.inl.h"
+#include "arithmetic_coding_encode.inl.h"
+//
+#include "arithmetic_coding_adaptive.inl.h"
+}  // namespace
+
+const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams,
+                            encode_bytes, decode_bytes,  add_bytes};
+
+}  // namespace pycore::avx512
+
+#pragma GCC pop_options

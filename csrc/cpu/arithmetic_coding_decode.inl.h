@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decoding streams, for one instruction set. Included inside the anonymous namespace of a target region, after
+// arithmetic_coding_rows.inl.h.
+
+// A stretch of payload; words past its end are zero.
+struct Reader {
+  RangeDecoder coder;
+  const uint8_t *next, *end;
+
+  uint16_t word() const {
+    if (__builtin_expect(end - next >= 2, 1)) {
+      uint16_t word;
+      __builtin_memcpy(&word, next, 2);
+      return __builtin_bswap16(word);
+    }
+    return end - next == 1 ? static_cast<uint16_t>(*next << 8) : 0;
+  }
+  void skip(int64_t bytes) { next = end - next > bytes ? next + bytes : end; }
+};
+
+inline Reader open_lane(const uint8_t* begin, const uint8_t* end) {
+  Reader reader{{}, begin, end};
+  for (int i = 0; i < 4; ++i) {
+    reader.coder.code = reader.coder.code << 16 | reader.word();
+    reader.skip(2);
+  }
+  return reader;
+}
+
+// kChecked: the payload may end here. Otherwise the caller knows that it does not, and precision is at most 16.
+template <bool kFine, bool kChecked>
+inline void take_symbol(Reader* reader, Share share, int precision) {
+  RangeDecoder coder = reader->coder;
+  range_consume(&coder, share.begin, share.width, precision);
+  if (kFine) {
+    while (range_needs_word(coder.range)) {
+      range_put_word(&coder, reader->word());
+      reader->skip(2);
+    }
+  } else {
+    // Whether a word is needed is no branch: it would be a coin's flip. range >= 2^32, so its leading zeros are below
+    // 32 and have 16 in them where it is below 2^48. A damaged code with a range of 0 comes here too, hence the bit.
+    const int shift = __builtin_clzll(coder.range | 1) & 16;
+    uint16_t word;
+    if (kChecked) {
+      word = reader->word();
+    } else {
+      __builtin_memcpy(&word, reader->next, 2);
+      word = __builtin_bswap16(word);
+    }
+    coder.code = coder.code << shift | static_cast<uint64_t>(word) >> (shift ^ 16);
+    coder.range <<= shift;
+    if (kChecked) {
+      reader->skip(shift >> 3);
+    } else {
+      reader->next += shift >> 3;
+    }
+  }
+  reader->coder = coder;
+}
+
+// `count` symbols of one stream, from row 0 on. A code that no row has ends it.
+template <bool kFine, class Rows>
+CoderFault decode_rows(Reader reader, const Rows& rows, int64_t first, int64_t step, int64_t count, int precision,
+                       int64_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t value = range_locate(reader.coder, precision);
+    if (__builtin_expect(value >> precision != 0, 0)) return CoderFault::kSymbols;
+    Share share;
+    const CoderFault fault =
+        rows.find(first + i * step, static_cast<uint32_t>(value), out + (first + i * step), &share);
+    if (__builtin_expect(fault != CoderFault::kNone, 0)) return fault;
+    take_symbol<kFine, true>(&reader, share, precision);
+  }
+  return CoderFault::kNone;
+}
+
+// kLanes stretches of payload at once, all with the model in the slot: symbol i of stretch l goes to out[l][i * step].
+// The values of a damaged code may lie beyond the model; they are folded into it, and the CRC of the symbols tells.
+template <bool kFine, bool kChecked, int kLanes>
+void decode_run(Reader* reader, const Slot& slot, int64_t begin, int64_t end, int precision, int64_t* const* out,
+                int64_t step) {
+  const uint32_t* row = slot.row;
+  const auto* buckets = static_cast<const typename Buckets<kFine>::Symbol*>(slot.buckets);
+  const int shift = bucket_shift<kFine>(precision);
+  const uint64_t mask = (uint64_t{1} << precision) - 1;
+  for (int64_t i = begin; i < end; ++i) {
+    for (int l = 0; l < kLanes; ++l) {
+      const uint32_t value = static_cast<uint32_t>(range_locate(reader[l].coder, precision) & mask);
+      const int64_t symbol = find_in_buckets(row, buckets, shift, value);
+      out[l][i * step] = symbol;
+      take_symbol<kFine, kChecked>(&reader[l], {row[symbol], row[symbol + 1] - row[symbol]}, precision);
+    }
+  }
+}
+
+template <bool kFine, int kLanes>
+void decode_together(Reader* readers, const Slot& slot, int64_t count, int precision, int64_t* const* outs,
+                     int64_t step) {
+  Reader reader[kLanes];
+  int64_t* out[kLanes];
+  for (int l = 0; l < kLanes; ++l) reader[l] = readers[l], out[l] = outs[l];
+  int64_t i = 0;
+  // A symbol takes one word at most, so that many symbols need no look at the end.
+  while (!kFine && i < count) {
+    int64_t sure = count - i;
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t words = (reader[l].end - reader[l].next) / 2;
+      sure = words < sure ? words : sure;
+    }
+    if (sure < 16) break;
+    decode_run<kFine, false, kLanes>(reader, slot, i, i + sure, precision, out, step);
+    i += sure;
+  }
+  decode_run<kFine, true, kLanes>(reader, slot, i, count, precision, out, step);
+  for (int l = 0; l < kLanes; ++l) readers[l] = reader[l];
+}
+
+// Any number of stretches, the first `longer` of which have one symbol more than `count`.
+template <bool kFine>
+void decode_static(Reader* readers, int64_t lanes, const Slot& slot, int64_t count, int64_t longer, int precision,
+                   int64_t** outs, int64_t step) {
+  int64_t l = 0;
+  for (; l + 4 <= lanes; l += 4) decode_together<kFine, 4>(readers + l, slot, count, precision, outs + l, step);
+  for (; l < lanes; ++l) decode_together<kFine, 1>(readers + l, slot, count, precision, outs + l, step);
+  for (l = 0; l < longer; ++l) {
+    int64_t* one = outs[l] + count * step;
+    decode_together<kFine, 1>(readers + l, slot, 1, precision, &one, step);
+  }
+}
+
+// The lanes of a stream as readers; false if their lengths do not add up.
+bool open_lanes(const uint8_t* stream, const Frame& frame, Reader* readers) {
+  const uint8_t *lengths = stream + kFrameBytes, *end = lengths + frame.payload;
+  if (frame.payload < 6 * (frame.lanes - 1)) return false;
+  const uint8_t* begin = lengths + 6 * (frame.lanes - 1);
+  for (int64_t lane = 0; lane < frame.lanes; ++lane) {
+    int64_t bytes = end - begin;
+    if (lane < frame.lanes - 1) {
+      const int64_t wanted = static_cast<int64_t>(get_bytes(lengths + 6 * lane, 6));
+      if (wanted > bytes) return false;
+      bytes = wanted;
+    }
+    readers[lane] = open_lane(begin, begin + bytes);
+    begin += bytes;
+  }
+  return true;
+}
+
+void check_symbols(const DecodeParams& params, int64_t stream, const Frame& frame) {
+  StreamResult* result = params.results + stream;
+  if (result->fault != CoderFault::kNone) return;
+  const uint32_t crc = ~add_symbols(~0u, params.symbols + stream * params.length, params.length);
+  if (crc != frame.symbols_crc) result->fault = CoderFault::kSymbols;
+}
+
+Frame frame_of(const DecodeParams& params, int64_t stream) {
+  const uint8_t* begin = params.data + params.offsets[stream];
+  Frame frame;
+  frame.has_id = (begin[2] & kModelIdFlag) != 0;
+  frame.lanes = begin[3];
+  frame.symbols_crc = static_cast<uint32_t>(get_bytes(begin + 8, 4));
+  frame.model = get_bytes(begin + 12, 8);
+  frame.payload = static_cast<int64_t>(get_bytes(begin + 26, 6));
+  return frame;
+}
+
+// Prepares the slot for the stream's first row and compares the model. True: the stream may be decoded.
+template <class Rows>
+bool model_fits(const DecodeParams& params, int64_t stream, const Frame& frame, const Slot& slot, const Rows& rows,
+                bool fixed) {
+  const CoderModel& model = params.model;
+  StreamResult* result = params.results + stream;
+  uint64_t expected = model.has_id ? model.id : kFingerprintStart;
+  if (params.length > 0 && (fixed || !model.has_id)) {
+    prepare_slot(slot, model, row_key(model, stream), rows, fixed);
+    if (slot.header->fault != CoderFault::kNone) {
+      result->fault = slot.header->fault;
+      return false;
+    }
+    if (!model.has_id) expected = slot.header->fingerprint;
+  }
+  if (frame.has_id == model.has_id && frame.model == expected) return true;
+  result->fault = CoderFault::kModel;
+  return false;
+}
+
+void decode_stream(const DecodeParams& params, int64_t stream, const Slot& slot) {
+  const CoderModel& model = params.model;
+  const Frame frame = frame_of(params, stream);
+  StreamResult* result = params.results + stream;
+  const bool fixed = model.position_stride == 0 || params.length <= 1;
+  int64_t* symbols = params.symbols + stream * params.length;
+  with_rows(model, stream, slot, [&](const auto& rows) {
+    if (!model_fits(params, stream, frame, slot, rows, fixed)) return;
+    Reader readers[kMaxLanes];
+    if (!open_lanes(params.data + params.offsets[stream], frame, readers)) {
+      result->fault = CoderFault::kForeign;
+      return;
+    }
+    const int precision = model.precision;
+    const int64_t lanes = frame.lanes, count = params.length / lanes, longer = params.length % lanes;
+    if (fixed) {
+      int64_t* outs[kMaxLanes];
+      for (int64_t lane = 0; lane < lanes; ++lane) outs[lane] = symbols + lane;
+      if (precision > 16) {
+        decode_static<true>(readers, lanes, slot, count, longer, precision, outs, lanes);
+      } else {
+        decode_static<false>(readers, lanes, slot, count, longer, precision, outs, lanes);
+      }
+      return;
+    }
+    for (int64_t lane = 0; lane < lanes && result->fault == CoderFault::kNone; ++lane) {
+      const int64_t of_lane = count + (lane < longer);
+      result->fault = precision > 16
+                          ? decode_rows<true>(readers[lane], rows, lane, lanes, of_lane, precision, symbols)
+                          : decode_rows<false>(readers[lane], rows, lane, lanes, of_lane, precision, symbols);
+    }
+  });
+  check_symbols(params, stream, frame);
+}
+
+// Streams of one lane with one model for all: their steps are independent, so several run at once.
+bool decode_streams_together(const DecodeParams& params, int64_t stream, const Slot& slot) {
+  constexpr int kTogether = static_cast<int>(kStreamsAtOnce);
+  Reader readers[kTogether];
+  int64_t* outs[kTogether];
+  for (int64_t s = 0; s < kStreamsAtOnce; ++s) {
+    const Frame frame = frame_of(params, stream + s);
+    if (frame.lanes != 1) return false;
+    bool fits = false;
+    with_rows(params.model, stream + s, slot,
+              [&](const auto& rows) { fits = model_fits(params, stream + s, frame, slot, rows, true); });
+    if (!fits) return false;
+    open_lanes(params.data + params.offsets[stream + s], frame, readers + s);
+    outs[s] = params.symbols + (stream + s) * params.length;
+  }
+  const int precision = params.model.precision;
+  if (precision > 16) {
+    decode_together<true, kTogether>(readers, slot, params.length, precision, outs, 1);
+  } else {
+    decode_together<false, kTogether>(readers, slot, params.length, precision, outs, 1);
+  }
+  for (int64_t s = 0; s < kStreamsAtOnce; ++s) check_symbols(params, stream + s, frame_of(params, stream + s));
+  return true;
+}
+
+void decode_streams(const DecodeParams& params, int64_t stream, int64_t streams, void* scratch) {
+  const Slot slot = slot_of(scratch, params.model.symbols);
+  const bool shared = params.model.position_stride == 0 && params.model.stream_stride == 0;
+  if (streams == kStreamsAtOnce && shared && decode_streams_together(params, stream, slot)) return;
+  for (int64_t s = 0; s < streams; ++s) {
+    params.results[stream + s].fault = CoderFault::kNone;
+    decode_stream(params, stream + s, slot);
+  }
+}
+
+void open_stream(const DecodeParams& params, int64_t stream) {
+  const int64_t begin = params.offsets[stream];
+  const Frame frame =
+      read_frame(params.data + begin, params.offsets[stream + 1] - begin, add_bytes, params.results + stream);
+  if (params.results[stream].fault == CoderFault::kNone && (frame.kind != kRowsKind) != params.adaptive) {
+    params.results[stream].fault = CoderFault::kKind;
+    params.results[stream].value = frame.kind;
+  }
+}

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// pycore.native.{quantize_cdf, ac_encode, ac_decode, ac_encode_logits, ac_decode_logits, torchac_encode,
+// torchac_decode}: the coder for NumPy arrays
+// and DLPack tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pycore/arithmetic_coding_args.h>
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "call.h"
+#include "threads.h"
+
+namespace pycore::python {
+namespace {
+
+py::object quantize(py::object values, bool logits, int64_t precision, py::object out, std::optional<int64_t> threads) {
+  constexpr const char* kOp = "quantize_cdf";
+  const Array array = input(values, kOp, logits ? "logits" : "probs");
+  QuantizeParams params = quantize_params(kOp, array.view, logits, precision);
+  std::vector<int64_t> shape(array.view.shape, array.view.shape + array.view.dims);
+  shape.back() += 1;
+  const Array cdf = cpu_result(out, DType::kInt32, shape, kOp, "out");
+  int64_t fault = kNoFault;
+  params.cdf = cdf.view.as<int32_t>();
+  params.fault = &fault;
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(quantize_cdf_scratch(params, parallel.threads));
+    throw_if(quantize_cdf(params, parallel, scratch.data), kOp);
+  }
+  check_quantized(kOp, params);
+  return cdf.object;
+}
+
+py::tuple encoded(const char* op, EncodeParams params, const char* argument, std::optional<int64_t> threads) {
+  const Array offsets = cpu_result(py::none(), DType::kInt64, {params.streams + 1}, op, "offsets");
+  int64_t* ends = offsets.view.as<int64_t>();
+  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  params.results = results.data();
+  const Parallel parallel = thread_parallel(threads, op);
+  const AlignedScratch memory(params.streams * encode_capacity(params));
+  params.memory = static_cast<uint8_t*>(memory.data);
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(encode_scratch(params, parallel.threads));
+    throw_if(encode(params, parallel, scratch.data), op);
+  }
+  check_results(op, results, argument, params.model);
+  ends[0] = 0;
+  for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
+  const Array data = cpu_result(py::none(), DType::kUInt8, {ends[params.streams]}, op, "data");
+  {
+    const py::gil_scoped_release release;
+    throw_if(pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
+  }
+  return py::make_tuple(data.object, offsets.object);
+}
+
+py::tuple encode_with(const char* op, const py::object& symbols, const char* argument, const py::object& model,
+                      const int64_t* precision, std::optional<int64_t> model_id, int64_t lanes,
+                      std::optional<int64_t> threads) {
+  const Array symbols_array = input(symbols, op, "symbols"), model_array = input(model, op, argument);
+  return encoded(op, encode_params(op, symbols_array.view, argument, model_array.view, precision, model_id, lanes),
+                 argument, threads);
+}
+
+py::object decode_with(const char* op, const py::object& data, const py::object& offsets, const char* argument,
+                       const py::object& model, const int64_t* precision, std::optional<int64_t> model_id,
+                       const py::object& out, std::optional<int64_t> threads) {
+  const Array data_array = input(data, op, "data"), offsets_array = input(offsets, op, "offsets");
+  const Array model_array = input(model, op, argument);
+  DecodeParams params = decode_params(op, data_array.view, offsets_array.view);
+  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  params.results = results.data();
+  const Parallel parallel = thread_parallel(threads, op);
+  {
+    const py::gil_scoped_release release;
+    throw_if(open_streams(params, parallel), op);
+  }
+  check_results(op, results, argument, params.model);
+  params.length = common_length(op, results);
+  params.model = coder_model(op, argument, model_array.view, precision, params.streams, params.length, model_id);
+  const Array symbols = cpu_result(out, DType::kInt64, {params.streams, params.length}, op, "out");
+  params.symbols = symbols.view.as<int64_t>();
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(decode_scratch(params, parallel.threads));
+    throw_if(decode(params, parallel, scratch.data), op);
+  }
+  check_results(op, results, argument, params.model);
+  return symbols.object;
+}
+
+py::tuple ac_encode(py::object symbols, py::object cdf, std::optional<int64_t> model_id, int64_t lanes,
+                    std::optional<int64_t> threads) {
+  return encode_with("ac_encode", symbols, "cdf", cdf, nullptr, model_id, lanes, threads);
+}
+
+py::object ac_decode(py::object data, py::object offsets, py::object cdf, std::optional<int64_t> model_id,
+                     py::object out, std::optional<int64_t> threads) {
+  return decode_with("ac_decode", data, offsets, "cdf", cdf, nullptr, model_id, out, threads);
+}
+
+py::tuple ac_encode_logits(py::object symbols, py::object logits, int64_t precision, std::optional<int64_t> model_id,
+                           std::optional<int64_t> threads) {
+  return encode_with("ac_encode_logits", symbols, "logits", logits, &precision, model_id, 1, threads);
+}
+
+py::object ac_decode_logits(py::object data, py::object offsets, py::object logits, int64_t precision,
+                            std::optional<int64_t> model_id, py::object out, std::optional<int64_t> threads) {
+  return decode_with("ac_decode_logits", data, offsets, "logits", logits, &precision, model_id, out, threads);
+}
+
+py::tuple ac_encode_bytes(py::object data, int64_t order, std::optional<int64_t> threads) {
+  constexpr const char* kOp = "ac_encode_bytes";
+  const Array array = input(data, kOp, "data");
+  return encoded(kOp, encode_bytes_params(kOp, array.view, order), "data", threads);
+}
+
+py::object ac_decode_bytes(py::object data, py::object offsets, py::object out, std::optional<int64_t> threads) {
+  constexpr const char* kOp = "ac_decode_bytes";
+  const Array data_array = input(data, kOp, "data"), offsets_array = input(offsets, kOp, "offsets");
+  DecodeParams params = decode_params(kOp, data_array.view, offsets_array.view);
+  params.adaptive = true;
+  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  params.results = results.data();
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    throw_if(open_streams(params, parallel), kOp);
+  }
+  check_results(kOp, results, "data", params.model);
+  params.length = common_length(kOp, results);
+  const Array bytes = cpu_result(out, DType::kUInt8, {params.streams, params.length}, kOp, "out");
+  params.bytes = bytes.view.as<uint8_t>();
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(decode_scratch(params, parallel.threads));
+    throw_if(decode(params, parallel, scratch.data), kOp);
+  }
+  check_results(kOp, results, "data", params.model);
+  return bytes.object;
+}
+
+constexpr const char* kEncodeBytesDoc =
+    R"(One stream per row of bytes, with a model that learns from them: see pycore.ops.ac_encode_bytes.
+
+data [streams, length] uint8. Returns (data, offsets) as ac_encode.)";
+
+constexpr const char* kDecodeBytesDoc = R"(Inverse of `ac_encode_bytes`: uint8 [streams, length], in `out` if given.)";
+
+py::object torchac_encode(py::object cdf, py::object sym) {
+  constexpr const char* kOp = "torchac_encode";
+  const Array cdf_array = input(cdf, kOp, "cdf"), sym_array = input(sym, kOp, "sym");
+  BitwiseParams params = bitwise_params(kOp, cdf_array.view);
+  check_bitwise_symbols(kOp, sym_array.view, cdf_array.view, &params);
+  StreamResult result;
+  params.result = &result;
+  std::vector<uint8_t> memory(static_cast<size_t>(bitwise_capacity(params)));
+  params.data = memory.data();
+  {
+    const py::gil_scoped_release release;
+    throw_if(bitwise_encode(params), kOp);
+  }
+  check_bitwise_result(kOp, result);
+  const Array data = cpu_result(py::none(), DType::kUInt8, {result.bytes}, kOp, "data");
+  std::memcpy(data.view.data, memory.data(), static_cast<size_t>(result.bytes));
+  return data.object;
+}
+
+py::object torchac_decode(py::object cdf, py::object byte_stream, py::object out) {
+  constexpr const char* kOp = "torchac_decode";
+  const Array cdf_array = input(cdf, kOp, "cdf"), data_array = input(byte_stream, kOp, "byte_stream");
+  BitwiseParams params = bitwise_params(kOp, cdf_array.view);
+  check_bitwise_data(kOp, data_array.view, &params);
+  const TensorView& view = cdf_array.view;
+  const Array sym = cpu_result(out, DType::kInt16, {view.shape, view.shape + view.dims - 1}, kOp, "out");
+  StreamResult result;
+  params.out = sym.view.as<int16_t>();
+  params.result = &result;
+  {
+    const py::gil_scoped_release release;
+    throw_if(bitwise_decode(params), kOp);
+  }
+  check_bitwise_result(kOp, result);
+  return sym.object;
+}
+
+constexpr const char* kTorchacEncodeDoc = R"(A stream in torchac's format: see pycore.compat.torchac.
+
+cdf [..., V + 1], int16 with the bits of uint16, or uint16; sym [...], any integer dtype. Returns uint8 [bytes].)";
+
+constexpr const char* kTorchacDecodeDoc = R"(Inverse of `torchac_encode`: int16 [...], in `out` if given.)";
+
+constexpr const char* kQuantizeDoc =
+    R"(Integer cumulative frequencies of probabilities or logits: see pycore.ops.quantize_cdf.
+
+values [..., V]: float32, float64, float16 or bfloat16. Returns int32 [..., V + 1], in `out` if given.)";
+
+constexpr const char* kEncodeDoc = R"(One stream per row of symbols: see pycore.ops.ac_encode.
+
+symbols [streams, length]: any integer dtype. cdf broadcasts to [streams, length, V + 1], int32 or uint16. Returns
+(data, offsets): uint8 [bytes] and int64 [streams + 1], stream i being data[offsets[i]:offsets[i + 1]].)";
+
+constexpr const char* kDecodeDoc = R"(Inverse of `ac_encode`: int64 [streams, length], in `out` if given.
+
+BitstreamError where a stream is damaged or was coded with another model.)";
+
+constexpr const char* kEncodeLogitsDoc =
+    R"(The bytes of ac_encode(symbols, quantize_cdf(logits, logits=True, precision=precision)), without storing the cdf.
+
+logits broadcasts to [streams, length, V].)";
+
+constexpr const char* kDecodeLogitsDoc =
+    R"(Inverse of `ac_encode_logits`: int64 [streams, length], in `out` if given.)";
+
+}  // namespace
+
+void register_arithmetic_coding(py::module_& m) {
+  const py::none none;
+  py::register_exception<BitstreamError>(m, "BitstreamError", PyExc_ValueError);
+  m.attr("BitstreamError").attr("__doc__") =
+      "A stream is truncated, damaged, extended, foreign, or was coded with another model.";
+  m.def("quantize_cdf", &quantize, kQuantizeDoc, py::arg("values"), py::kw_only(), py::arg("logits") = false,
+        py::arg("precision") = 16, py::arg("out") = none, py::arg("threads") = none);
+  m.def("ac_encode", &ac_encode, kEncodeDoc, py::arg("symbols"), py::arg("cdf"), py::kw_only(),
+        py::arg("model_id") = none, py::arg("lanes") = 1, py::arg("threads") = none);
+  m.def("ac_decode", &ac_decode, kDecodeDoc, py::arg("data"), py::arg("offsets"), py::arg("cdf"), py::kw_only(),
+        py::arg("model_id") = none, py::arg("out") = none, py::arg("threads") = none);
+  m.def("ac_encode_logits", &ac_encode_logits, kEncodeLogitsDoc, py::arg("symbols"), py::arg("logits"), py::kw_only(),
+        py::arg("precision") = 16, py::arg("model_id") = none, py::arg("threads") = none);
+  m.def("ac_decode_logits", &ac_decode_logits, kDecodeLogitsDoc, py::arg("data"), py::arg("offsets"), py::arg("logits"),
+        py::kw_only(), py::arg("precision") = 16, py::arg("model_id") = none, py::arg("out") = none,
+        py::arg("threads") = none);
+  m.def("ac_encode_bytes", &ac_encode_bytes, kEncodeBytesDoc, py::arg("data"), py::kw_only(), py::arg("order") = 0,
+        py::arg("threads") = none);
+  m.def("ac_decode_bytes", &ac_decode_bytes, kDecodeBytesDoc, py::arg("data"), py::arg("offsets"), py::kw_only(),
+        py::arg("out") = none, py::arg("threads") = none);
+  m.def("torchac_encode", &torchac_encode, kTorchacEncodeDoc, py::arg("cdf"), py::arg("sym"));
+  m.def("torchac_decode", &torchac_decode, kTorchacDecodeDoc, py::arg("cdf"), py::arg("byte_stream"), py::kw_only(),
+        py::arg("out") = none);
+}
+
+}  // namespace pycore::python
