@@ -369,7 +369,7 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   const int64_t p0 = map.query_position(0);
   const int64_t first = lo > p0 ? lo - p0 : 0;
   const int64_t last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;
-  uint64_t reached = 0;
+  uint64_t reached = group == 0 ? ~uint64_t{0} : 0;  // without heads, only this function clears the gradients
   RowMap head_map = map;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     bind_head(forward, b, h, &head_map);
