@@ -107,7 +107,10 @@ class TableOwner {
   void sort(const char* op) {
     order_.resize(lengths_.size());
     std::iota(order_.begin(), order_.end(), 0);
-    std::sort(order_.begin(), order_.end(), [this](uint32_t a, uint32_t b) { return compare(a, b) < 0; });
+    std::sort(order_.begin(), order_.end(), [this](uint32_t a, uint32_t b) {
+      const int order = compare(a, b);
+      return order != 0 ? order < 0 : a < b;
+    });
     for (size_t i = 1; i < order_.size(); ++i) {
       check_file(compare(order_[i - 1], order_[i]) != 0, op, "has one string for tokens ", order_[i - 1], " and ",
                  order_[i]);
