@@ -91,9 +91,11 @@ PYCORE_INLINE void update_max(float* scores, int64_t begin, int64_t end, uint64_
   }
   const float tile_max = row_max.reduce_max() * scale;
   if (!(tile_max > *max) && tile_max == tile_max) return;  // NaN enters, and stays
-  const Vec factor = Vec::broadcast(exp2_of(*max - tile_max));
-  scale_row(accumulator, dv, factor);
-  (Vec::load(sum) * factor).store(sum);
+  if (*max != kNegativeInfinity) {                         // else there is nothing to rescale yet
+    const Vec factor = Vec::broadcast(exp2_of(*max - tile_max));
+    scale_row(accumulator, dv, factor);
+    (Vec::load(sum) * factor).store(sum);
+  }
   *max = tile_max;
 }
 
@@ -215,6 +217,19 @@ PYCORE_INLINE void load_tile(const AttentionParams& params, const RowMap& map, c
   }
   loaded->value = matrix_rows(params, values, loaded->present, map.contiguous(loaded->tile), params.value_strides.row,
                               params.value_dim, buffers.value_rows, &loaded->value_stride);
+}
+
+// Starts loading the key and the value at a position. A schedule that leaves tiles out jumps, and the processor's own
+// guess of what is read next goes wrong at every jump.
+PYCORE_INLINE void fetch_key(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
+                             int64_t position) {
+  const int64_t row = map.key_row(position), size = dtype_size(params.dtype);
+  const auto fetch = [&](const void* data, const AttentionStrides& strides, int64_t channels) {
+    const char* x = row_of(params, data, strides, queries.batch, queries.kv_head, row);
+    for (int64_t at = 0; at < channels * size; at += 64) __builtin_prefetch(x + at, 0, 2);
+  };
+  fetch(params.key, params.key_strides, params.head_dim);
+  fetch(params.value, params.value_strides, params.value_dim);
 }
 
 // `positions`: where the block's rows stand.
@@ -377,8 +392,14 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
       fill_strip(params, queries.head + h, p_hi, tile, queries.count, buffers.strips + h * strip_length(queries.count));
     }
     load_tile(params, map, queries, buffers, rows <= kProductRows, &loaded);
-    for (int64_t row = 0; row < rows; row += kProductRows) {
-      const int64_t count = rows - row < kProductRows ? rows - row : kProductRows;
+    const int64_t next = map.next_tile(p_lo, p_hi, tile + 1);
+    const uint64_t wanted = next == kNoTile || loaded.few ? 0 : map.present_bits(next);
+    for (int64_t row = 0, count, fetched = 0; row < rows; row += count) {
+      count = map.schedule.rows_alike(positions[row], rows - row < kProductRows ? rows - row : kProductRows);
+      // The next tile's share, so that its keys and values are under way while this tile's products run.
+      for (const int64_t until = (row + count) * kKeyTile / rows; fetched < until; ++fetched) {
+        if (wanted >> fetched & 1) fetch_key(params, map, queries, next * kKeyTile + fetched);
+      }
       forward_block(params, map, queries, loaded, positions + row, buffers, row, count);
     }
   }

@@ -139,6 +139,13 @@ struct TileSchedule {
     return kind == ScheduleKind::kBlocks && p_lo >> block_shift == p_hi >> block_shift && (tile + 1) * kKeyTile <= p_lo;
   }
 
+  // Of `rows` rows from position p on, how many of the first to take together, so that keep_alike may hold.
+  PYCORE_HOST_DEVICE int64_t rows_alike(int64_t p, int64_t rows) const {
+    if (kind != ScheduleKind::kBlocks) return rows;
+    const int64_t block_end = ((p >> block_shift) + 1) << block_shift;
+    return block_end - p < rows ? block_end - p : rows;
+  }
+
   PYCORE_HOST_DEVICE bool keeps(int64_t p, int64_t j) const { return keep_bits(p, j / kKeyTile) >> (j % kKeyTile) & 1; }
 
   PYCORE_HOST_DEVICE uint64_t keep_bits(int64_t p, int64_t tile) const {
