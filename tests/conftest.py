@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,3 +66,21 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run_native(tmp_path: Path) -> Callable[..., None]:
+    """Compiles tests/native/<name>.cpp, with sources of csrc, and runs it: it ends with 0 when all is well."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+
+    def run(name: str, *arguments: str, sources: tuple[str, ...] = ()) -> None:
+        root, program = Path(__file__).resolve().parents[1], tmp_path / name
+        files = [root / "tests" / "native" / f"{name}.cpp", *(root / "csrc" / source for source in sources)]
+        flags = ["-std=c++17", "-O1", f"-I{root / 'csrc' / 'include'}"]
+        subprocess.run([compiler, *flags, *map(str, files), "-o", str(program)], check=True)
+        done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return run

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import ast
-import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,16 +61,9 @@ def test_stub_names_what_the_module_has() -> None:
 
 
 @pytest.mark.parametrize("name", ["philox", "dtype"])
-def test_headers_by_themselves(name: str, tmp_path: Path) -> None:
+def test_headers_by_themselves(name: str, run_native: Callable[..., None]) -> None:
     """tests/native: Philox's known answers, and every float16 and bfloat16 by its definition."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    root, program = Path(__file__).resolve().parents[1], tmp_path / name
-    source, flags = root / "tests" / "native" / f"{name}.cpp", ["-std=c++17", "-O1", f"-I{root / 'csrc' / 'include'}"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_native(name)
 
 
 def test_instruction_sets() -> None:

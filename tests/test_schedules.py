@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +15,6 @@ from pycore.ops import attention
 from pycore.reference.attention import keep_mask
 from pycore.schedules import Causal, Full, Lambda, Prefix, Schedule, Segments
 
-ROOT = Path(__file__).resolve().parents[1]
 ALL = [Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 100), Lambda(2**62, 2**62)]
 
 
@@ -106,14 +102,11 @@ def test_kernels_keep_what_the_mask_says(schedule: Schedule, isa: str) -> None:
     torch.testing.assert_close(lse[0, 0], mask.sum(1).float().log(), rtol=1e-6, atol=1e-6)
 
 
-def test_tile_functions_agree_with_the_definition(tmp_path: Path) -> None:
+def test_tile_functions_agree_with_the_definition(run_native: Callable[..., None]) -> None:
     """tests/native/tile_schedule.cpp: random schedules, and the tiles a Λ walk visits far down a stream."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path / "tile_schedule"
-    source = ROOT / "tests" / "native" / "tile_schedule.cpp"
-    flags = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc' / 'include'}"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
-    done = subprocess.run([str(program), "--quick"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_native("tile_schedule", "--quick")
+
+
+def test_threads_share_the_work_evenly(run_native: Callable[..., None]) -> None:
+    """tests/native/attention_balance.cpp: the busiest of 2 and of 16 simulated threads has at most 1.1 of the mean."""
+    run_native("attention_balance", sources=("cpu/attention.blocks.cpp",))

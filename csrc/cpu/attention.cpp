@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "attention_kernels.h"
+#include "attention_plan.h"
 
 namespace pycore {
 namespace {
@@ -26,8 +27,6 @@ const AttentionKernels* kernels_for(DType dtype) {
 }
 
 constexpr Status kNoKernel = {StatusCode::kUnsupported, "attention has no CPU kernel for this dtype"};
-
-int64_t tiles(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
 
 // Of gradients, lse and everything else in the accumulation dtype.
 int64_t sum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
@@ -98,65 +97,6 @@ int64_t forward_work(const AttentionParams& params) {
   }
   return params.batch * params.heads * params.query_length * keys * (params.head_dim + params.value_dim);
 }
-
-// The first tile that rows p_lo..p_hi visit in a later segment than `tile`, or kNoTile.
-int64_t next_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t tile) {
-  return map.next_tile(p_lo, p_hi, (tile / kSegmentTiles + 1) * kSegmentTiles);
-}
-
-// The n-th segment that rows p_lo..p_hi visit, or -1.
-int64_t visited_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t n) {
-  int64_t tile = map.next_tile(p_lo, p_hi, 0);
-  for (; n > 0 && tile != kNoTile; --n) tile = next_segment(map, p_lo, p_hi, tile);
-  return tile == kNoTile ? -1 : tile / kSegmentTiles;
-}
-
-// How the forward pass is cut into items.
-struct ForwardPlan {
-  const AttentionParams& params;
-  int64_t rows;        // query rows a tile
-  int64_t tile_heads;  // heads a tile: few queries, and the heads that share a key head share its tiles too
-  int64_t head_tiles, query_tiles, tiles;
-  int64_t segments = 1;  // items a tile: more than one only where there are fewer tiles than threads
-  int64_t slot_bytes, partial_bytes = 0;
-
-  ForwardPlan(const AttentionParams& params, const AttentionKernels& kernels, int64_t threads) : params(params) {
-    const int64_t group = params.heads / params.kv_heads;
-    rows = std::min(params.query_length, kernels.forward_rows);
-    tile_heads = std::clamp<int64_t>(kernels.forward_rows / rows, 1, group);
-    if (params.schedule.kind == ScheduleKind::kBlocks) tile_heads = 1;  // every head has blocks of its own
-    head_tiles = pycore::tiles(group, tile_heads);
-    query_tiles = pycore::tiles(params.query_length, rows);
-    tiles = query_tiles * params.batch * params.kv_heads * head_tiles;
-    slot_bytes = kernels.forward_scratch(params);
-    if (tiles >= threads || kernels.forward_merge == nullptr) return;
-    partial_bytes = kernels.forward_partial(params, rows * tile_heads);
-    const int64_t bitmaps = params.schedule.kind == ScheduleKind::kBlocks ? params.heads : 1;
-    for (int64_t n = 0; n < params.batch * bitmaps; ++n) {
-      const RowMap map = row_map(params, n / bitmaps, n % bitmaps);
-      if (map.queries == 0) continue;
-      int64_t count = 0, p_lo = map.query_position(0), p_hi = map.query_position(map.queries - 1);
-      int64_t tile = map.next_tile(p_lo, p_hi, 0);
-      for (; tile != kNoTile; ++count) tile = next_segment(map, p_lo, p_hi, tile);
-      segments = std::max(segments, count);
-    }
-  }
-
-  QueryTile tile(int64_t index, RowMap* map) const {
-    QueryTile tile;
-    const int64_t group = params.heads / params.kv_heads, others = tiles / query_tiles, rest = index % others;
-    // Under a causal schedule the last queries cost most: first come, first served.
-    tile.first = (query_tiles - 1 - index / others) * rows;
-    tile.batch = rest / (params.kv_heads * head_tiles);
-    tile.kv_head = rest / head_tiles % params.kv_heads;
-    const int64_t head_in_group = rest % head_tiles * tile_heads;
-    tile.head = tile.kv_head * group + head_in_group;
-    tile.heads = std::min(tile_heads, group - head_in_group);
-    *map = row_map(params, tile.batch, tile.head);
-    tile.count = std::min(rows, map->queries - tile.first);
-    return tile;
-  }
-};
 
 }  // namespace
 
@@ -295,13 +235,8 @@ Status attention_backward(const AttentionBackwardParams& params, const Parallel&
     return {};
   }
   for_each_item(parallel, forward.batch * forward.heads * query_tiles, [&](int64_t slot, int64_t item) {
-    QueryTile tile;
-    tile.batch = item / (forward.heads * query_tiles);
-    tile.head = item / query_tiles % forward.heads;
-    tile.kv_head = tile.head / group;
-    tile.first = (query_tiles - 1 - item % query_tiles) * kernels->backward_rows;
-    const RowMap map = row_map(forward, tile.batch, tile.head);
-    tile.count = std::min(kernels->backward_rows, map.queries - tile.first);
+    RowMap map;
+    const QueryTile tile = backward_query_tile(forward, kernels->backward_rows, item, &map);
     if (tile.count > 0) kernels->grad_query(params, map, tile, {true, false, nullptr}, slot_scratch(slot));
   });
   for_each_item(parallel, pairs * key_tiles, [&](int64_t slot, int64_t item) {

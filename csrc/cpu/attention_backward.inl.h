@@ -7,7 +7,6 @@
 // rotation, ds k and ds^T q are taken in the tile's rotated frame and turned back before they are added. Include after
 // attention_forward.inl.h.
 
-constexpr int64_t kBackwardRows = 64;
 // A key's gradients are summed over this many steps, and those sums over all: a sink has as many queries as the
 // sequence, and one chain over them would lose accuracy.
 constexpr int64_t kSumSteps = 4;

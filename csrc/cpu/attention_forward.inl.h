@@ -7,7 +7,6 @@
 // one 16-lane FMA a cycle) against 6 * 64 exponentials (about 20 instructions a vector). The tile's own bytes are
 // shared by all blocks. Include after attention_logits.inl.h and attention_few_rows.inl.h.
 
-constexpr int64_t kForwardRows = 192;
 constexpr float kNegativeInfinity = -__builtin_inff();
 
 struct ForwardBuffers {

@@ -24,6 +24,9 @@ struct SegmentRange {
   int64_t first = 0, last = INT64_MAX;
 };
 
+// What the vector kernels take for forward_rows and backward_rows.
+inline constexpr int64_t kForwardRows = 192, kBackwardRows = 64;
+
 // Which gradients a backward call is to produce.
 struct BackwardParts {
   bool query = false;
