@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from pycore.integrations._transformers_cache import MARK, LambdaLayer
 from pycore.integrations._transformers_mask import Spans, read_spans, require
 from pycore.integrations._transformers_rope import INTERLEAVED, Rope, rope_of, unrotate
-from pycore.ops import lambda_attention
+from pycore.nn.probabilistic import advance
+from pycore.ops import attention as pycore_attention
+from pycore.schedules import Lambda, Probabilistic, Schedule
 
 # What a model may hand to its attention that changes the result, and that is not available.
 _REFUSED = {
@@ -30,9 +32,10 @@ class Options:
 
     name: str
     sink_size: int
-    window_size: int
-    distance_limit: int | None
-    interleaved: bool | None
+    window_size: int = 1
+    distance_limit: int | None = None
+    interleaved: bool | None = None
+    draw: Probabilistic | None = None  # in place of sinks and window; its round is not used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +45,13 @@ class _Call:
     name: str
     sink_size: int
     window_size: int
+    schedule: Schedule
     dropout: float
     position_ids: Tensor | None  # [batch or 1, queries]
     spans: Spans | None
     rope: Rope | None  # None: nothing is un-rotated
     interleaved: bool
-    options: dict[str, Any]  # of lambda_attention and LambdaKVCache.attend
+    options: dict[str, Any]  # of attention and LambdaKVCache.attend
 
 
 def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]]:
@@ -74,6 +78,11 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         _refuse(name, module, kwargs)
         window = _sliding_window(name, module, kwargs)
         sink_size, window_size = (registered.sink_size, registered.window_size) if window is None else (0, window)
+        schedule: Schedule = Lambda(sink_size, window_size)
+        if registered.draw is not None and layer is not None:
+            raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
+        if registered.draw is not None and window is None:
+            schedule = _draw(registered.draw, module, query.device)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0}
         options["sink_logits"] = None if s_aux is None else s_aux.to(wide)
@@ -91,7 +100,7 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 )
         spans = read_spans(name, attention_mask, query.shape[0])
         _check_positions(name, position_ids, query.shape[2], spans)
-        call = _Call(name, sink_size, window_size, dropout, position_ids, spans, rope, interleaved, options)
+        call = _Call(name, sink_size, window_size, schedule, dropout, position_ids, spans, rope, interleaved, options)
         if layer is None:
             out = _attend(call, query, key, value)
         else:
@@ -124,10 +133,7 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key_position = _key_positions(call, query, key, evicted)
         query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.interleaved)
         key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.interleaved)
-    out = lambda_attention(
-        query, key, value, sink_size=call.sink_size, window_size=call.window_size, dropout_p=call.dropout, **lengths,
-        **call.options,
-    )  # fmt: skip
+    out = pycore_attention(query, key, value, schedule=call.schedule, dropout_p=call.dropout, **lengths, **call.options)
     assert isinstance(out, Tensor)
     return out
 
@@ -217,6 +223,26 @@ def _position_offset(
             f"{name}: position_ids do not go on where past_key_values ends and must be consecutive",
         )
     return offset
+
+
+_ROUND = "pycore_round"  # the buffer of a layer that draws blocks
+
+
+def round_of(module: nn.Module) -> Tensor | None:
+    """The round that a layer reads, int64 of no dimensions, once it has run."""
+    return getattr(module, _ROUND, None)
+
+
+def _draw(draw: Probabilistic, module: nn.Module, device: torch.device) -> Probabilistic:
+    """The layer's blocks for this pass."""
+    round = round_of(module)
+    if round is None:
+        with torch.inference_mode(False):  # where no training could count on
+            round = torch.zeros((), dtype=torch.int64, device=device)
+        module.register_buffer(_ROUND, round, persistent=False)
+    advance(round, module.training)
+    layer = getattr(module, "layer_idx", None)
+    return dataclasses.replace(draw, round=round).for_layer(layer or 0)
 
 
 def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Λ attention for Hugging Face transformers (4.57 and newer): one call registers it, one argument chooses it.
+"""Λ and probabilistic attention for Hugging Face transformers (4.57 and newer): one call registers, a name chooses.
 
     register(sink_size=16, window_size=1024)
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pycore_lambda")
@@ -10,14 +10,20 @@ docs/integrations/transformers.md says which models, what padding and caches do,
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from pycore.integrations._transformers_attention import Options, attention_function
+from pycore.integrations._transformers_attention import Options, attention_function, round_of
 from pycore.integrations._transformers_cache import LambdaCache
 from pycore.integrations._transformers_mask import spans_function
+from pycore.ops.attention_blocks import check_int, draw_blocks
+from pycore.schedules import DistanceFamily, Probabilistic
 
-__all__ = ["LambdaCache", "register"]
+__all__ = ["LambdaCache", "register", "register_probabilistic", "set_round"]
 
 _REGISTERED: set[str] = set()
 
@@ -51,14 +57,7 @@ def register(
         ValueError: a size out of range, or a name that is taken or means something else.
         TypeError: an argument of another type.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"register: name is a {type(name).__name__} and must be a str")
-    taken = name in AttentionInterface() and name not in _REGISTERED
-    if taken or not name or any(part in name for part in ("flash", "sdpa", "flex_attention", "paged", "/", "|")):
-        raise ValueError(
-            f"register: name is {name!r} and must be a new name without flash, sdpa, flex_attention, paged, / and |, "
-            "which mean something to transformers"
-        )
+    _check_name("register", name)
     sizes = [("sink_size", sink_size, 0), ("window_size", window_size, 1)]
     if distance_limit is not None:
         sizes.append(("distance_limit", distance_limit, window_size))
@@ -70,6 +69,79 @@ def register(
     if distance_limit is not None and not limit_distances:
         raise ValueError(f"register: distance_limit is {distance_limit} and must be None with limit_distances=False")
     limit = (window_size if distance_limit is None else distance_limit) if limit_distances else None
-    AttentionInterface.register(name, attention_function(Options(name, sink_size, window_size, limit, interleaved)))
-    AttentionMaskInterface.register(name, spans_function(name))
-    _REGISTERED.add(name)
+    _register(Options(name, sink_size, window_size, limit, interleaved))
+
+
+def register_probabilistic(
+    name: str = "pycore_probabilistic",
+    *,
+    distance_probs: DistanceFamily | Tensor,
+    seed: int = 0,
+    block_size: int = 64,
+    sink_size: int = 1,
+    window_blocks: int = 1,
+    pattern: str = "independent",
+    correction: str = "none",
+    blocks_per_row: int | None = None,
+) -> None:
+    """Registers probabilistic attention with transformers, as `register` does Λ attention.
+
+    A full-attention layer then reads the blocks that a round draws, of query and key as the model rotated them; its
+    index is folded into the seed. Every such layer counts its rounds: in training (`model.train()`) each forward pass
+    is a new one, in evaluation the round stays, and with it the blocks (`set_round` chooses it). The count is a buffer
+    that is not saved with the model. A sliding layer keeps the window it was trained with.
+
+    Args:
+        name: as in `register`.
+        distance_probs: `Geometric`, `PowerLaw`, `Harmonic`, `Gaussian` or `Constant` of `pycore.schedules`, or a tensor
+            [n] or [heads, n] of probabilities by block distance.
+        seed, block_size, sink_size, window_blocks, pattern, correction, blocks_per_row: as in
+            `pycore.ops.pr_flash_attention`; without a sink the method fails on trained models.
+
+    Raises:
+        ValueError, TypeError: what `pr_flash_attention` refuses, and names as in `register`.
+    """
+    op = "register_probabilistic"
+    _check_name(op, name)
+    check_int(op, "seed", seed)
+    draw = Probabilistic(
+        distance_probs, seed, 0, block_size, sink_size, window_blocks, pattern, correction, blocks_per_row
+    )
+    two = isinstance(distance_probs, Tensor) and distance_probs.dim() == 2
+    heads = distance_probs.shape[0] if isinstance(distance_probs, Tensor) and two else 1
+    draw_blocks(op, draw, (1, heads, 0, 0), (None,) * 4, torch.device("cpu"))  # refuses what no round could be drawn of
+    _register(Options(name, sink_size, draw=draw))
+
+
+def set_round(model: nn.Module, round: int) -> None:
+    """Sets the round of every layer of a model that has counted one, which is every layer once the model has run.
+
+    Raises:
+        ValueError: no layer of the model has a round, or it is not in 0 .. 2**32 - 1.
+    """
+    check_int("set_round", "round", round)
+    if not 0 <= round < 2**32:
+        raise ValueError(f"set_round: round is {round} and must be in 0 .. 2**32 - 1")
+    rounds = [found for module in model.modules() if (found := round_of(module)) is not None]
+    if not rounds:
+        raise ValueError("set_round: model has no round and must have run with an attention of register_probabilistic")
+    for each in rounds:
+        each.fill_(round)
+
+
+def _check_name(op: str, name: Any) -> None:
+    """A new name, or one of ours."""
+    if not isinstance(name, str):
+        raise TypeError(f"{op}: name is a {type(name).__name__} and must be a str")
+    taken = name in AttentionInterface() and name not in _REGISTERED
+    if taken or not name or any(part in name for part in ("flash", "sdpa", "flex_attention", "paged", "/", "|")):
+        raise ValueError(
+            f"{op}: name is {name!r} and must be a new name without flash, sdpa, flex_attention, paged, / and |, "
+            "which mean something to transformers"
+        )
+
+
+def _register(options: Options) -> None:
+    AttentionInterface.register(options.name, attention_function(options))
+    AttentionMaskInterface.register(options.name, spans_function(options.name))
+    _REGISTERED.add(options.name)

@@ -112,8 +112,7 @@ class ProbabilisticAttention(SelfAttention):
             x: ``[batch, length, dim]``.
             starts: int64 ``[batch]``, tokens at the front of x that are padding; their outputs mean nothing.
         """
-        if self.training and not _in_backward():
-            self.round.add_(1)
+        advance(self.round, self.training)
         attend: dict[str, Any] = {
             "schedule": self.schedule(),
             "softcap": self.softcap,
@@ -123,6 +122,8 @@ class ProbabilisticAttention(SelfAttention):
         return super().forward(x, attend, starts=starts)
 
 
-def _in_backward() -> bool:
-    """Whether this runs inside a backward pass, which is where gradient checkpointing computes again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def advance(round: Tensor, training: bool) -> None:
+    """Counts a forward pass in training, but not one inside a backward pass: gradient checkpointing computes again."""
+    in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if training and not in_backward:
+        round.add_(1)
