@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,22 @@ def test_tables_that_cannot_be(strings: list[bytes], message: str) -> None:
     """A whole file whose strings are no table: the kernels rely on what is checked."""
     with pytest.raises(pycore.BitstreamError, match=f"^EqualInfoTable: the file {message}$"):
         packed(strings)
+
+
+def test_a_table_with_holes_is_read_in_a_moment() -> None:
+    """Nodes of few children leave holes that others, with one child, cannot use; looking at all of them each time took
+    two minutes for this table.
+    """
+    pairs = [bytes([i, j]) for i in range(256) for j in range(256)]
+    half = 7 * len(pairs) // 10
+    triples = [pair + bytes([i]) for pair in pairs[:half] for i in (0, 2, 5, 9, 20, 77)]
+    triples += [pair + b"\1" for pair in pairs[half:]]
+    strings = BYTES + pairs + triples
+    strings += [triple + b"\1" for triple in triples[: 2**19 - len(strings)]]
+    begin = time.perf_counter()
+    trie = native.EqualInfoTrie(native.pack_equal_info(strings))
+    assert time.perf_counter() - begin < 20
+    assert trie.trie_bytes < 12 * len(strings)
 
 
 def test_pack_errors() -> None:

@@ -166,8 +166,8 @@ class TableOwner {
     return out;
   }
 
-  // A base that no node has yet and whose slots for these bytes are free. Nodes with one child fill the holes; the
-  // others go on where the last of them was placed, so that the search stays short.
+  // A base that no node has yet and whose slots for these bytes are free. Nodes with one child fill the holes that the
+  // others leave. Either kind goes on near where the last of it was placed, so that the search stays short.
   size_t find_base(const std::vector<uint8_t>& bytes) {
     size_t& from = bytes.size() == 1 ? next_single_ : next_;
     for (size_t slot = from;; ++slot) {
@@ -180,7 +180,7 @@ class TableOwner {
       bool fits = !has_base_[base];
       for (size_t i = 1; fits && i < bytes.size(); ++i) fits = trie_[base + bytes[i]] == kNoLabel;
       if (!fits) continue;
-      if (bytes.size() > 1 && slot - from > 4096) from = slot - 2048;
+      if (slot - from > 4096) from = slot - 2048;
       return base;
     }
   }
