@@ -91,7 +91,7 @@ def test_parses(table: pycore.EqualInfoTable, n: int) -> None:
         assert few.tolist() == reference.fewest(table.strings, data)
 
 
-def test_segments_join(table: pycore.EqualInfoTable) -> None:
+def test_segments_join(table: pycore.EqualInfoTable, isa: str) -> None:
     """Long texts are parsed in segments side by side; the tokens are those of the parse from the front."""
     generator = random.Random(1)
     texts = [
@@ -151,6 +151,19 @@ def test_long_strings() -> None:
         for text in (b"a" * n, b"a" * n + b"b", (b"a" * n + b"bc") * 9):
             assert table.decode(table.encode(text)) == text
             assert table.encode(text).tolist() == reference.longest_match(table.strings, text)
+
+
+def test_decoding_more_than_was_guessed() -> None:
+    """The size of the text is guessed by a sample of the tokens, which here meets the short ones alone, or the long."""
+    strings = BYTES + [b"a" * n for n in range(2, 256)] + [b"b" * n for n in range(2, 4)]
+    table = packed(strings)
+    for rare in (255, 0):
+        tokens = torch.full((100_000,), 509 - rare)
+        tokens[torch.arange(len(tokens)) % 25 == 0] = 254 + rare
+        assert table.decode(tokens) == b"".join(strings[token] for token in tokens.tolist())
+        tokens[-1] = 512
+        with pytest.raises(IndexError, match=r"^EqualInfoTable.decode: tokens\[99999\] is 512 and must be 0 to 511$"):
+            table.decode(tokens)
 
 
 def test_random_tokens_decode(table: pycore.EqualInfoTable) -> None:

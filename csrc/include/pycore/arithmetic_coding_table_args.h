@@ -135,6 +135,7 @@ class TableOwner {
       }
     }
     pool_.resize(pool_.size() + kStringBytes);
+    pool_.shrink_to_fit();
     table_.count = static_cast<int64_t>(lengths_.size());
     table_.lengths = lengths_.data();
     table_.strings = strings_.data();
@@ -192,7 +193,7 @@ class TableOwner {
 
   void build(const char* op) {
     grow(1 << 12);
-    roots_.assign(256, 0);                                         // their labels are never looked at
+    roots_.assign(256, kStartLabel);
     std::vector<Node> queue = children({0, order_.size(), 0, 0});  // of the root, whose children lie apart
     check_file(queue.size() == 256, op, "lacks strings that begin with some byte");
     for (size_t byte = 0; byte < 256; ++byte) queue[byte].place = byte;
