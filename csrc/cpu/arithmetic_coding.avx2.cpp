@@ -2,6 +2,7 @@
 // The coder on AVX2. Nothing is included inside the target region but code without linkage.
 #include <immintrin.h>
 #include <pycore/arithmetic_coding_frame.h>
+#include <pycore/arithmetic_coding_table.h>
 #include <pycore/dtype.h>
 
 #include "arithmetic_coding_kernels.h"
@@ -24,7 +25,7 @@ namespace {
 }  // namespace
 
 const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams,
-                            encode_bytes, decode_bytes,  add_bytes};
+                            encode_bytes, decode_bytes,  add_bytes,   put_tokens};
 
 }  // namespace pycore::avx2
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The coder for every machine: plain loops over rows, and the CRC from tables.
 #include <pycore/arithmetic_coding_frame.h>
+#include <pycore/arithmetic_coding_table.h>
 #include <pycore/dtype.h>
 
 #include "arithmetic_coding_kernels.h"
@@ -18,6 +19,6 @@ namespace {
 }  // namespace
 
 const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams,
-                            encode_bytes, decode_bytes,  add_bytes};
+                            encode_bytes, decode_bytes,  add_bytes,   put_tokens};
 
 }  // namespace pycore::scalar

@@ -21,44 +21,49 @@ inline uint64_t token_of(uint64_t node) { return node >> kTokenShift & kTokenMas
 inline uint64_t child(const uint64_t* trie, uint64_t node, uint64_t byte) { return trie[(node >> kBaseShift) + byte]; }
 inline bool fits(uint64_t node, uint64_t byte) { return static_cast<uint16_t>(node) == byte; }
 
-// Walks of kParseLanes segments of `length` bytes, a byte of each in turn. nodes: in, after the first byte of each;
-// out, after the last. A token goes out when a byte does not fit it any more; above its 24 bits it has some of the
-// base.
-void walk_lanes(const TokenTable& table, const uint8_t* data, int64_t length, uint64_t* nodes, uint32_t* tokens,
-                int64_t* counts) {
+const CoderKernels& kernels() {
+  switch (cpu_isa()) {
+    case CpuIsa::kAvx512: return avx512::coder;
+    case CpuIsa::kAvx2: return avx2::coder;
+    case CpuIsa::kScalar: break;
+  }
+  return scalar::coder;
+}
+
+// Walks of kParseLanes segments of kLength bytes, a byte of each in turn. nodes: in, after the first byte of each; out,
+// after the last. walked[lane * kLength + i] is the lane's node after byte i. The length is a constant, so that all
+// nodes and addresses find room in registers.
+template <int64_t kLength>
+void walk_lanes(const TokenTable& table, const uint8_t* data, uint64_t* nodes, uint32_t* walked) {
   const uint64_t* const trie = table.trie;
   const uint64_t* const roots = table.roots;
   uint64_t node[kParseLanes];
-  uint32_t* out[kParseLanes];
   for (int64_t lane = 0; lane < kParseLanes; ++lane) {
     node[lane] = nodes[lane];
-    out[lane] = tokens + lane * kParseSegment;
+    walked[lane * kLength] = static_cast<uint32_t>(node[lane] >> kStartShift);
   }
-  for (int64_t i = 1; i < length; ++i) {
-    const uint8_t* text = data + i;
+  for (int64_t i = 1; i < kLength; ++i) {
 #pragma GCC unroll 8
-    for (int64_t lane = 0; lane < kParseLanes; ++lane, text += length) {
-      const uint64_t byte = *text, next = child(trie, node[lane], byte);
-      // Whether the byte fits cannot be foreseen, so it must not become a branch; `other` is 0 or all ones, and the
-      // compiler does not know.
-      const uint64_t root = roots[byte];
-      uint64_t other = -static_cast<uint64_t>(!fits(next, byte));
-      asm("" : "+r"(other));
-      *out[lane] = static_cast<uint32_t>(node[lane] >> kTokenShift);
-      out[lane] -= static_cast<int64_t>(other);
-      node[lane] = next ^ ((next ^ root) & other);
+    for (int64_t lane = 0; lane < kParseLanes; ++lane) {
+      const uint64_t byte = data[lane * kLength + i];
+      uint64_t next = child(trie, node[lane], byte);
+      // next = fits(next, byte) ? next : roots[byte]. Whether it does cannot be foreseen, so it must not be a branch.
+      asm("cmpw %w[byte], %w[next]\n\tcmovneq %[root], %[next]"
+          : [next] "+&r"(next)
+          : [byte] "r"(byte), [root] "m"(roots[byte])
+          : "cc");
+      node[lane] = next;
+      walked[lane * kLength + i] = static_cast<uint32_t>(next >> kStartShift);
     }
   }
-  for (int64_t lane = 0; lane < kParseLanes; ++lane) {
-    nodes[lane] = node[lane];
-    counts[lane] = out[lane] - (tokens + lane * kParseSegment);
-  }
+  for (int64_t lane = 0; lane < kParseLanes; ++lane) nodes[lane] = node[lane];
 }
 
 struct Parse {
   const TokenTable& table;
   int64_t* out;
   uint64_t node = 0;  // of the token that is not yet out
+  int64_t* (*put_tokens)(const uint32_t* walked, int64_t count, int64_t* out) = kernels().put_tokens;
 
   bool step(uint64_t byte) {  // whether a token went out, and the next starts with `byte`
     const uint64_t next = child(table.trie, node, byte);
@@ -73,15 +78,22 @@ struct Parse {
 
   // Goes on into a segment that was walked by itself: until both start a token at one place, and then takes over what
   // is left of it. last: the node after the segment's own walk.
-  void join(const uint8_t* segment, int64_t length, const uint32_t* tokens, int64_t count, uint64_t last) {
-    int64_t own = 0, start = 0;  // the segment's token `own` starts at `start`; token `count` is not out yet
+  void join(const uint8_t* segment, int64_t length, const uint32_t* walked, uint64_t last) {
     for (int64_t i = 0; i < length; ++i) {
-      if (!step(segment[i])) continue;
-      while (start < i && own < count) start += table.lengths[tokens[own++] & kTokenMask];
-      if (start != i) continue;
-      for (; own < count; ++own) *out++ = static_cast<int64_t>(tokens[own] & kTokenMask);
+      if (!step(segment[i]) || (walked[i] & 1) == 0) continue;
+      out = put_tokens(walked + i, length - i, out);
       node = last;
       return;
+    }
+  }
+
+  template <int64_t kLength>
+  void segments(const uint8_t* data, uint32_t* walked) {
+    uint64_t nodes[kParseLanes];
+    for (int64_t lane = 0; lane < kParseLanes; ++lane) nodes[lane] = table.roots[data[lane * kLength]];
+    walk_lanes<kLength>(table, data, nodes, walked);
+    for (int64_t lane = 0; lane < kParseLanes; ++lane) {
+      join(data + lane * kLength, kLength, walked + lane * kLength, nodes[lane]);
     }
   }
 
@@ -121,27 +133,20 @@ struct Parse {
   }
 };
 
-constexpr int64_t kShortSegment = 256;  // bytes below which walking together is not worth joining
-
 }  // namespace
 
 Status encode_longest(const TokenTable& table, const uint8_t* data, int64_t bytes, int64_t* tokens, int64_t* count,
                       void* scratch) {
   *count = 0;
   if (bytes == 0) return {};
-  uint32_t* lane_tokens = static_cast<uint32_t*>(scratch);
+  uint32_t* walked = static_cast<uint32_t*>(scratch);
   Parse parse{table, tokens, table.roots[data[0]]};
   int64_t at = 1;
-  while (bytes - at >= kParseLanes * kShortSegment) {
-    const int64_t length = std::min(kParseSegment, (bytes - at) / kParseLanes);
-    uint64_t nodes[kParseLanes];
-    int64_t counts[kParseLanes];
-    for (int64_t lane = 0; lane < kParseLanes; ++lane) nodes[lane] = table.roots[data[at + lane * length]];
-    walk_lanes(table, data + at, length, nodes, lane_tokens, counts);
-    for (int64_t lane = 0; lane < kParseLanes; ++lane) {
-      parse.join(data + at + lane * length, length, lane_tokens + lane * kParseSegment, counts[lane], nodes[lane]);
-    }
-    at += kParseLanes * length;
+  for (; bytes - at >= kParseLanes * kParseSegment; at += kParseLanes * kParseSegment) {
+    parse.segments<kParseSegment>(data + at, walked);
+  }
+  for (; bytes - at >= kParseLanes * kShortSegment; at += kParseLanes * kShortSegment) {
+    parse.segments<kShortSegment>(data + at, walked);
   }
   for (; at < bytes; ++at) parse.step(data[at]);
   parse.finish(data + bytes);
@@ -179,88 +184,68 @@ Status encode_fewest(const TokenTable& table, const uint8_t* data, int64_t bytes
   return {};
 }
 
-int64_t decoded_bytes(const TokenTable& table, const int64_t* tokens, int64_t count, int64_t* bad) {
-  constexpr int64_t kBlock = 1024;
-  int64_t bytes = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(count, begin + kBlock);
-    uint64_t any = 0;  // count is a power of two
-    for (int64_t i = begin; i < end; ++i) any |= static_cast<uint64_t>(tokens[i]);
-    if (any >= static_cast<uint64_t>(table.count)) {
-      *bad = begin;
-      while (static_cast<uint64_t>(tokens[*bad]) < static_cast<uint64_t>(table.count)) ++*bad;
-      return -1;
-    }
-    int64_t sums[4] = {};
-    int64_t i = begin;
-    for (; i + 4 <= end; i += 4) {
-      for (int64_t k = 0; k < 4; ++k) sums[k] += table.lengths[tokens[i + k]];
-    }
-    for (; i < end; ++i) sums[0] += table.lengths[tokens[i]];
-    bytes += sums[0] + sums[1] + sums[2] + sums[3];
+int64_t likely_bytes(const TokenTable& table, const int64_t* tokens, int64_t count) {
+  const int64_t step = (count + kSampled - 1) / kSampled;
+  int64_t sum = 0, sampled = 0;
+  for (int64_t i = 0; i < count; i += step, ++sampled) {
+    const uint64_t token = static_cast<uint64_t>(tokens[i]);
+    sum += token < static_cast<uint64_t>(table.count) ? table.lengths[token] : 0;
   }
-  return bytes;
+  return step <= 1 ? sum
+                   : static_cast<int64_t>(static_cast<double>(sum) / static_cast<double>(sampled) *
+                                          static_cast<double>(count));
 }
 
-Status decode_tokens(const TokenTable& table, const int64_t* tokens, int64_t count, uint8_t* out, int64_t bytes) {
+Status decode_tokens(const TokenTable& table, const int64_t* tokens, int64_t count, uint8_t* out, int64_t room,
+                     int64_t* done, int64_t* bytes) {
   constexpr int kTogether = 4;
   const uint8_t* const strings = table.strings;
-  uint8_t* const end = out + bytes;
+  const uint64_t all = static_cast<uint64_t>(table.count);  // a power of two
+  uint8_t *const begin = out, *const end = out + room;
   int64_t i = 0;
-  // Sixteen bytes are copied for each string, short as it may be; the last tokens, which may have fewer left, come
-  // afterwards. A long string stops the four it is among, and goes by itself.
-  while (i + kTogether <= count && end - out >= kTogether * kStringBytes) {
-    const uint8_t* entries[kTogether];
-    uint64_t lengths[kTogether];
-    uint64_t any = 0;
-    for (int k = 0; k < kTogether; ++k) {
-      entries[k] = strings + tokens[i + k] * kStringBytes;
-      lengths[k] = entries[k][kShortString];
-      any |= lengths[k];
-    }
-    if (__builtin_expect(any <= kShortString, 1)) {
+  for (bool good = true; good && i < count;) {
+    // Sixteen bytes are copied for each string, short as it may be.
+    for (; i + kTogether <= count && end - out >= kTogether * kStringBytes; i += kTogether) {
+      uint64_t any_token = 0, any_length = 0, lengths[kTogether];
+      const uint8_t* entries[kTogether];
+      for (int k = 0; k < kTogether; ++k) any_token |= static_cast<uint64_t>(tokens[i + k]);
+      if (__builtin_expect(any_token >= all, 0)) break;
+      for (int k = 0; k < kTogether; ++k) {
+        entries[k] = strings + tokens[i + k] * kStringBytes;
+        lengths[k] = entries[k][kShortString];
+        any_length |= lengths[k];
+      }
+      if (__builtin_expect(any_length > kShortString, 0)) break;
       for (int k = 0; k < kTogether; ++k) {
         std::memcpy(out, entries[k], kStringBytes);
         out += lengths[k];
       }
-      i += kTogether;
-      continue;
     }
-    for (int k = 0; k < kTogether && end - out > kMostStringBytes; ++k, ++i) {
-      if (lengths[k] == kLongString) {
+    // What stopped it, one by one: a long string, the end of the tokens or of the room, or a token that is none.
+    for (const int64_t stop = std::min(count, i + kTogether); i < stop; ++i) {
+      const uint64_t token = static_cast<uint64_t>(tokens[i]);
+      good = token < all && end - out >= table.lengths[token];
+      if (!good) break;
+      const int64_t length = table.lengths[token];
+      const uint8_t* from = strings + token * kStringBytes;
+      if (from[kShortString] == kLongString) {
         uint64_t offset;
-        std::memcpy(&offset, entries[k], sizeof offset);
-        const uint8_t* from = table.pool + offset;
-        const int64_t length = entries[k][8];
-        for (int64_t done = 0; done < length; done += kStringBytes) std::memcpy(out + done, from + done, kStringBytes);
-        out += length;
-      } else {
-        std::memcpy(out, entries[k], kStringBytes);
-        out += lengths[k];
+        std::memcpy(&offset, from, sizeof offset);
+        from = table.pool + offset;
       }
+      if (end - out > kMostStringBytes) {
+        for (int64_t at = 0; at < length; at += kStringBytes) std::memcpy(out + at, from + at, kStringBytes);
+      } else {
+        std::memcpy(out, from, static_cast<size_t>(length));
+      }
+      out += length;
     }
-    if (end - out < kMostStringBytes + kStringBytes) break;
   }
-  for (; i < count; ++i) {
-    const uint8_t* from = strings + tokens[i] * kStringBytes;
-    if (from[kShortString] == kLongString) {
-      uint64_t offset;
-      std::memcpy(&offset, from, sizeof offset);
-      from = table.pool + offset;
-    }
-    std::memcpy(out, from, table.lengths[tokens[i]]);
-    out += table.lengths[tokens[i]];
-  }
+  *done = i;
+  *bytes = out - begin;
   return {};
 }
 
-uint32_t crc32c(uint32_t crc, const uint8_t* data, int64_t bytes) {
-  switch (cpu_isa()) {
-    case CpuIsa::kAvx512: return ~avx512::coder.crc(~crc, data, bytes);
-    case CpuIsa::kAvx2: return ~avx2::coder.crc(~crc, data, bytes);
-    case CpuIsa::kScalar: break;
-  }
-  return ~scalar::coder.crc(~crc, data, bytes);
-}
+uint32_t crc32c(uint32_t crc, const uint8_t* data, int64_t bytes) { return ~kernels().crc(~crc, data, bytes); }
 
 }  // namespace pycore

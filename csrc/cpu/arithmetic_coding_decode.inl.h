@@ -203,7 +203,7 @@ void decode_stream(const DecodeParams& params, int64_t stream, const Slot& slot)
     if (fixed) {
       int64_t* outs[kMaxLanes];
       for (int64_t lane = 0; lane < lanes; ++lane) outs[lane] = symbols + lane;
-      if (precision > 16) {
+      if (is_fine(model)) {
         decode_static<true>(readers, lanes, slot, count, longer, precision, outs, lanes);
       } else {
         decode_static<false>(readers, lanes, slot, count, longer, precision, outs, lanes);
@@ -236,7 +236,7 @@ bool decode_streams_together(const DecodeParams& params, int64_t stream, const S
     outs[s] = params.symbols + (stream + s) * params.length;
   }
   const int precision = params.model.precision;
-  if (precision > 16) {
+  if (is_fine(params.model)) {
     decode_together<true, kTogether>(readers, slot, params.length, precision, outs, 1);
   } else {
     decode_together<false, kTogether>(readers, slot, params.length, precision, outs, 1);

@@ -21,6 +21,7 @@ struct CoderKernels {
   void (*encode_bytes)(const EncodeParams& params, int64_t stream, void* scratch);
   void (*decode_bytes)(const DecodeParams& params, int64_t stream, void* scratch);
   uint32_t (*crc)(uint32_t crc, const uint8_t* data, int64_t bytes);
+  int64_t* (*put_tokens)(const uint32_t* walked, int64_t count, int64_t* out);
 };
 
 // A slot's scratch: the header and, of each kind, room for a row of the model.

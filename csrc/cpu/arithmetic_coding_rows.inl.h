@@ -147,7 +147,9 @@ struct GivenRows {
     const uint32_t end = entry(r, s + 1, model.symbols);
     out->width = end - out->begin;
     *symbol = s;
-    return out->begin <= value && value < end ? CoderFault::kNone : CoderFault::kNotCumulative;
+    // The row was not looked at as a whole. A share that ends past 2^precision would make the range overflow, to 0.
+    const bool inside = out->begin <= value && value < end && end <= 1u << model.precision;
+    return inside ? CoderFault::kNone : CoderFault::kNotCumulative;
   }
 
   CoderFault cumulate(int64_t position, uint32_t* out) const {
@@ -327,7 +329,10 @@ inline Slot slot_of(void* scratch, int64_t symbols) {
           reinterpret_cast<float*>(rows + 2 * bytes), reinterpret_cast<uint64_t*>(rows + 3 * bytes)};
 }
 
-// Buckets are stretches of 2^precision; the table stays in the first cache. Up to precision 16 symbols fit 16 bits.
+// Buckets are stretches of 2^precision; the table stays in the first cache. Symbols take 16 bits where they can: not
+// above precision 16, nor in the larger alphabets that a row with symbols of no share may have.
+inline bool is_fine(const CoderModel& model) { return model.precision > 16 || model.symbols > 1 << 16; }
+
 template <bool kFine>
 struct Buckets;
 template <>
@@ -391,7 +396,7 @@ void prepare_slot(const Slot& slot, const CoderModel& model, const void* key, co
     slot.header->fingerprint = fingerprint_add(slot.header->fingerprint, slot.row[i]);
   }
   if (!buckets) return;
-  if (model.precision > 16) {
+  if (is_fine(model)) {
     fill_buckets<true>(slot.row, model.symbols, model.precision, slot.buckets);
   } else {
     fill_buckets<false>(slot.row, model.symbols, model.precision, slot.buckets);

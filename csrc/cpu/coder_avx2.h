@@ -167,3 +167,22 @@ inline uint64_t logit_counts(const float* logits, int64_t count, int32_t highest
 inline uint64_t sum_of_sixteen(const uint32_t* counts) {
   return sum_lanes(_mm256_add_epi32(load256(counts), load256(counts + 8)));
 }
+
+inline int64_t* put_tokens(const uint32_t* walked, int64_t count, int64_t* out) {
+  int64_t i = 1;
+  for (; i + 32 <= count; i += 32) {
+    uint32_t starts = 0;
+    for (int k = 0; k < 4; ++k) {
+      const __m256i signs = _mm256_slli_epi32(load256(walked + i + 8 * k), 31);
+      starts |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(signs))) << 8 * k;
+    }
+    for (; starts; starts &= starts - 1) {
+      *out++ = static_cast<int64_t>(walked[i - 1 + __builtin_ctz(starts)] >> 1 & kTokenMask);
+    }
+  }
+  for (; i < count; ++i) {
+    *out = static_cast<int64_t>(walked[i - 1] >> 1 & kTokenMask);
+    out += walked[i] & 1;
+  }
+  return out;
+}

@@ -150,3 +150,25 @@ inline uint64_t logit_counts(const float* logits, int64_t count, int32_t highest
 }
 
 inline uint64_t sum_of_sixteen(const uint32_t* counts) { return sum_lanes(_mm512_loadu_si512(counts)); }
+
+// Where sixteen are written, no more than the i - 1 entries before have been: within `count`.
+inline int64_t* put_tokens(const uint32_t* walked, int64_t count, int64_t* out) {
+  const __m512i one = _mm512_set1_epi32(1), mask = _mm512_set1_epi32(static_cast<int32_t>(kTokenMask));
+  int64_t i = 1;
+  for (; i + 16 <= count; i += 16) {
+    const __mmask16 starts = _mm512_test_epi32_mask(_mm512_loadu_si512(walked + i), one);
+    const __m512i ended = _mm512_and_si512(_mm512_srli_epi32(_mm512_loadu_si512(walked + i - 1), 1), mask);
+    const __m512i tokens = _mm512_maskz_compress_epi32(starts, ended);
+    const int number = __builtin_popcount(starts);
+    _mm512_storeu_si512(out, _mm512_cvtepu32_epi64(_mm512_castsi512_si256(tokens)));
+    if (__builtin_expect(number > 8, 0)) {
+      _mm512_storeu_si512(out + 8, _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(tokens, 1)));
+    }
+    out += number;
+  }
+  for (; i < count; ++i) {
+    *out = static_cast<int64_t>(walked[i - 1] >> 1 & kTokenMask);
+    out += walked[i] & 1;
+  }
+  return out;
+}

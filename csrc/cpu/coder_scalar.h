@@ -102,3 +102,13 @@ inline void move_entries(uint16_t* entries, int symbol, int rate) {
     entries[i] = static_cast<uint16_t>(entries[i] + ((adaptive_target(i, symbol) - entries[i]) >> rate));
   }
 }
+
+// What a walk of a token table wrote down (arithmetic_coding_table.h), as tokens: where one starts at walked[i], i > 0,
+// the one before it ended with walked[i - 1]. There is room for `count`; returns where they end.
+inline int64_t* put_tokens(const uint32_t* walked, int64_t count, int64_t* out) {
+  for (int64_t i = 1; i < count; ++i) {
+    *out = static_cast<int64_t>(walked[i - 1] >> 1 & kTokenMask);
+    out += walked[i] & 1;
+  }
+  return out;
+}

@@ -166,6 +166,20 @@ def test_rows_with_symbols_that_have_no_share(isa: str) -> None:
         assert torch.equal(ops.ac_decode(streams, model), drawn)
 
 
+def test_large_alphabets_with_symbols_that_have_no_share(isa: str) -> None:
+    """More symbols than 2^precision: a symbol's number needs more bits than its share."""
+    symbols = 70_000
+    cdf = torch.zeros(symbols + 1, dtype=torch.int32)
+    cdf[-101:-1] = torch.arange(100) + 400
+    cdf[-1] = 1 << 16
+    chosen = symbols - 1 - torch.arange(300).remainder(100)[None]
+    for lanes in (1, 5):
+        streams = ops.ac_encode(chosen, cdf, lanes=lanes)
+        assert torch.equal(ops.ac_decode(streams, cdf), chosen)
+    streams = ops.ac_encode(chosen.expand(4, -1), cdf)
+    assert torch.equal(ops.ac_decode(streams, cdf), chosen.expand(4, -1))
+
+
 def test_uint16_rows_are_the_same_model(isa: str) -> None:
     """2^16 does not fit and is held as 0; the bytes are those of the int32 rows."""
     for symbols in ALPHABETS:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from coder_inputs import random_cdf
@@ -306,3 +307,31 @@ def test_errors_of_the_pybind_face() -> None:
             call()
     with pytest.raises(IndexError, match=r"^ac_encode: symbols\[0, 3\] is 4 and must be 0 to 3$"):
         native.ac_encode(SYMBOLS + 1, CDF)
+
+
+def test_shares_past_the_end(isa: str) -> None:
+    """A row of a decoder's caller may say anything: shares above 2^precision took the range to 0, for ever."""
+    for precision, end in ((24, 1 << 30), (16, 1 << 30), (16, (1 << 16) + 1)):
+        good = torch.tensor([0, 1 << precision - 1, 1 << precision], dtype=torch.int32)
+        streams = ops.ac_encode(torch.zeros(1, 40, dtype=torch.int64), good, model_id=1)
+        rows = torch.tensor([0, end, 1 << precision], dtype=torch.int32).repeat(40, 1)
+        with pytest.raises(ValueError, match=r"^ac_decode: cdf\[0, 0\] is no cumulative distribution"):
+            ops.ac_decode(streams, rows, model_id=1)
+
+
+@pytest.mark.parametrize("length", [2**62, 1152780784296263881])
+def test_more_symbols_than_any_memory(length: int) -> None:
+    """An expanded tensor has any length; at the second one the bytes that it may take are 2 modulo 2^64."""
+    symbols = torch.zeros(1, 1, dtype=torch.uint8).expand(1, length)
+    with pytest.raises(ValueError, match=rf"symbols has shape \[1, {length}\], and a stream may have \d+ symbols$"):
+        ops.ac_encode(symbols, CDF)
+    with pytest.raises(ValueError, match=rf"^ac_encode_bytes: data has shape \[1, {length}\], and a stream may have"):
+        ops.ac_encode_bytes(symbols)
+    with pytest.raises(ValueError, match=r"^ac_encode: symbols has shape \[1, \d+\], and a stream may have"):
+        pycore.native.ac_encode(np.broadcast_to(np.zeros((1, 1), np.uint8), (1, length)), CDF.numpy())
+
+
+def test_more_streams_than_any_memory() -> None:
+    symbols = torch.zeros(1, 1, dtype=torch.uint8).expand(2**22, 2**40)
+    with pytest.raises(ValueError, match=r"^ac_encode: symbols has shape \[4194304, 1099511627776\], which is more"):
+        ops.ac_encode(symbols, CDF)

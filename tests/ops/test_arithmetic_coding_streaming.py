@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -150,6 +151,22 @@ def test_errors_of_the_decoder() -> None:
     decoder = ArithmeticDecoder(ops.ac_encode(torch.zeros(1, 9, dtype=torch.int64), CDF).to_bytes()[0])
     with pytest.raises(ValueError, match="^ArithmeticDecoder: count is -1 and must not be negative"):
         decoder.decode(CDF, count=-1)
+
+
+def test_a_symbol_at_a_time_costs_the_same_in_a_long_stream() -> None:
+    """The stream's memory grows by doubling: ten times the symbols take about ten times the time."""
+    row = np.array([0, 1, 1 << 24], np.int32)  # three bytes a symbol of the four that a call may need
+
+    def seconds(calls: int) -> float:
+        encoder = ArithmeticEncoder(model_id=0)
+        for _ in range(calls):
+            encoder.encode(np.zeros(4096, np.uint8), row)
+        begin = time.perf_counter()
+        for _ in range(400):
+            encoder.encode(np.zeros(40, np.uint8), row)
+        return time.perf_counter() - begin
+
+    assert min(seconds(400) for _ in range(3)) < 10 * min(seconds(1) for _ in range(3))
 
 
 def test_threads_take_turns() -> None:

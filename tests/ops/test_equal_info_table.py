@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_parses(table: pycore.EqualInfoTable, n: int) -> None:
         assert few.tolist() == reference.fewest(table.strings, data)
 
 
-def test_segments_join(table: pycore.EqualInfoTable) -> None:
+def test_segments_join(table: pycore.EqualInfoTable, isa: str) -> None:
     """Long texts are parsed in segments side by side; the tokens are those of the parse from the front."""
     generator = random.Random(1)
     texts = [
@@ -150,6 +151,19 @@ def test_long_strings() -> None:
         for text in (b"a" * n, b"a" * n + b"b", (b"a" * n + b"bc") * 9):
             assert table.decode(table.encode(text)) == text
             assert table.encode(text).tolist() == reference.longest_match(table.strings, text)
+
+
+def test_decoding_more_than_was_guessed() -> None:
+    """The size of the text is guessed by a sample of the tokens, which here meets the short ones alone, or the long."""
+    strings = BYTES + [b"a" * n for n in range(2, 256)] + [b"b" * n for n in range(2, 4)]
+    table = packed(strings)
+    for rare in (255, 0):
+        tokens = torch.full((100_000,), 509 - rare)
+        tokens[torch.arange(len(tokens)) % 25 == 0] = 254 + rare
+        assert table.decode(tokens) == b"".join(strings[token] for token in tokens.tolist())
+        tokens[-1] = 512
+        with pytest.raises(IndexError, match=r"^EqualInfoTable.decode: tokens\[99999\] is 512 and must be 0 to 511$"):
+            table.decode(tokens)
 
 
 def test_random_tokens_decode(table: pycore.EqualInfoTable) -> None:
@@ -230,6 +244,22 @@ def test_tables_that_cannot_be(strings: list[bytes], message: str) -> None:
     """A whole file whose strings are no table: the kernels rely on what is checked."""
     with pytest.raises(pycore.BitstreamError, match=f"^EqualInfoTable: the file {message}$"):
         packed(strings)
+
+
+def test_a_table_with_holes_is_read_in_a_moment() -> None:
+    """Nodes of few children leave holes that others, with one child, cannot use; looking at all of them each time took
+    two minutes for this table.
+    """
+    pairs = [bytes([i, j]) for i in range(256) for j in range(256)]
+    half = 7 * len(pairs) // 10
+    triples = [pair + bytes([i]) for pair in pairs[:half] for i in (0, 2, 5, 9, 20, 77)]
+    triples += [pair + b"\1" for pair in pairs[half:]]
+    strings = BYTES + pairs + triples
+    strings += [triple + b"\1" for triple in triples[: 2**19 - len(strings)]]
+    begin = time.perf_counter()
+    trie = native.EqualInfoTrie(native.pack_equal_info(strings))
+    assert time.perf_counter() - begin < 20
+    assert trie.trie_bytes < 12 * len(strings)
 
 
 def test_pack_errors() -> None:

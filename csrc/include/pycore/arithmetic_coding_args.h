@@ -138,6 +138,15 @@ inline CoderModel coder_model(const char* op, const char* argument, const Tensor
   return out;
 }
 
+// What a stream's frame can say, and the bytes of all streams' memory in an int64: an expanded tensor can have more
+// symbols than any memory, and capacities computed for them would overflow.
+inline void check_sizes(const char* op, const char* argument, const TensorView& view, const EncodeParams& params) {
+  check_value(params.length <= kMostSymbols, op, argument, " has shape ", shape_text(view), ", and a stream may have ",
+              kMostSymbols, " symbols");
+  check_value(params.streams <= INT64_MAX / 2 / encode_capacity(params), op, argument, " has shape ", shape_text(view),
+              ", which is more than any memory holds");
+}
+
 // The caller adds memory and results.
 inline EncodeParams encode_params(const char* op, const TensorView& symbols, const char* argument,
                                   const TensorView& model, const int64_t* precision, std::optional<int64_t> model_id,
@@ -156,6 +165,7 @@ inline EncodeParams encode_params(const char* op, const TensorView& symbols, con
   params.position_stride = symbols.strides[1];
   params.lanes = lanes;
   params.model = coder_model(op, argument, model, precision, params.streams, params.length, model_id);
+  check_sizes(op, "symbols", symbols, params);
   return params;
 }
 
@@ -174,6 +184,7 @@ inline EncodeParams encode_bytes_params(const char* op, const TensorView& data, 
   params.stream_stride = data.strides[0];
   params.position_stride = data.strides[1];
   params.model.symbols = 256;
+  check_sizes(op, "data", data, params);
   return params;
 }
 
@@ -269,6 +280,8 @@ inline BitwiseParams bitwise_params(const char* op, const TensorView& cdf) {
   params.model.entry_stride = cdf.strides[cdf.dims - 1];
   params.model.symbols = cdf.shape[cdf.dims - 1] - 1;
   check_value(params.model.symbols <= 32767, op, "cdf has ", params.model.symbols, " symbols and may have 32767");
+  check_value(params.model.rows.rows <= kMostSymbols, op, "cdf has ", params.model.rows.rows, " rows and may have ",
+              kMostSymbols);
   return params;
 }
 

@@ -5,6 +5,7 @@
 
 #include <pycore/arithmetic_coding_args.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -110,7 +111,9 @@ class StreamEncoder {
       steps.push_back({begin, width, precision});
     }
     if (steps.empty()) return;
-    bytes_.reserve(bytes_.size() + 4 * steps.size());  // nothing below runs out of memory half way
+    // Nothing below runs out of memory half way; and growing by what one call needs would copy the stream at each.
+    const size_t needed = bytes_.size() + 4 * steps.size();
+    if (needed > bytes_.capacity()) bytes_.reserve(std::max(needed, 2 * bytes_.capacity()));
     if (frame_.count == 0 && !frame_.has_id) frame_.model = RowOfCdf(cdf, 0).fingerprint();
     for (size_t i = 0; i < steps.size(); ++i) {
       if (range_encode(&coder_, steps[i].begin, steps[i].width, steps[i].precision)) carry();

@@ -29,6 +29,10 @@ inline constexpr int64_t kMostParsed = INT32_MAX;  // bytes of text for the opti
 inline constexpr uint64_t kNoLabel = 256, kTokenMask = (1 << 24) - 1, kNoToken = kTokenMask;
 inline constexpr int kTokenShift = 16, kBaseShift = 40;
 inline constexpr uint64_t kMostBases = uint64_t{1} << 24;
+// The label of single bytes, which nobody goes to by label: that a token starts there. A walk writes its nodes down
+// shifted by kStartShift, as 32 bits: whether a token starts, and the token.
+inline constexpr uint64_t kStartLabel = 1 << 15;
+inline constexpr int kStartShift = 15;
 
 struct TokenTable {
   int64_t count = 0;                 // strings: 2^bits
@@ -39,8 +43,9 @@ struct TokenTable {
   const uint8_t* pool = nullptr;     // strings that are longer than kShortString, and kStringBytes more
 };
 
-// Scratch of encode_longest().
-inline constexpr int64_t kParseLanes = 8, kParseSegment = 4096;
+// Scratch of encode_longest(). A segment is an odd number of cache lines, so that the lanes' text and nodes do not
+// share the few places that a cache has for addresses a power of two apart.
+inline constexpr int64_t kParseLanes = 8, kParseSegment = 17 * 64, kShortSegment = 3 * 64;
 inline constexpr int64_t kParseScratch = kParseLanes * kParseSegment * int64_t{sizeof(uint32_t)};
 
 // tokens [bytes], of which the first *count are written: the longest token, again and again.
@@ -52,12 +57,14 @@ PYCORE_API Status encode_longest(const TokenTable& table, const uint8_t* data, i
 PYCORE_API Status encode_fewest(const TokenTable& table, const uint8_t* data, int64_t bytes, int64_t* tokens,
                                 int64_t* count, void* scratch);
 
-// The bytes of all tokens, or -1 and the first that is none of the table's in *bad.
-PYCORE_API int64_t decoded_bytes(const TokenTable& table, const int64_t* tokens, int64_t count, int64_t* bad);
+// About how many bytes the tokens stand for, by a sample of them: exact for up to kSampled tokens.
+inline constexpr int64_t kSampled = 4096;
+PYCORE_API int64_t likely_bytes(const TokenTable& table, const int64_t* tokens, int64_t count);
 
-// `bytes` is decoded_bytes() of the tokens; nothing is written past them.
+// Decodes into out[0 .. room) until all tokens are done, or one is none of the table's, or a string does not fit. *done
+// tokens are then *bytes bytes; nothing is written past room.
 PYCORE_API Status decode_tokens(const TokenTable& table, const int64_t* tokens, int64_t count, uint8_t* out,
-                                int64_t bytes);
+                                int64_t room, int64_t* done, int64_t* bytes);
 
 // CRC-32C.
 PYCORE_API uint32_t crc32c(uint32_t crc, const uint8_t* data, int64_t bytes);

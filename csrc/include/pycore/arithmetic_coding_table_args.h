@@ -135,6 +135,7 @@ class TableOwner {
       }
     }
     pool_.resize(pool_.size() + kStringBytes);
+    pool_.shrink_to_fit();
     table_.count = static_cast<int64_t>(lengths_.size());
     table_.lengths = lengths_.data();
     table_.strings = strings_.data();
@@ -166,8 +167,8 @@ class TableOwner {
     return out;
   }
 
-  // A base that no node has yet and whose slots for these bytes are free. Nodes with one child fill the holes; the
-  // others go on where the last of them was placed, so that the search stays short.
+  // A base that no node has yet and whose slots for these bytes are free. Nodes with one child fill the holes that the
+  // others leave. Either kind goes on near where the last of it was placed, so that the search stays short.
   size_t find_base(const std::vector<uint8_t>& bytes) {
     size_t& from = bytes.size() == 1 ? next_single_ : next_;
     for (size_t slot = from;; ++slot) {
@@ -180,7 +181,7 @@ class TableOwner {
       bool fits = !has_base_[base];
       for (size_t i = 1; fits && i < bytes.size(); ++i) fits = trie_[base + bytes[i]] == kNoLabel;
       if (!fits) continue;
-      if (bytes.size() > 1 && slot - from > 4096) from = slot - 2048;
+      if (slot - from > 4096) from = slot - 2048;
       return base;
     }
   }
@@ -192,7 +193,7 @@ class TableOwner {
 
   void build(const char* op) {
     grow(1 << 12);
-    roots_.assign(256, 0);                                         // their labels are never looked at
+    roots_.assign(256, kStartLabel);
     std::vector<Node> queue = children({0, order_.size(), 0, 0});  // of the root, whose children lie apart
     check_file(queue.size() == 256, op, "lacks strings that begin with some byte");
     for (size_t byte = 0; byte < 256; ++byte) queue[byte].place = byte;
