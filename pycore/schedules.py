@@ -7,16 +7,28 @@ its `kind`, its numbers and its tensor (csrc/include/pycore/tile_schedule.h).
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from pycore._distances import (
+    Constant,
+    DistanceFamily,
+    Gaussian,
+    Geometric,
+    Harmonic,
+    PowerLaw,
+    expected_density,
+)
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 __all__ = [
-    "Causal", "Constant", "DistanceFamily", "Full", "Gaussian", "Geometric", "Harmonic", "Lambda", "PowerLaw", "Prefix",
-    "Probabilistic", "Schedule", "Segments", "expected_density",
+    "Causal", "Constant", "DistanceFamily", "Full", "Gaussian", "Geometric", "Harmonic", "KeySubset", "Lambda",
+    "PowerLaw", "Prefix", "Probabilistic", "Schedule", "Segments", "Tree", "expected_density", "to_flex_block_mask",
 ]  # fmt: skip
 
 
@@ -33,7 +45,7 @@ class Schedule:
 
     @property
     def tensor(self) -> Tensor | None:
-        """The int64 tensor of this schedule, on the device of the query."""
+        """The int64 tensor of this schedule that the kernels take as it is, on the device of the query."""
         return None
 
 
@@ -113,117 +125,51 @@ class Segments(Schedule):
         return self.boundaries
 
 
-@dataclass(frozen=True)
-class DistanceFamily:
-    """The base of the families of probabilities over block distances: p(D) for D = 0, 1, 2, ... from one parameter."""
+@dataclass(frozen=True, eq=False)
+class KeySubset(Schedule):
+    """Position j takes part, and d >= 0: queries attend to some of the keys only (position prediction, token pruning).
 
-    family: ClassVar[str] = ""
-    most: ClassVar[float] = math.inf
+    Args:
+        keys: which positions take part, on the device of the query. Either bool [n] or [B, n] by position, positions
+            from n on taking no part; or int64 [k] or [B, k], positions in any order, some perhaps more than once, none
+            below 0.
+        causal: d >= 0 as well. Without it every query attends to the same keys.
 
-    @property
-    def parameter(self) -> float:
-        """The number behind p."""
-        raise NotImplementedError
+    Time follows the share of tiles of 64 positions that have a key; the others are never read.
 
-    def probability(self, distance: int) -> float:
-        """p(distance)."""
-        raise NotImplementedError
+    Source: Zhai et al., "Position Prediction as an Effective Pretraining Strategy" (arXiv 2207.07611): there without
+        the causal bound.
+    """
 
-    def __post_init__(self) -> None:
-        (name,) = (field.name for field in fields(self))
-        value = self.parameter
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{type(self).__name__}: {name} is a {type(value).__name__} and must be a number")
-        if not 0 <= value <= self.most or math.isinf(value):
-            limit = "between 0 and 1" if self.most == 1 else "finite and at least 0"
-            raise ValueError(f"{type(self).__name__}: {name} is {value} and must be {limit}")
+    keys: Tensor
+    causal: bool = True
 
-
-@dataclass(frozen=True)
-class Geometric(DistanceFamily):
-    """p(D) = rho ** D, with rho in [0, 1]."""
-
-    rho: float
-
-    family: ClassVar[str] = "geometric"
-    most: ClassVar[float] = 1.0
+    kind: ClassVar[str] = "key_subset"
 
     @property
-    def parameter(self) -> float:
-        return self.rho
-
-    def probability(self, distance: int) -> float:
-        return float(self.rho) ** distance
+    def args(self) -> list[int]:
+        return [int(self.causal)]
 
 
-@dataclass(frozen=True)
-class PowerLaw(DistanceFamily):
-    """p(D) = (1 + D) ** -alpha, with alpha at least 0."""
+@dataclass(frozen=True, eq=False)
+class Tree(Schedule):
+    """The last T positions are the nodes of a tree of drafts: each keeps its ancestors and what came before the tree.
 
-    alpha: float
+    One call then scores all branches: the row of a node is that of plain causal attention on the context followed by
+    the path from the root to the node. For this, distances go by depth: a node of depth t stands t positions behind the
+    first that follows the context. Positions before the tree are causal, also where they are queries.
 
-    family: ClassVar[str] = "power_law"
+    Args:
+        parents: int64 [T] or [B, T], the parent of each node, which comes before it: -1 <= parents[t] < t, with -1 for
+            a root. Roots hang on the last token of the context, and there may be several. Rows with fewer nodes than T
+            begin with a chain (-1, 0, 1, ...) of the last tokens of their context. On the device of the query.
 
-    @property
-    def parameter(self) -> float:
-        return self.alpha
+    Source: Miao et al., "SpecInfer" (arXiv 2305.09781); Cai et al., "Medusa" (arXiv 2401.10774): tree attention.
+    """
 
-    def probability(self, distance: int) -> float:
-        return float(1 + distance) ** -self.alpha
+    parents: Tensor
 
-
-@dataclass(frozen=True)
-class Harmonic(DistanceFamily):
-    """p(D) = min(1, c / (1 + D)), with c at least 0: about c blocks for every time that the distance grows e-fold."""
-
-    c: float
-
-    family: ClassVar[str] = "harmonic"
-
-    @property
-    def parameter(self) -> float:
-        return self.c
-
-    def probability(self, distance: int) -> float:
-        return min(1.0, self.c / (1 + distance))
-
-
-@dataclass(frozen=True)
-class Gaussian(DistanceFamily):
-    """p(D) = exp(-D ** 2 / (2 sigma ** 2)), with sigma greater than 0."""
-
-    sigma: float
-
-    family: ClassVar[str] = "gaussian"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sigma == 0:
-            raise ValueError("Gaussian: sigma is 0 and must be greater than 0")
-
-    @property
-    def parameter(self) -> float:
-        return self.sigma
-
-    def probability(self, distance: int) -> float:
-        return math.exp(-(float(distance) ** 2) / (2 * float(self.sigma) * self.sigma))
-
-
-@dataclass(frozen=True)
-class Constant(DistanceFamily):
-    """p(D) = p, in [0, 1], at every distance."""
-
-    p: float
-
-    family: ClassVar[str] = "constant"
-    most: ClassVar[float] = 1.0
-
-    @property
-    def parameter(self) -> float:
-        return self.p
-
-    def probability(self, distance: int) -> float:
-        return float(self.p)
+    kind: ClassVar[str] = "tree"
 
 
 _LAYER_STEP = 0x1E3779B97F4A7C15  # odd, so that no two layers below 2**63 share a seed
@@ -276,47 +222,35 @@ class Probabilistic(Schedule):
         return replace(self, seed=(self.seed + layer * _LAYER_STEP) % 2**63)
 
 
-def expected_density(
-    distance_probs: DistanceFamily | Tensor,
+def to_flex_block_mask(
+    schedule: Schedule,
     *,
-    blocks: int,
-    window_blocks: int = 1,
-    blocks_per_row: int | None = None,
-) -> float:
-    """The expected share of block pairs J <= I that take part in a round, over a sequence of `blocks` blocks.
+    batch: int,
+    heads: int,
+    query_length: int,
+    key_length: int,
+    block_size: int = 128,
+    device: torch.device | str = "cpu",
+) -> BlockMask:
+    """The pairs that a schedule keeps, as FlexAttention takes them: for comparing with it, or for moving from it.
 
-    It is what time follows: attention over a round takes about this share of the time of causal attention. Sinks come
-    on top. Where probabilities differ by head, the mean over heads.
+    Query row i stands at position key_length - query_length + i (bottom-right alignment), key row j at j. FlexAttention
+    has no place for the rest of `attention`: the distances of a tree and the correction of a round are its score_mod's.
 
     Args:
-        distance_probs, window_blocks, blocks_per_row: as in `Probabilistic`.
-        blocks: length of the sequence in blocks, at least 1.
+        schedule: any of this module. Its tensors are moved to `device`.
+        batch, heads: those of the query. The mask has one row, or one head, where all are the same.
+        query_length, key_length: at least 1.
+        block_size: FlexAttention's, in both directions.
+
+    Returns:
+        torch.nn.attention.flex_attention.BlockMask, whose mask_mod may be asked for single pairs. Building it takes
+        memory for every pair.
 
     Raises:
-        ValueError: blocks < 1, a probability outside [0, 1] or NaN.
+        ValueError: what `attention` refuses of the schedule.
+        TypeError: schedule is none.
     """
-    op = "expected_density"
-    if blocks < 1:
-        raise ValueError(f"{op}: blocks is {blocks} and must be at least 1")
-    if isinstance(distance_probs, DistanceFamily):
-        table = torch.tensor(
-            [[distance_probs.probability(distance) for distance in range(blocks)]], dtype=torch.float64
-        )
-    else:
-        if distance_probs.dim() not in (1, 2) or distance_probs.numel() == 0:
-            raise ValueError(
-                f"{op}: distance_probs has shape {list(distance_probs.shape)} and must be [n] or [heads, n]"
-            )
-        table = torch.atleast_2d(distance_probs.detach().to("cpu", torch.float64))
-        table = table[:, torch.arange(blocks).clamp(max=table.shape[1] - 1)]
-    if not bool(((table >= 0) & (table <= 1)).all()):
-        raise ValueError(f"{op}: distance_probs has entries outside [0, 1], where all must be")
-    drawn = torch.ceil(table * 2**24) / 2**24  # what the draws amount to
-    drawn[:, :window_blocks] = 1.0
-    rows = torch.arange(blocks, 0, -1, dtype=torch.float64)  # rows that have a block at this distance
-    pairs = float(rows.sum())
-    if blocks_per_row is None:
-        return float((drawn * rows).sum(1).mean()) / pairs
-    allowed = table > 0
-    allowed[:, :window_blocks] = True
-    return float(allowed.cumsum(1).clamp(max=blocks_per_row).sum(1).double().mean()) / pairs
+    from pycore.ops.attention_flex import flex_block_mask
+
+    return flex_block_mask(schedule, (batch, heads, query_length, key_length), block_size, torch.device(device))

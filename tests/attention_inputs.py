@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycore.schedules import Full, Prefix, Schedule, Segments
+from pycore.schedules import Full, KeySubset, Prefix, Schedule, Segments, Tree
 
-__all__ = ["Case", "lengths", "qkv", "tables"]
+__all__ = ["Case", "lengths", "qkv", "random_tree", "tables"]
 
 
 def tables(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -24,6 +24,16 @@ def tables(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Ten
 def lengths(*numbers: int) -> Tensor:
     """One of key_starts, key_lengths, key_offset and query_lengths."""
     return torch.tensor(numbers, dtype=torch.int64)
+
+
+def random_tree(nodes: int, seed: int = 0) -> Tensor:
+    """The parents of a tree of drafts: long branches, short ones, and a few roots."""
+    generator = torch.Generator().manual_seed(seed)
+    parents = []
+    for node in range(nodes):
+        kind, parent = torch.rand(2, generator=generator).tolist()
+        parents.append(-1 if node == 0 or kind < 0.1 else node - 1 if kind < 0.6 else int(parent * node))
+    return torch.tensor(parents, dtype=torch.int64)
 
 
 def qkv(
@@ -67,6 +77,10 @@ class Case:
         """The test's id."""
         numbers = [] if self.schedule.tensor is None else self.schedule.tensor.tolist()
         text = self.schedule.kind + "".join(f"-{number}" for number in (*self.schedule.args, *numbers))
+        if isinstance(self.schedule, KeySubset):
+            text += f"-{int(self.schedule.keys.sum())}of{'x'.join(str(n) for n in self.schedule.keys.shape)}"
+        if isinstance(self.schedule, Tree):
+            text += f"-{'x'.join(str(n) for n in self.schedule.parents.shape)}"
         text += f"-L{self.query_length}x{self.key_length}-D{self.head_dim}"
         text += "" if self.value_dim is None else f"v{self.value_dim}"
         text += f"-B{self.batch}" if self.batch != 1 else ""
@@ -105,9 +119,10 @@ class Case:
             # A table reaches the largest distance, or the limit and a tile.
             rows = max(self.key_length + max(self.key_offset or [0]), self.query_length)
             s = self.schedule
-            causal = not isinstance(s, Full | Prefix) and not (isinstance(s, Segments) and not s.causal)
+            causal = not isinstance(s, Full | Prefix) and not (isinstance(s, Segments | KeySubset) and not s.causal)
             if self.distance_limit is not None and causal:
-                rows = min(rows, self.distance_limit + 64)
+                nodes = s.parents.shape[-1] if isinstance(s, Tree) else 0
+                rows = min(rows, max(self.distance_limit + 64, nodes))
             cos, sin = tables(rows, self.rope_dim, table_dtype)
             options |= {"rope": (cos.to(dtype), sin.to(dtype)), "interleaved": self.interleaved}
         for name in ("key_starts", "key_lengths", "key_offset", "query_lengths"):

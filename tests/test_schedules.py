@@ -13,15 +13,15 @@ import torch
 from pycore import schedules
 from pycore.ops import attention
 from pycore.reference.attention import keep_mask
-from pycore.schedules import Causal, Full, Lambda, Prefix, Schedule, Segments
+from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
 
 ALL = [Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 100), Lambda(2**62, 2**62)]
 
 
 def test_public_names() -> None:
-    kinds = {"Causal", "Full", "Lambda", "Prefix", "Probabilistic", "Schedule", "Segments"}
+    kinds = {"Causal", "Full", "KeySubset", "Lambda", "Prefix", "Probabilistic", "Schedule", "Segments", "Tree"}
     families = {"Constant", "DistanceFamily", "Gaussian", "Geometric", "Harmonic", "PowerLaw"}
-    assert set(schedules.__all__) == kinds | families | {"expected_density"}
+    assert set(schedules.__all__) == kinds | families | {"expected_density", "to_flex_block_mask"}
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=str)
@@ -47,6 +47,11 @@ def test_schedules_of_tensors_are_themselves_alone() -> None:
     assert (Segments(numbers).kind, Segments(numbers).args) == ("segments", [1]) and Segments(numbers).causal
     assert Segments(numbers, False).args == [0] and Segments(numbers).tensor is numbers
     assert all(schedule.tensor is None for schedule in ALL)
+    for schedule in (KeySubset(numbers), KeySubset(numbers, False), Tree(numbers - 1)):
+        assert schedule == schedule and schedule != dataclasses.replace(schedule) and schedule.tensor is None
+    assert (KeySubset(numbers).kind, KeySubset(numbers).args) == ("key_subset", [1])
+    assert KeySubset(numbers, False).args == [0] and KeySubset(numbers).causal
+    assert (Tree(numbers).kind, Tree(numbers).args) == ("tree", [])
 
 
 @pytest.mark.parametrize(
@@ -55,8 +60,11 @@ def test_schedules_of_tensors_are_themselves_alone() -> None:
         (Prefix(torch.tensor([3])), ["###...", "###...", "###...", "####..", "#####.", "######"]),
         (Segments(torch.tensor([1, 3, 3, 5])), ["......", ".#....", ".##...", "...#..", "...##.", "......"]),
         (Segments(torch.tensor([1, 3, 5]), False), ["......", ".##...", ".##...", "...##.", "...##.", "......"]),
+        (KeySubset(torch.tensor([4, 1])), ["......", ".#....", ".#....", ".#....", ".#..#.", ".#..#."]),
+        (KeySubset(torch.arange(6) % 3 == 1, False), [".#..#."] * 6),
+        (Tree(torch.tensor([-1, 0, 0, -1])), ["#.....", "##....", "###...", "####..", "###.#.", "##...#"]),
     ],
-    ids=["prefix", "segments", "segments-not-causal"],
+    ids=["prefix", "segments", "segments-not-causal", "keys", "keys-not-causal", "tree"],
 )
 def test_masks_by_hand(schedule: Schedule, rows: list[str], isa: str) -> None:
     """The reference's, and what the kernels keep."""

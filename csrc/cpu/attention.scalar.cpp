@@ -101,7 +101,7 @@ struct RowTile {
   const AttentionParams& params;
   const RowMap& map;
   const Rows<T>& rows;
-  int64_t b, h, kv_head, p, tile;
+  int64_t b, h, kv_head, p, place, tile;
   uint64_t kept, far, dropped = 0;
   const T* query = nullptr;  // unrotated
 
@@ -114,22 +114,23 @@ struct RowTile {
         h(h),
         kv_head(h / (params.heads / params.kv_heads)),
         p(map.query_position(i)),
+        place(map.schedule.place(p)),
         tile(tile) {
     kept = map.schedule.keep_bits(p, tile) & map.present_bits(tile);
-    far = far_bits(params, p, tile);
+    far = far_bits(params, map.schedule, place, tile);
     if (kept == 0) return;
     if (params.dropout_p > 0) dropped = dropped_keys(params, b, h, p, tile, kept);
     query = load_row(params.dtype, row_of(params, params.query, params.query_strides, b, h, i), params.head_dim,
                      rows.query);
     if (!params.rope_cos) return;
-    if (kept & ~far) rotate_row<T>(params, query, p - tile * kKeyTile, rows.query_near);
+    if (kept & ~far) rotate_row<T>(params, query, place - tile * kKeyTile, rows.query_near);
     if (kept & far) rotate_row<T>(params, query, params.distance_limit, rows.query_far);
   }
 
   bool keeps(int64_t c) const { return kept >> c & 1; }
   bool is_far(int64_t c) const { return far >> c & 1; }
   int64_t key_row(int64_t c) const { return map.key_row(tile * kKeyTile + c); }
-  int64_t distance(int64_t c) const { return p - tile * kKeyTile - c; }
+  int64_t distance(int64_t c) const { return place - tile * kKeyTile - key_turn(map.schedule, tile, c); }
   // What dropout makes of a weight.
   T keep_factor(int64_t c) const {
     return dropped >> c & 1 ? T(0) : params.dropout_p > 0 ? T(1 / (1 - params.dropout_p)) : T(1);
@@ -149,7 +150,7 @@ struct RowTile {
     const char* row = row_of(params, params.key, params.key_strides, b, kv_head, key_row(c));
     const T* key = load_row(params.dtype, row, params.head_dim, rows.key);
     if (!params.rope_cos || is_far(c)) return key;
-    rotate_row<T>(params, key, c, rows.key_near);
+    rotate_row<T>(params, key, key_turn(map.schedule, tile, c), rows.key_near);
     return rows.key_near;
   }
   // The logit, and its derivative by <q, k>.
@@ -304,7 +305,7 @@ void backward_row(const AttentionBackwardParams& params, const RowMap& map, int6
   }
   if (!parts.query) return;
   if (forward.rope_cos && row.kept & ~row.far) {
-    rotate_row<T>(forward, rows.grad_near, tile * kKeyTile - row.p, rows.grad_near);
+    rotate_row<T>(forward, rows.grad_near, tile * kKeyTile - row.place, rows.grad_near);
   }
   if (forward.rope_cos && row.kept & row.far) {
     rotate_row<T>(forward, rows.grad_far, -forward.distance_limit, rows.grad_far);
@@ -360,7 +361,7 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
     if (!(present >> c & 1)) continue;
     const int64_t row = key_row_index(forward, b, kv_head, map.key_row(tile * kKeyTile + c));
     T* near = total_near + c * n;
-    if (forward.rope_cos) rotate_row<T>(forward, near, -c, near);
+    if (forward.rope_cos) rotate_row<T>(forward, near, -key_turn(map.schedule, tile, c), near);
     T* grad_key = static_cast<T*>(params.grad_key) + row * n;
     T* grad_value = static_cast<T*>(params.grad_value) + row * m;
     for (int64_t d = 0; d < n; ++d) grad_key[d] = near[d] + total_far[c * n + d];

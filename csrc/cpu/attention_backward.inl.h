@@ -63,8 +63,8 @@ struct BackwardBuffers {
     }
     if (params.softcap > 0) slopes = scratch.take(kProductRows * kKeyTile);
     if (has_bias(params)) {
-      strip = scratch.take(strip_length(kBackwardRows));
-      grad_strip = scratch.take(strip_length(kBackwardRows));
+      strip = scratch.take(strip_length(most_places(params, kBackwardRows)));
+      grad_strip = scratch.take(strip_length(most_places(params, kBackwardRows)));
     }
     if (rope) {
       key_far = scratch.take(d * kKeyTile);
@@ -101,7 +101,7 @@ PYCORE_INLINE BackwardTile load_backward_tile(const AttentionParams& params, con
                            buffers.key_copy, &loaded.key_stride);
   transpose_rows(values, params.value_dim, buffers.value_columns);
   if (params.rope_cos) {
-    rotate_rows(params, keys, padded(params.head_dim), buffers.key_rows, &rotated);
+    rotate_rows(params, map.schedule, tile, keys, padded(params.head_dim), buffers.key_rows, &rotated);
     transpose_rows(rotated, params.head_dim, buffers.key_columns);
     if (params.distance_limit < map.positions()) transpose_rows(keys, params.head_dim, buffers.key_far);
   } else {
@@ -167,10 +167,13 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   const bool rope = forward.rope_cos != nullptr;
   uint64_t near_bits[kBackwardRows], far[kBackwardRows], kept[kBackwardRows];
   uint64_t any_near = 0, any_far = 0;
+  int64_t places[kBackwardRows];
+  const Places span(map, first, count, places);
+  const bool in_place = map.schedule.in_place(tile);
   const bool alike = map.schedule.keep_alike(p_first, p_first + count - 1, tile);
   for (int64_t r = 0; r < count; ++r) {
     kept[r] = r > 0 && alike ? kept[0] : map.schedule.keep_bits(p_first + r, tile) & loaded.present;
-    const uint64_t beyond = far_bits(forward, p_first + r, tile);
+    const uint64_t beyond = far_bits(forward, map.schedule, places[r], tile);
     far[r] = kept[r] & beyond;
     near_bits[r] = kept[r] & ~beyond;
     any_near |= near_bits[r];
@@ -188,7 +191,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   if (rope) {
     for (int64_t r = 0; r < count; ++r) {
       const float* query = queries + r * query_stride;
-      if (near_bits[r]) rotate(forward, query, p_first + r - base, buffers.query + r * d);
+      if (near_bits[r]) rotate(forward, query, places[r] - base, buffers.query + r * d);
       if (far[r]) rotate(forward, query, forward.distance_limit, buffers.query_far + r * d);
     }
     query_near = buffers.query;
@@ -200,8 +203,8 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   const Vec scale2 = Vec::broadcast(static_cast<float>(forward.scale) * kLog2E);
   const Vec scale = Vec::broadcast(static_cast<float>(forward.scale));
   const bool plain = plain_logits(forward);
-  if (buffers.strip) fill_strip(forward, h, p_first + count - 1, tile, count, buffers.strip);
-  if (parts.bias) zero_rows(buffers.grad_strip, round_up(strip_length(count), Vec::kWidth));
+  if (buffers.strip && in_place) fill_strip(forward, h, span, tile, buffers.strip);
+  if (parts.bias) zero_rows(buffers.grad_strip, round_up(strip_length(span.count()), Vec::kWidth));
 
   for (int64_t row = 0; row < count; row += kProductRows) {
     const int64_t rows = count - row < kProductRows ? count - row : kProductRows;
@@ -241,10 +244,16 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
       float* row_weights = weights + m * kKeyTile;
       float* row_grads = grad_scores + m * kKeyTile;
       float* row_slopes = buffers.slopes ? buffers.slopes + m * kKeyTile : nullptr;
-      const int64_t behind = count - 1 - row - m;  // queries of this step after this one
+      const int64_t behind = span.hi - places[row + m];  // places of this step after this query's
+      float biases[kKeyTile];
+      const float* row_biases = buffers.strip ? buffers.strip + behind : nullptr;
+      if (buffers.strip && !in_place) {
+        fill_biases(forward, map.schedule, h, places[row + m], tile, biases);
+        row_biases = biases;
+      }
       // Columns that are not kept may hold anything here; accumulate_kept never reads them.
       if (!plain) {
-        logits_of(forward, row_weights, begin, end, buffers.strip ? buffers.strip + behind : nullptr, row_slopes);
+        logits_of(forward, row_weights, begin, end, row_biases, row_slopes);
         if (forward.block_bias) add_block_bias(forward, h, p_first + row + m, tile, row_weights, begin, end);
       }
       uint64_t dropped = 0;
@@ -257,14 +266,20 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
         const Vec p = ((plain ? Vec::fma(score, scale2, row_lse) : score + row_lse) - row_rest).exp2();
         p.store(row_weights + c);
         Vec grad = p * (Vec::load(row_grads + c) - row_delta);
-        if (parts.bias) {
+        if (parts.bias && in_place) {
           float* sum = buffers.grad_strip + behind + c;
           (Vec::load(sum) + grad.select(keeps.bits[m] >> c, Vec::zero())).store(sum);
+        } else if (parts.bias) {
+          grad.store(biases + c);
         }
         if (row_slopes) grad = grad * Vec::load(row_slopes + c);
         (grad * scale).store(row_grads + c);
       }
       if (forward.dropout_p > 0) drop_out(forward, row_weights, begin, end, dropped);
+      for (uint64_t left = parts.bias && !in_place ? keeps.bits[m] : 0; left; left &= left - 1) {
+        const int64_t c = __builtin_ctzll(left), distance = places[row + m] - base - key_turn(map.schedule, tile, c);
+        parts.bias[bias_index(forward, distance)] += biases[c];
+      }
     }
     if (!parts.query) continue;
     float* grad_query = static_cast<float*>(params.grad_query) + (index + row) * forward.head_dim;
@@ -276,7 +291,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
       for (int m = 0; m < rows; ++m) {
         if (part.bits[m] == 0) continue;
         float* share = buffers.grad_query + m * d;
-        if (rope) rotate(forward, share, is_far ? -forward.distance_limit : base - (p_first + row + m), share);
+        if (rope) rotate(forward, share, is_far ? -forward.distance_limit : base - places[row + m], share);
         add_row(share, forward.head_dim, grad_query + m * forward.head_dim);
       }
     };
@@ -286,10 +301,11 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
     if (keeps_far.any) add_share(keeps_far, loaded.key, loaded.key_stride, true);
   }
 
-  if (parts.bias) {
-    const int64_t distance = p_first + count - 1 - base;
-    for (int64_t t = 0; t < strip_length(count); ++t)
+  if (parts.bias && in_place) {
+    const int64_t distance = span.hi - base;
+    for (int64_t t = 0; t < strip_length(span.count()); ++t) {
       parts.bias[bias_index(forward, distance - t)] += buffers.grad_strip[t];
+    }
   }
   if (!parts.key_value) return;
   accumulate_columns(kept, count, buffers.weights, grad_out, grad_out_stride, forward.value_dim, buffers.grad_value,
@@ -408,7 +424,7 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
     if (!(loaded.present >> c & 1)) continue;
     const int64_t row = key_row_index(forward, b, kv_head, map.key_row(tile * kKeyTile + c));
     if (rope) {
-      rotate(forward, key + c * d, -c, key + c * d);
+      rotate(forward, key + c * d, -key_turn(map.schedule, tile, c), key + c * d);
       add_row(key_far + c * d, d, key + c * d);
     }
     copy_row(key + c * d, forward.head_dim, static_cast<float*>(params.grad_key) + row * forward.head_dim);

@@ -44,7 +44,7 @@ struct ForwardBuffers {
     total = scratch.take(kForwardRows * dv);
     if (params.dtype != DType::kFloat32) key_copy = scratch.take(kKeyTile * d);
     // heads * count <= kForwardRows
-    if (has_bias(params)) strips = scratch.take(kForwardRows * kKeyTile);
+    if (has_bias(params)) strips = scratch.take(kForwardRows * (kKeyTile + params.schedule.tree_nodes));
     if (rope) {
       query_far = scratch.take(kForwardRows * d);
       query_block = scratch.take(kProductRows * d);
@@ -200,7 +200,7 @@ PYCORE_INLINE void load_tile(const AttentionParams& params, const RowMap& map, c
     if (rope && loaded->near) {
       tile_rows(params, params.key, params.key_strides, map, b, kv_head, loaded->tile, loaded->present, params.head_dim,
                 buffers.key_copy, &keys);
-      rotate_rows(params, keys, d, buffers.key_rows, &rotated);
+      rotate_rows(params, map.schedule, loaded->tile, keys, d, buffers.key_rows, &rotated);
       loaded->keys.fill(buffers.key_rows, d, loaded->present);
     }
     return;
@@ -211,7 +211,7 @@ PYCORE_INLINE void load_tile(const AttentionParams& params, const RowMap& map, c
             params.value_dim, buffers.value_rows, &values);
   if (loaded->far) transpose_rows(keys, params.head_dim, buffers.key_far);
   if (loaded->near) {
-    if (rope) rotate_rows(params, keys, d, buffers.key_rows, &rotated);
+    if (rope) rotate_rows(params, map.schedule, loaded->tile, keys, d, buffers.key_rows, &rotated);
     transpose_rows(rope ? rotated : keys, params.head_dim, buffers.key_columns);
   }
   loaded->value = matrix_rows(params, values, loaded->present, map.contiguous(loaded->tile), params.value_strides.row,
@@ -231,21 +231,23 @@ PYCORE_INLINE void fetch_key(const AttentionParams& params, const RowMap& map, c
   fetch(params.value, params.value_strides, params.value_dim);
 }
 
-// `positions`: where the block's rows stand.
+// `positions` and `places`: the block's rows, and where they stand for distances; `span` is the whole query tile's.
 PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
-                                 const LoadedTile& loaded, const int64_t* positions, const ForwardBuffers& buffers,
-                                 int64_t row, int64_t rows) {
+                                 const LoadedTile& loaded, const int64_t* positions, const int64_t* places,
+                                 const Places& span, const ForwardBuffers& buffers, int64_t row, int64_t rows) {
   const int64_t d = padded(params.head_dim), dv = padded(params.value_dim);
   BlockKeeps keeps;
   uint64_t far[kProductRows];
   uint64_t any_far = 0, any_near = 0;
-  const bool alike = map.schedule.keep_alike(positions[0], positions[rows - 1], loaded.tile);
+  // Not where the block goes from one head to the next: its positions then start again.
+  const bool alike = positions[rows - 1] - positions[0] == rows - 1 &&
+                     map.schedule.keep_alike(positions[0], positions[rows - 1], loaded.tile);
   uint64_t bits = 0;
   for (int m = 0; m < rows; ++m) {
     if (m == 0 || !alike) bits = map.schedule.keep_bits(positions[m], loaded.tile) & loaded.present;
     if (alike && bits == 0) return;
     keeps.set(m, bits);
-    far[m] = loaded.far ? far_bits(params, positions[m], loaded.tile) : 0;
+    far[m] = loaded.far ? far_bits(params, map.schedule, places[m], loaded.tile) : 0;
     any_far |= keeps.bits[m] & far[m];
     any_near |= keeps.bits[m] & ~far[m];
   }
@@ -257,7 +259,7 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
       for (int m = 0; m < rows; ++m) {
         // A row that keeps no near key may stand too far from the tile for the table; its scores are masked anyway.
         if ((keeps.bits[m] & ~far[m]) == 0) continue;
-        rotate(params, query + m * d, positions[m] - loaded.tile * kKeyTile, buffers.query_block + m * d);
+        rotate(params, query + m * d, places[m] - loaded.tile * kKeyTile, buffers.query_block + m * d);
       }
       query = buffers.query_block;
     }
@@ -286,9 +288,15 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
   }
   const float scale = folds_scale(params) ? static_cast<float>(params.scale) * kLog2E : 1.0f;
   for (int m = 0; m < rows && !plain_logits(params); ++m) {
-    const int64_t strip_row = row + m, head = strip_row / queries.count,
-                  behind = queries.count - 1 - strip_row % queries.count;
-    const float* strip = buffers.strips ? buffers.strips + head * strip_length(queries.count) + behind : nullptr;
+    const int64_t head = (row + m) / queries.count;
+    float biases[kKeyTile];
+    const float* strip = nullptr;
+    if (buffers.strips && map.schedule.in_place(loaded.tile)) {
+      strip = buffers.strips + head * strip_length(span.count()) + span.hi - places[m];
+    } else if (buffers.strips) {
+      fill_biases(params, map.schedule, queries.head + head, places[m], loaded.tile, biases);
+      strip = biases;
+    }
     logits_of(params, buffers.scores + m * kKeyTile, begin, end, strip, nullptr);
     if (params.block_bias) {
       add_block_bias(params, queries.head + head, positions[m], loaded.tile, buffers.scores + m * kKeyTile, begin, end);
@@ -354,11 +362,13 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   const int64_t d = padded(params.head_dim), dv = padded(params.value_dim), rows = queries.rows();
   const int64_t p_lo = map.query_position(queries.first), p_hi = p_lo + queries.count - 1;
   const bool rope = params.rope_cos != nullptr;
-  const bool reaches_far = rope && params.distance_limit < p_hi;
-  int64_t positions[kForwardRows];
+  int64_t positions[kForwardRows], places[kForwardRows];
+  const Places span(map, queries.first, queries.count, places);
+  const bool reaches_far = rope && params.distance_limit < span.hi;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t h = queries.head + r / queries.count, i = queries.first + r % queries.count;
     positions[r] = map.query_position(i);
+    if (r >= queries.count) places[r] = places[r - queries.count];
     load_row(params.dtype, row_of(params, params.query, params.query_strides, queries.batch, h, i), params.head_dim,
              buffers.query + r * d);
     // update_max wants a positive scale; any other is put into the query.
@@ -385,10 +395,11 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
       open_segment = tile / kSegmentTiles;
     }
     const int64_t base = tile * kKeyTile;
-    loaded.far = reaches_far && p_hi - base > params.distance_limit;
-    loaded.near = !loaded.far || p_lo - (base + kKeyTile - 1) <= params.distance_limit;
-    for (int64_t h = 0; h < queries.heads && buffers.strips; ++h) {
-      fill_strip(params, queries.head + h, p_hi, tile, queries.count, buffers.strips + h * strip_length(queries.count));
+    const bool in_place = map.schedule.in_place(tile);
+    loaded.far = reaches_far && (!in_place || span.hi - base > params.distance_limit);
+    loaded.near = !loaded.far || !in_place || span.lo - (base + kKeyTile - 1) <= params.distance_limit;
+    for (int64_t h = 0; h < queries.heads && buffers.strips && in_place; ++h) {
+      fill_strip(params, queries.head + h, span, tile, buffers.strips + h * strip_length(span.count()));
     }
     load_tile(params, map, queries, buffers, rows <= kProductRows, &loaded);
     const int64_t next = map.next_tile(p_lo, p_hi, tile + 1);
@@ -399,7 +410,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
       for (const int64_t until = (row + count) * kKeyTile / rows; fetched < until; ++fetched) {
         if (wanted >> fetched & 1) fetch_key(params, map, queries, next * kKeyTile + fetched);
       }
-      forward_block(params, map, queries, loaded, positions + row, buffers, row, count);
+      forward_block(params, map, queries, loaded, positions + row, places + row, span, buffers, row, count);
     }
   }
   merge_segment(buffers, rows, dv);

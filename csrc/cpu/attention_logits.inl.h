@@ -24,14 +24,47 @@ PYCORE_INLINE bool plain_logits(const AttentionParams& params) {
   return params.softcap == 0 && !has_bias(params) && params.block_bias == nullptr;
 }
 
-// Consecutive queries against one tile see count + 63 distances, so a head's biases are one strip: the query at
-// position p reads strip[p_hi - p + c] for key c of the tile.
+// Where queries stand for distances, first and last.
+struct Places {
+  int64_t lo, hi;
+
+  // Of rows first .. first + count - 1; `out` gets each.
+  PYCORE_INLINE Places(const RowMap& map, int64_t first, int64_t count, int64_t* out) {
+    lo = INT64_MAX;
+    hi = INT64_MIN;
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = map.schedule.place(map.query_position(first + i));
+      lo = out[i] < lo ? out[i] : lo;
+      hi = out[i] > hi ? out[i] : hi;
+    }
+  }
+  PYCORE_INLINE int64_t count() const { return hi - lo + 1; }
+};
+
+// The most places that `count` queries can stand at: as many, or, where some are nodes of a tree, its depths too.
+PYCORE_INLINE int64_t most_places(const AttentionParams& params, int64_t count) {
+  return count + params.schedule.tree_nodes;
+}
+
+// Queries at `count` places in a row see count + 63 distances to the keys of a tile, so a head's biases are one strip:
+// a query reads strip[places.hi - its place + c] for key c.
 PYCORE_INLINE int64_t strip_length(int64_t count) { return count + kKeyTile - 1; }
 
-PYCORE_INLINE void fill_strip(const AttentionParams& params, int64_t h, int64_t p_hi, int64_t tile, int64_t count,
+PYCORE_INLINE void fill_strip(const AttentionParams& params, int64_t h, const Places& places, int64_t tile,
                               float* strip) {
-  const int64_t distance = p_hi - tile * kKeyTile;
-  for (int64_t t = 0; t < strip_length(count); ++t) strip[t] = bias_of<float>(params, h, distance - t) * kLog2E;
+  const int64_t distance = places.hi - tile * kKeyTile;
+  for (int64_t t = 0; t < strip_length(places.count()); ++t) {
+    strip[t] = bias_of<float>(params, h, distance - t) * kLog2E;
+  }
+}
+
+// The biases of one query against a tile with nodes of a tree, whose keys stand in no order.
+PYCORE_INLINE void fill_biases(const AttentionParams& params, const TileSchedule& schedule, int64_t h, int64_t place,
+                               int64_t tile, float* biases) {
+  const int64_t distance = place - tile * kKeyTile;
+  for (int64_t c = 0; c < kKeyTile; ++c) {
+    biases[c] = bias_of<float>(params, h, distance - key_turn(schedule, tile, c)) * kLog2E;
+  }
 }
 
 // One row's scores in place -> logits, columns begin..end-1 (whole vectors). `strip` is this row's, or null; `slopes`,

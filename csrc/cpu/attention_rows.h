@@ -29,11 +29,21 @@ namespace {
   return (b * params.kv_heads + kv_head) * params.key_length + row;
 }
 
-// Keys of the tile farther than the distance limit from a query at position p: their scores use the unrotated key.
-[[gnu::always_inline]] inline uint64_t far_bits(const AttentionParams& params, int64_t p, int64_t tile) {
-  return params.rope_cos == nullptr || params.distance_limit >= kFar
-             ? 0
-             : tile_bits(tile * kKeyTile, 0, p - params.distance_limit);
+// Keys of the tile farther than the distance limit from a query that stands at `place`: their scores use the unrotated
+// key.
+[[gnu::always_inline]] inline uint64_t far_bits(const AttentionParams& params, const TileSchedule& schedule,
+                                                int64_t place, int64_t tile) {
+  if (params.rope_cos == nullptr || params.distance_limit >= kFar) return 0;
+  const int64_t base = tile * kKeyTile, nearest = place - params.distance_limit;
+  if (schedule.in_place(tile)) return tile_bits(base, 0, nearest);
+  uint64_t bits = 0;
+  for (int64_t c = 0; c < kKeyTile; ++c) bits |= static_cast<uint64_t>(schedule.place(base + c) < nearest) << c;
+  return bits;
+}
+
+// By how many positions the key in column c of the tile is rotated.
+[[gnu::always_inline]] inline int64_t key_turn(const TileSchedule& schedule, int64_t tile, int64_t c) {
+  return schedule.in_place(tile) ? c : schedule.place(tile * kKeyTile + c) - tile * kKeyTile;
 }
 
 // The distance that rotations and biases see.

@@ -117,12 +117,12 @@ __attribute__((noinline)) void transpose_rows(const TileRows& tile, int64_t n, f
   }
 }
 
-// Rotates every present row by its place in the tile into `out`, whose rows are `stride` apart.
-PYCORE_INLINE void rotate_rows(const AttentionParams& params, const TileRows& tile, int64_t stride, float* out,
-                               TileRows* rotated) {
+// Rotates every present row of tile `tile` by its place in it into `out`, whose rows are `stride` apart.
+PYCORE_INLINE void rotate_rows(const AttentionParams& params, const TileSchedule& schedule, int64_t tile,
+                               const TileRows& keys, int64_t stride, float* out, TileRows* rotated) {
   for (int64_t c = 0; c < kKeyTile; ++c) {
-    rotated->rows[c] = tile.rows[c] ? out + c * stride : nullptr;
-    if (tile.rows[c]) rotate(params, tile.rows[c], c, out + c * stride);
+    rotated->rows[c] = keys.rows[c] ? out + c * stride : nullptr;
+    if (keys.rows[c]) rotate(params, keys.rows[c], key_turn(schedule, tile, c), out + c * stride);
   }
 }
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from pycore._load import load_ops
+from pycore.ops.attention_bitmaps import key_words, tree_nodes
 from pycore.ops.attention_blocks import check_int as check_int
 from pycore.ops.attention_blocks import draw_blocks
 from pycore.ops.attention_middle import check_middle, gathered, merged, middle_tokens, rotated
-from pycore.schedules import Causal, Full, Lambda, Probabilistic, Schedule
+from pycore.schedules import Causal, Full, KeySubset, Lambda, Probabilistic, Schedule, Tree
 
 load_ops()
 
@@ -54,6 +55,7 @@ def attention(
     Positions: of batch row b the keys are rows key_starts[b] <= r < key_lengths[b]; key r has position
     r - key_starts[b] (plus key_offset[b] past the sinks); the last valid query stands at the last key's position
     (bottom-right alignment). Other rows are never read. A query that keeps no key gives zeros and lse = -inf.
+    Under `Tree` the bits of a row may depend on what else is in the call, and distances are those of the branches.
 
     Args:
         query: [B, H, Lq, D], float32, float16 or bfloat16 (accumulated in float32), or float64 (on the CPU). Under
@@ -222,6 +224,10 @@ def call_attention(
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         wide = query.dtype == torch.float64
         schedule_tensor, block_bias = draw_blocks(op, schedule, shape, lengths, query.device, wide)
+    elif isinstance(schedule, KeySubset) and key.dim() == 4:
+        schedule_tensor = key_words(op, schedule, key.shape[2], shifted=lengths[2] is not None)
+    elif isinstance(schedule, Tree):
+        schedule_tensor = tree_nodes(op, schedule)
     out, lse = torch.ops.pycore.attention(
         query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule_tensor, seed,
         block_bias, op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p, key_ring,
@@ -320,13 +326,25 @@ torch.library.register_autograd(
 )
 
 
-def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], batched: set[int]) -> list[Any]:
-    """The arguments with vmap's dimension folded into the batch, for those at the places `batched`."""
+def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], first: int = 0) -> list[Any]:
+    """The arguments with vmap's dimension folded into the batch. `first` is query's place; all before it are folded."""
     folded = list(args)
+    kind = args[first + len(_TENSORS) + 1]
+    batched = {*range(first), *(first + place for place in _PER_ROW)}
+    bitmap = first + _TENSORS.index("schedule_tensor")
+    if kind in ("prefix", "blocks"):
+        batched.add(bitmap)
+    query, dim = args[first], in_dims[first]
+    batch = query.shape[0] if dim is None else query.movedim(dim, 0).shape[1]
     for place, (dim, arg) in enumerate(zip(in_dims, args, strict=True)):
         if arg is None or not isinstance(arg, Tensor):
             continue
-        if place in batched:
+        if place == bitmap and kind in ("key_subset", "tree"):  # one for all rows, or one for each
+            if dim is not None or arg.shape[0] != 1:
+                rows = arg[None] if dim is None else arg.movedim(dim, 0)
+                rows = rows.expand(info.batch_size, batch, *rows.shape[2:])
+                folded[place] = rows.flatten(0, 1).contiguous()
+        elif place in batched:
             arg = arg.unsqueeze(0).expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             folded[place] = arg.flatten(0, 1)
         elif dim is not None:
@@ -338,14 +356,9 @@ _PER_ROW = {_TENSORS.index(name) for name in _TENSORS if name in ("query", "key"
 _PER_ROW |= {_TENSORS.index("key_starts"), _TENSORS.index("key_offset")}
 
 
-def _per_row(schedule: str) -> set[int]:
-    return _PER_ROW | ({_TENSORS.index("schedule_tensor")} if schedule in ("prefix", "blocks") else set())
-
-
 @torch.library.register_vmap("pycore::attention")
 def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    folded = _fold(info, in_dims, args, _per_row(args[len(_TENSORS) + 1]))
-    outputs = torch.ops.pycore.attention(*folded)
+    outputs = torch.ops.pycore.attention(*_fold(info, in_dims, args))
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
 
 
@@ -353,7 +366,6 @@ def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> t
 def _attention_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
     if args[4] or args[5]:
         raise NotImplementedError("attention: under vmap distance_bias and sink_logits have no gradient")
-    per_row = {0, 1, 2, 3} | {6 + place for place in _per_row(args[6 + len(_TENSORS) + 1])}
-    outputs = torch.ops.pycore.attention_backward(*_fold(info, in_dims, args, per_row))
+    outputs = torch.ops.pycore.attention_backward(*_fold(info, in_dims, args, first=6))
     grads = tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs[:3])
     return (*grads, *outputs[3:]), (0, 0, 0, None, None)

@@ -7,13 +7,45 @@ import torch
 from torch import Tensor
 
 from pycore.reference.attention_blocks import block_logits, block_mask
-from pycore.schedules import Causal, Full, Lambda, Prefix, Probabilistic, Schedule, Segments
+from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Probabilistic, Schedule, Segments, Tree
 
 __all__ = ["attention", "keep_mask"]
 
 
-def keep_mask(schedule: Schedule, p: Tensor, j: Tensor, batch_row: int = 0, head: int = 0) -> Tensor:
-    """Whether a query at position p [n, 1] attends to a key at position j [1, m]: bool [n, m]."""
+def _row(x: Tensor, batch_row: int) -> Tensor:
+    """The row of x [n] or [B, n] that a batch row uses."""
+    return x if x.dim() == 1 else x[batch_row if len(x) > 1 else 0]
+
+
+def places(schedule: Schedule, positions: Tensor, count: int, batch_row: int = 0) -> Tensor:
+    """Where positions stand for distances, of `count` in all: a tree's node behind the context, at its depth."""
+    if not isinstance(schedule, Tree):
+        return positions
+    parents = _row(schedule.parents, batch_row).tolist()
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    start = count - len(parents)
+    table = torch.cat([torch.arange(start), start + torch.tensor(depths, dtype=torch.int64)])
+    return torch.where(positions < start, positions, table[positions.clamp(min=0)])
+
+
+def _branches(parents: list[int]) -> Tensor:
+    """Bool [T, T]: whether node t is node s or descends from it."""
+    same = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            same[node] |= same[parent]
+    return same
+
+
+def keep_mask(
+    schedule: Schedule, p: Tensor, j: Tensor, batch_row: int = 0, head: int = 0, count: int | None = None
+) -> Tensor:
+    """Whether a query at position p [n, 1] attends to a key at position j [1, m]: bool [n, m].
+
+    `count` is the number of positions in all, behind the last of j by default; only a tree asks for it.
+    """
     d = p - j
     if isinstance(schedule, Full):
         return torch.ones_like(d, dtype=torch.bool)
@@ -32,6 +64,16 @@ def keep_mask(schedule: Schedule, p: Tensor, j: Tensor, batch_row: int = 0, head
         k, k_column = (j // schedule.block_size).unique(return_inverse=True)
         taken = block_mask(schedule, i[:, None], k[None, :], batch_row, head)[i_row, k_column]
         return (d >= 0) & (taken | (j < schedule.sink_size))
+    if isinstance(schedule, KeySubset):
+        keys = _row(schedule.keys, batch_row)
+        chosen = keys.nonzero().flatten() if keys.dtype == torch.bool else keys
+        return torch.isin(j, chosen) & ((d >= 0) | (not schedule.causal))
+    if isinstance(schedule, Tree):
+        parents = _row(schedule.parents, batch_row).tolist()
+        start = (int(j.max()) + 1 if count is None and j.numel() else count or 0) - len(parents)
+        node_p, node_j = (p - start).clamp(min=0), (j - start).clamp(min=0)
+        in_tree = _branches(parents)[node_p, node_j] if parents else torch.zeros_like(d, dtype=torch.bool)
+        return (d >= 0) & ((p < start) | (j < start) | in_tree)
     raise TypeError(f"schedule is {schedule!r} and must be one of pycore.schedules")
 
 
@@ -93,10 +135,12 @@ def attention(
         rows = torch.arange(end - start)
         j = torch.where(rows < sinks, rows, rows + offset)[None, :]
         p = (end - start + offset - queries + torch.arange(queries))[:, None]
-        d = p - j if distance_limit is None else (p - j).clamp(max=distance_limit)
+        count = end - start + offset
+        d = places(schedule, p, count, b) - places(schedule, j, count, b)
+        d = d if distance_limit is None else d.clamp(max=distance_limit)
         for h in range(heads):
             if h == 0 or isinstance(schedule, Probabilistic):  # others are the same for all heads
-                kept = keep_mask(schedule, p, j, b, h)
+                kept = keep_mask(schedule, p, j, b, h, count)
             q, k, v = query[b, h, :queries], key[b, h // group, start:end], value[b, h // group, start:end]
             middle = (p >= j) & ~kept & (middle_topk > 0)
             seen = d * (kept | middle)

@@ -70,7 +70,7 @@ struct Problem {
   pycore::AttentionBackwardParams params;
   std::vector<char> query, key, value, out, grad_out;
   Buffer lse, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias, grad_sinks;
-  std::vector<int64_t> starts, lengths, offsets, queries, prefixes, boundaries;
+  std::vector<int64_t> starts, lengths, offsets, queries, prefixes, boundaries, bitmap;
   int64_t seed = 0;
 
   Problem() {
@@ -119,7 +119,10 @@ struct Problem {
 
   void bind_schedule() {
     pycore::AttentionParams& p = params.forward;
-    p.schedule.kind = static_cast<ScheduleKind>(draw(0, 4));
+    const ScheduleKind kinds[] = {ScheduleKind::kFull,   ScheduleKind::kCausal,   ScheduleKind::kLambda,
+                                  ScheduleKind::kPrefix, ScheduleKind::kSegments, ScheduleKind::kKeySubset,
+                                  ScheduleKind::kTree};
+    p.schedule.kind = kinds[draw(0, 6)];
     if (p.schedule.kind == ScheduleKind::kLambda) {
       p.schedule.sink_size = draw(0, 80);
       p.schedule.window_size = draw(1, 150);
@@ -133,7 +136,40 @@ struct Problem {
       p.schedule.boundaries = boundaries.data();
       p.schedule.segments = static_cast<int64_t>(boundaries.size()) - 1;
       p.schedule.causal = draw(0, 1);
+    } else if (p.schedule.kind == ScheduleKind::kKeySubset) {
+      p.schedule.causal = draw(0, 1);
+      p.schedule.key_words = draw(0, 5);
+      bitmap.resize(bitmap_rows(p.schedule.key_words) * p.schedule.key_words);
+      for (int64_t& word : bitmap) word = draw(0, 3) ? static_cast<int64_t>(engine()) << 32 | engine() : 0;
+      p.schedule.keys = reinterpret_cast<const uint64_t*>(bitmap.data());
+    } else if (p.schedule.kind == ScheduleKind::kTree) {
+      bind_tree();
     }
+  }
+
+  // Batch rows of a bitmap of `count` words each: one, or one each.
+  int64_t bitmap_rows(int64_t count) {
+    params.forward.bitmap_stride = draw(0, 1) ? count : 0;
+    return params.forward.bitmap_stride ? params.forward.batch : 1;
+  }
+
+  void bind_tree() {
+    pycore::TileSchedule& schedule = params.forward.schedule;
+    schedule.tree_nodes = draw(0, params.forward.key_length);
+    schedule.tree_words = (schedule.tree_nodes + 63) / 64;
+    const int64_t row = 2 + schedule.tree_words, rows = bitmap_rows(schedule.tree_nodes * row);
+    bitmap.resize(rows * schedule.tree_nodes * row);
+    for (int64_t b = 0; b < rows; ++b) {
+      int64_t* nodes = bitmap.data() + b * schedule.tree_nodes * row;
+      for (int64_t t = 0; t < schedule.tree_nodes; ++t) {
+        const int64_t parent = draw(0, 1) ? t - 1 : draw(-1, t - 1);
+        if (parent >= 0) std::copy_n(nodes + parent * row, row, nodes + t * row);
+        nodes[t * row] = parent;
+        nodes[t * row + 1] = parent < 0 ? 0 : nodes[parent * row + 1] + 1;
+        nodes[t * row + 2 + t / 64] |= static_cast<int64_t>(uint64_t{1} << (t % 64));
+      }
+    }
+    schedule.tree = bitmap.data();
   }
 
   void bind_options() {
@@ -178,8 +214,8 @@ struct Problem {
   void bind_lengths(Buffer* keys, Buffer* values) {
     pycore::AttentionParams& p = params.forward;
     for (int64_t b = 0; b < p.batch; ++b) {
-      lengths.push_back(draw(0, p.key_length));
-      starts.push_back(draw(0, lengths[b]));
+      lengths.push_back(draw(p.schedule.tree_nodes, p.key_length));
+      starts.push_back(draw(0, lengths[b] - p.schedule.tree_nodes));
       offsets.push_back(draw(0, 1) ? draw(0, 500) : 0);
       queries.push_back(draw(0, p.query_length));
       for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -204,10 +240,10 @@ struct Problem {
     p.rope_interleaved = draw(0, 1);
     int64_t positions = 0;
     for (int64_t b = 0; b < p.batch; ++b) positions = std::max(positions, pycore::row_map(p, b).positions());
-    const bool causal = p.schedule.kind == ScheduleKind::kCausal || p.schedule.kind == ScheduleKind::kLambda ||
-                        (p.schedule.kind == ScheduleKind::kSegments && p.schedule.causal);
-    p.rope_rows =
-        causal ? std::min(positions, p.distance_limit + pycore::kKeyTile) : std::max(positions, p.query_length);
+    const bool causal =
+        p.schedule.kind != ScheduleKind::kFull && p.schedule.kind != ScheduleKind::kPrefix && p.schedule.causal;
+    const int64_t reach = std::max(p.distance_limit + pycore::kKeyTile, p.schedule.tree_nodes);
+    p.rope_rows = causal ? std::min(positions, reach) : std::max(positions, p.query_length);
     for (int64_t row = 0; row < p.rope_rows; ++row) {
       for (int64_t i = 0; i < p.rope_stride; ++i) {
         cosine.push_back(std::cos(row * std::pow(100.0, -double(i) / p.rope_stride)));

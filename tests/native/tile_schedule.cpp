@@ -50,6 +50,44 @@ bool block_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
   return schedule.blocks[row * schedule.block_words + column / 64] >> (column % 64) & 1;
 }
 
+bool key_subset_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
+  if (j >= kKeyTile * schedule.key_words || (schedule.causal && j > p)) return false;
+  return schedule.keys[j / 64] >> (j % 64) & 1;
+}
+
+// The tree from its parents.
+bool tree_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
+  const int64_t last = schedule.tree_start + schedule.tree_nodes;
+  if (j < schedule.tree_start || p < schedule.tree_start || p >= last) return j <= p;
+  int64_t node = p - schedule.tree_start;
+  while (node > j - schedule.tree_start) node = schedule.tree[node * (2 + schedule.tree_words)];
+  return node == j - schedule.tree_start;
+}
+
+int64_t tree_depth(const TileSchedule& schedule, int64_t node) {
+  const int64_t parent = schedule.tree[node * (2 + schedule.tree_words)];
+  return parent < 0 ? 0 : tree_depth(schedule, parent) + 1;
+}
+
+bool agrees(const TileSchedule& schedule, int64_t p, int64_t j, bool kept) {
+  switch (schedule.kind) {
+    case pycore::ScheduleKind::kBlocks: return kept == block_keeps(schedule, p, j);
+    case pycore::ScheduleKind::kKeySubset: return kept == key_subset_keeps(schedule, p, j);
+    case pycore::ScheduleKind::kTree: return kept == tree_keeps(schedule, p, j);
+    default: return true;
+  }
+}
+
+void check_places(const TileSchedule& schedule) {
+  for (int64_t p = -10; p < kKeys; ++p) {
+    const int64_t node = p - schedule.tree_start;
+    const bool in_tree = schedule.kind == pycore::ScheduleKind::kTree && node >= 0 && node < schedule.tree_nodes;
+    const int64_t place = in_tree ? schedule.tree_start + tree_depth(schedule, node) : p;
+    expect(schedule.place(p) == place, "place", schedule, p, p, 0);
+    expect(p < 0 || place == p || !schedule.in_place(p / kKeyTile), "in_place", schedule, p, p, p / kKeyTile);
+  }
+}
+
 void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   for (int64_t tile = 0; tile < kTiles; ++tile) {
     const int64_t count = kept(schedule, p_lo, p_hi, tile), all = (p_hi - p_lo + 1) * kKeyTile;
@@ -60,9 +98,7 @@ void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
       const uint64_t bits = schedule.keep_bits(p, tile);
       for (int64_t c = 0; c < kKeyTile; ++c) {
         expect((bits >> c & 1) == schedule.keeps(p, tile * kKeyTile + c), "keep_bits", schedule, p, p, tile);
-        expect(schedule.kind != pycore::ScheduleKind::kBlocks ||
-                   (bits >> c & 1) == block_keeps(schedule, p, tile * kKeyTile + c),
-               "keep_bits of blocks", schedule, p, p, tile);
+        expect(agrees(schedule, p, tile * kKeyTile + c, bits >> c & 1), "keep_bits of a bitmap", schedule, p, p, tile);
       }
       expect((bits & ~schedule.reach_bits(p_lo, p_hi, tile)) == 0, "reach_bits", schedule, p_lo, p_hi, tile);
       expect(!schedule.keep_alike(p_lo, p_hi, tile) || bits == schedule.keep_bits(p_lo, tile), "keep_alike", schedule,
@@ -94,13 +130,13 @@ int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   return count;
 }
 
-// The boundaries, and the bitmap, of the schedule last drawn.
-std::vector<int64_t> boundaries;
+// The boundaries, the bitmap and the nodes of the schedule last drawn.
+std::vector<int64_t> boundaries, nodes;
 std::vector<uint64_t> blocks;
 
 TileSchedule random_schedule() {
   TileSchedule schedule;
-  schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 5));
+  schedule.kind = static_cast<pycore::ScheduleKind>(draw(0, 7));
   if (schedule.kind == pycore::ScheduleKind::kPrefix) {
     schedule.prefix = draw(0, 5) == 0 ? pycore::kFar : draw(0, kKeys + 70);
   }
@@ -128,6 +164,29 @@ TileSchedule random_schedule() {
       for (int bit = 0; bit < 64; ++bit) word |= static_cast<uint64_t>(draw(0, 2) == 0) << bit;
     }
     schedule.blocks = blocks.data();
+  }
+  if (schedule.kind == pycore::ScheduleKind::kKeySubset) {
+    schedule.causal = draw(0, 1);
+    schedule.key_words = draw(0, kTiles + 1);
+    blocks.resize(schedule.key_words);
+    for (uint64_t& word : blocks) word = draw(0, 2) == 0 ? 0 : draw(0, 3) == 0 ? ~uint64_t{0} : engine() & engine();
+    schedule.keys = blocks.data();
+  }
+  if (schedule.kind == pycore::ScheduleKind::kTree) {
+    schedule.tree_nodes = draw(0, 3) == 0 ? draw(0, 3) * 64 : draw(0, 260);
+    schedule.tree_words = (schedule.tree_nodes + 63) / 64;
+    schedule.tree_start = kKeys - schedule.tree_nodes - draw(0, 100);
+    const int64_t row = 2 + schedule.tree_words;
+    nodes.assign(schedule.tree_nodes * row, 0);
+    schedule.tree = nodes.data();
+    for (int64_t t = 0; t < schedule.tree_nodes; ++t) {
+      const int64_t parent = draw(0, 1) ? t - 1 : draw(-1, t - 1);
+      if (parent >= 0) std::copy_n(&nodes[parent * row], row, &nodes[t * row]);
+      nodes[t * row] = parent;
+      nodes[t * row + 1] = parent < 0 ? 0 : nodes[parent * row + 1] + 1;
+      nodes[t * row + 2 + t / 64] |= static_cast<int64_t>(uint64_t{1} << (t % 64));
+    }
+    check_places(schedule);
   }
   if (schedule.kind != pycore::ScheduleKind::kLambda) return schedule;
   const int64_t sizes[] = {0, 1, 63, 64, 65, 128, draw(0, 200), kKeys, pycore::kFar};

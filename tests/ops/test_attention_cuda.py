@@ -10,8 +10,8 @@ import torch
 
 from pycore.ops import attention
 from pycore.reference.attention import attention as reference
-from pycore.schedules import Causal, Full, Lambda, Prefix, Schedule, Segments
-from tests.attention_inputs import lengths, qkv, tables
+from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
+from tests.attention_inputs import lengths, qkv, random_tree, tables
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.cuda
@@ -23,6 +23,9 @@ SCHEDULES = [
     pytest.param(Lambda(70, 10), id="lambda-sink-tile"),
     pytest.param(Prefix(lengths(5, 90)), id="prefix"),
     pytest.param(Segments(lengths(0, 30, 100, 1100)), id="segments"),
+    pytest.param(KeySubset(torch.arange(1100) % 7 == 2), id="keys"),
+    pytest.param(KeySubset(torch.arange(0, 1100, 9), causal=False), id="keys-not-causal"),
+    pytest.param(Tree(lengths(-1)), id="tree"),
 ]
 
 
@@ -36,6 +39,10 @@ def on_device(value: Any) -> Any:
         return Prefix(value.prefix_lengths.cuda())
     if isinstance(value, Segments):
         return Segments(value.boundaries.cuda(), value.causal)
+    if isinstance(value, KeySubset):
+        return KeySubset(value.keys.cuda(), value.causal)
+    if isinstance(value, Tree):
+        return Tree(value.parents.cuda())
     return value
 
 
@@ -49,6 +56,8 @@ def on_device(value: Any) -> Any:
 def test_values(shape: tuple[int, int], head_dim: int, schedule: Schedule, rope: bool) -> None:
     tensors = qkv(2, 4, 2, *shape, head_dim)
     options: dict[str, Any] = {"schedule": schedule}
+    if rope and isinstance(schedule, Tree):
+        pytest.skip("the kernel does not rotate a tree by depth")
     if rope:
         options |= {"rope": tables(max(shape) + 64, head_dim), "distance_limit": 60}
     out, lse = attention(*on_device(tensors), return_lse=True, **{k: on_device(v) for k, v in options.items()})
@@ -57,6 +66,17 @@ def test_values(shape: tuple[int, int], head_dim: int, schedule: Schedule, rope:
     exact = reference(*(t.double() for t in tensors), **doubled)
     assert_as_accurate(out.cpu(), exact[0], plain[0], "out")
     assert_as_accurate(lse.cpu(), exact[1], plain[1], "lse")
+
+
+def test_trees() -> None:
+    """Of batch rows; with rotation they are refused."""
+    tensors = qkv(2, 4, 2, 90, 300, 64)
+    schedule = Tree(torch.stack([random_tree(80, 1), random_tree(80, 2)]))
+    out = attention(*on_device(tensors), schedule=on_device(schedule))
+    exact = reference(*(t.double() for t in tensors), schedule=schedule)[0]
+    assert_as_accurate(out.cpu(), exact, reference(*tensors, schedule=schedule)[0])
+    with pytest.raises(ValueError, match="^attention: rope, distance_bias and alibi_slopes with a tree"):
+        attention(*on_device(tensors), schedule=on_device(schedule), rope=on_device(tables(300, 64)))
 
 
 def test_lengths_and_eviction() -> None:

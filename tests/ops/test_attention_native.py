@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pycore
 from pycore import native
+from pycore.schedules import KeySubset, Tree
 
 # The op's arguments between value and op, in the schema's order.
 TENSORS = (
@@ -32,6 +33,14 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "prefix": {"schedule": "prefix", "schedule_tensor": lengths(20, 3), "distance_bias": BIAS},
     "segments": {"schedule": "segments", "schedule_args": [0], "schedule_tensor": lengths(0, 9, 30, 41)},
+    "key-subset": {
+        "schedule": "key_subset", "schedule_args": [1], "schedule_tensor": lengths(0b1011 << 30, 7)[:, None],
+        "rope_cos": COS, "rope_sin": SIN,
+    },
+    "tree": {
+        "schedule": "tree", "rope_cos": COS, "rope_sin": SIN, "distance_limit": 9, "distance_bias": BIAS,
+        "schedule_tensor": torch.tensor([[[-1, 0, 1], [0, 1, 3], [0, 1, 5], [2, 2, 13], [-1, 0, 16]]]),
+    },
     "options": {
         "schedule": "full", "distance_bias": BIAS, "sink_logits": SINKS, "softcap": 3.0, "scale": 0.4,
         "dropout_p": 0.3, "dropout_seed": lengths(77), "key_lengths": lengths(41, 30), "query_lengths": lengths(9, 35),
@@ -104,6 +113,36 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     ),
     "seed": (ValueError, {"dropout_p": 0.5}, "dropout_seed must be one int64 number"),
     "tensor": (ValueError, {"schedule": "prefix"}, 'schedule "prefix" takes one tensor'),
+    "key-subset-shape": (
+        ValueError,
+        {"schedule": "key_subset", "schedule_args": [1], "schedule_tensor": lengths(1, 2)},
+        "schedule's tensor has 1 dimensions and must have 2: [1 or batch, words of 64 positions]",
+    ),
+    "key-subset-dtype": (
+        ValueError,
+        {"schedule": "key_subset", "schedule_args": [1], "schedule_tensor": torch.zeros(1, 1)},
+        "schedule's tensor is float32 and must be int64",
+    ),
+    "key-subset-stride": (
+        ValueError,
+        {"schedule": "key_subset", "schedule_args": [1], "schedule_tensor": lengths(1, 2, 3, 4)[None, ::2]},
+        "schedule's tensor must be contiguous",
+    ),
+    "tree-shape": (
+        ValueError,
+        {"schedule": "tree", "schedule_tensor": torch.zeros(1, 70, 3, dtype=torch.int64)},
+        "schedule's tensor has shape [1, 70, 3] and must be [1 or batch, 70, 4]",
+    ),
+    "tree-depth": (
+        ValueError,
+        {"schedule": "tree", "schedule_tensor": torch.tensor([[[-1, 0, 1], [0, 2, 3]]])},
+        "schedule's tensor has, at node 1 of row 0, another depth or other ancestors than its parents give",
+    ),
+    "tree-ancestors": (
+        ValueError,
+        {"schedule": "tree", "schedule_tensor": torch.tensor([[[-1, 0, 1], [0, 1, 2]]])},
+        "schedule's tensor has, at node 1 of row 0, another depth or other ancestors than its parents give",
+    ),
     "softcap": (ValueError, {"softcap": -2.0}, "softcap is -2 and must be finite and at least 0"),
 }
 
@@ -117,6 +156,25 @@ def test_errors(name: str) -> None:
     out, lse = native.attention(*inputs)
     with pytest.raises(error, match=f"^{re.escape(f'attention_backward: {message}')}$"):
         native.attention_backward(out, None, out, lse, *inputs, **options)
+
+
+def test_bitmaps_from_numpy() -> None:
+    """As the documentation makes them: numpy.packbits, eight bytes a word."""
+    q, k, v = (x.numpy() for x in qkv(1, 4, 2, 5, 150, 16))
+    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    mask = np.random.default_rng(0).random(150) < 0.2
+    bits = np.zeros(192, dtype=bool)
+    bits[:150] = mask
+    words = np.packbits(bits, bitorder="little").view(np.int64)[None]
+    out, _ = native.attention(q, k, v, schedule="key_subset", schedule_args=[1], schedule_tensor=words)
+    assert same(out, pycore.ops.attention(*tensors, schedule=KeySubset(torch.from_numpy(mask))))
+    parents = np.array([-1, 0, 0, 2, -1])
+    nodes = np.zeros((1, 5, 3), dtype=np.int64)
+    for node, parent in enumerate(parents):
+        depth, ancestors = nodes[0, parent, 1:] + [1, 0] if parent >= 0 else (0, 0)
+        nodes[0, node] = parent, depth, ancestors | 1 << node
+    out, _ = native.attention(q, k, v, schedule="tree", schedule_tensor=nodes)
+    assert same(out, pycore.ops.attention(*tensors, schedule=Tree(torch.from_numpy(parents))))
 
 
 def test_gradients_of_tables_that_are_not_there() -> None:

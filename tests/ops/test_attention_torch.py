@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pycore.ops import attention, lambda_attention
-from pycore.schedules import Causal, Lambda
+from pycore.ops.attention_bitmaps import key_words, tree_nodes
+from pycore.schedules import Causal, KeySubset, Lambda, Tree
 
 ROPE = tables(300, 8)
 LENGTHS = (lengths(2, 0), lengths(9, 7), lengths(0, 3), lengths(5, 1))
@@ -48,6 +49,14 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "segments": (
         *NO_ROPE, None, None, SINKS, *NO_LENGTHS, lengths(0, 6, 9), None, None, "attention", "segments", [0], False, -1,
         0.3, *NO_OPTIONS,
+    ),
+    "key-subset": (
+        *ROPE, BIAS, None, None, *LENGTHS, key_words("test", KeySubset(lengths(0, 3, 4, 8)), 9), None, None,
+        "attention", "key_subset", [0], False, -1, 0.3, *NO_OPTIONS,
+    ),
+    "tree": (
+        *ROPE, BIAS, None, SINKS, *NO_LENGTHS, tree_nodes("test", Tree(lengths(-1, 0, 0, -1, -1, 0).view(2, 3))), None,
+        None, "attention", "tree", [], False, 6, 0.3, *NO_OPTIONS,
     ),
 }  # fmt: skip
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import lengths, qkv, tables
+from attention_inputs import lengths, qkv, random_tree, tables
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pycore.ops import attention, lambda_attention
-from pycore.schedules import Causal, Full, Lambda, Prefix, Segments
+from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Segments, Tree
 
 BIAS, SINKS = torch.linspace(-1, 1, 48).view(4, 12), torch.tensor([0.5, -1.0, 3.0, 0.0])
 ROPE = tables(300, 8)
@@ -64,6 +64,44 @@ def test_compile_with_schedules_of_tensors(causal: bool, counter: Any) -> None:
         given = lengths(step, 40 - step), lengths(*range(0, 10 * step, 10), 50)
         assert torch.equal(compiled(*inputs, *given), f(*inputs, *given))
     assert counter.frame_count <= 3  # torch specializes a first size of 2
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "not-causal"])
+def test_compile_with_key_subsets(causal: bool, counter: Any) -> None:
+    """Masks and positions are packed in the graph, for every length of text and every number of positions."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        x = attention(q, k, v, schedule=KeySubset(mask, causal), rope=ROPE)
+        return x + attention(q, k, v, schedule=KeySubset(places, causal))
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for n in (50, 64, 65, 130, 200):
+        inputs = [x.requires_grad_() for x in qkv(2, 4, 2, n, n, 8)]
+        mask, places = torch.rand(2, n) < 0.3, torch.randint(0, n + 5, (n // 7,))
+        mask[:, 0] = True
+        actual, wanted = compiled(*inputs, mask, places), f(*inputs, mask, places)
+        assert torch.equal(actual, wanted)
+        grads = [torch.autograd.grad(x.square().sum(), inputs) for x in (actual, wanted)]
+        assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+    assert counter.frame_count <= 3  # torch specializes a first length, and a bitmap of one word
+    with pytest.raises(RuntimeError, match="attention: keys has a negative position, where all must be at least 0"):
+        compiled(*qkv(2, 4, 2, 50, 50, 8), mask[:, :50], torch.arange(-1, 6))
+
+
+def test_compile_with_trees(counter: Any) -> None:
+    """A tree's nodes are packed in the graph; trees of other shapes and sizes need no new one."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, parents: Tensor) -> Tensor:
+        return attention(q, k, v, schedule=Tree(parents), rope=ROPE, distance_limit=90, alibi_slopes=SINKS.abs())
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for n in (7, 20, 64, 65, 130):
+        inputs = qkv(2, 4, 2, n, 100 + n, 8)
+        for parents in (random_tree(n, 1), random_tree(n, 2)):
+            assert torch.equal(compiled(*inputs, parents), f(*inputs, parents))
+    assert counter.frame_count <= 3  # torch specializes a first length, and a bitmap of one word
+    with pytest.raises(ValueError, match=r"^attention: parents\[0, 3\] is 5 and must be at least -1 and less than 3$"):
+        compiled(*inputs, lengths(-1, 0, 1, 5))
 
 
 def test_compile_with_dropout(counter: Any) -> None:
@@ -165,6 +203,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full-bias-sinks": {"schedule": Full(), "distance_bias": BIAS, "sink_logits": SINKS, "softcap": 3.0},
     "lambda-rope": {"schedule": Lambda(2, 5), "rope": ROPE, "distance_limit": 7},
     "segments": {"schedule": Segments(lengths(0, 4, 9))},
+    "keys": {"schedule": KeySubset(lengths(0, 2, 6, 8))},
+    "keys-of-rows": {"schedule": KeySubset(torch.arange(18).view(2, 9) % 3 > 0, causal=False)},
+    "tree": {"schedule": Tree(lengths(-1, 0, 0)), "rope": ROPE, "distance_limit": 3},
+    "tree-of-rows": {"schedule": Tree(lengths(-1, 0, 0, -1, 0, 1).view(2, 3)), "distance_bias": BIAS},
 }
 
 
@@ -221,6 +263,30 @@ def test_vmap_over_prefix_lengths() -> None:
         return attention(q, k, v, schedule=Prefix(prefix))
 
     assert torch.equal(torch.vmap(f)(prefixes), loop(f, (0,), prefixes))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["one-row", "batch-rows"])
+@pytest.mark.parametrize("in_dims", [(0, 0), (None, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["mask", "positions", "tree"])
+def test_vmap_over_bitmaps(kind: str, rows: bool, in_dims: tuple[int | None, ...]) -> None:
+    """Over masks, positions or parents, of all batch rows or of each."""
+    q, k, v = qkv(TIMES * BATCH, 4, 2, 5, 9, 8)
+    shape = (TIMES, BATCH) if rows else (TIMES,)
+    given = {
+        "mask": torch.rand(*shape, 9) < 0.5,
+        "positions": torch.randint(0, 9, (*shape, 4)),
+        "tree": torch.stack([random_tree(4, seed) for seed in range(6)])[: TIMES * shape[-1] if rows else TIMES].view(
+            *shape, 4
+        ),
+    }[kind]
+    queries = q.unflatten(0, (TIMES, BATCH)) if in_dims[0] == 0 else q[:BATCH]
+    args = [queries, given.movedim(0, in_dims[1])]
+
+    def f(q: Tensor, x: Tensor) -> Tensor:
+        schedule = Tree(x) if kind == "tree" else KeySubset(x)
+        return attention(q, k[:BATCH], v[:BATCH], schedule=schedule)
+
+    assert torch.equal(torch.vmap(f, in_dims)(*args), loop(f, in_dims, *args))
 
 
 def test_nested_vmap() -> None:

@@ -15,6 +15,9 @@
 // tile's first position; beyond the limit the query is rotated by `limit` and the key not at all. So a table needs
 // only the largest distance plus a tile.
 //
+// Distances. d is p - j, but a tree's node stands behind the context at its depth (TileSchedule::place): for rotations,
+// biases and distance_limit d is place(p) - place(j), so that each branch is seen as a text of its own.
+//
 // A logit is softcap(scale <q, k>) + bias: softcap(s) = cap tanh(s / cap), and the bias either distance_bias[h][min(d',
 // n-1)] or -alibi_slopes[h] d' (d' is 0 for keys after the query). sink_logits[h] joins the softmax and carries no
 // value. Dropout multiplies weight (b, h, p, j) by 0 or 1 / (1 - dropout_p), after the softmax's sum is taken.
@@ -51,6 +54,8 @@ struct AttentionParams {
   TileSchedule schedule;
   const int64_t* prefix_lengths = nullptr;  // [batch]: schedule.prefix by batch row, for the prefix schedule
   // For the blocks schedule, schedule.blocks is [batch, heads, block_rows, block_words]; row_map binds a row and head.
+  // For key_subset and tree, schedule.keys and schedule.tree are the first batch row's.
+  int64_t bitmap_stride = 0;  // from one batch row's to the next; 0: one for all
   double scale = 1.0;
 
   const void* rope_cos = nullptr;  // [rope_rows, rope_dim / 2], row stride rope_stride; float32 (float64 for float64)
@@ -174,6 +179,11 @@ PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t 
     map.schedule.block_row0 = map.query_position(0) >> params.schedule.block_shift;
     map.schedule.block_column0 = map.offset == 0 ? 0 : (map.sinks + map.offset) >> params.schedule.block_shift;
     bind_head(params, b, h, &map);
+  }
+  if (params.schedule.kind == ScheduleKind::kKeySubset) map.schedule.keys += b * params.bitmap_stride;
+  if (params.schedule.kind == ScheduleKind::kTree) {
+    map.schedule.tree += b * params.bitmap_stride;
+    map.schedule.tree_start = map.positions() - params.schedule.tree_nodes;
   }
   return map;
 }

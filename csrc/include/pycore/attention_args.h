@@ -4,6 +4,7 @@
 #pragma once
 
 #include <pycore/attention.h>
+#include <pycore/attention_bitmap_args.h>
 #include <pycore/attention_blocks.h>
 #include <pycore/checks.h>
 
@@ -22,10 +23,11 @@ struct AttentionArgs {
   TensorView distance_bias, alibi_slopes, sink_logits;            // not defined(): none
   TensorView dropout_seed;                                        // int64, one number; read if dropout_p > 0
   TensorView block_bias;                                          // not defined(): none
-  std::string schedule;                // "full", "causal", "lambda", "prefix", "segments" or "blocks"
-  std::vector<int64_t> schedule_args;  // lambda: sink_size, window_size; segments: 1 if causal; blocks: block_size,
-                                       // sink_size, window_blocks
-  TensorView schedule_tensor;          // prefix: lengths [batch]; segments: boundaries [S + 1]; blocks: the bitmap
+  std::string schedule;  // "full", "causal", "lambda", "prefix", "segments", "blocks", "key_subset" or "tree"
+  std::vector<int64_t> schedule_args;  // lambda: sink_size, window_size; segments, key_subset: 1 if causal; blocks:
+                                       // block_size, sink_size, window_blocks
+  TensorView schedule_tensor;  // prefix: lengths [batch]; segments: boundaries [S + 1]; blocks, key_subset: the bitmap;
+                               // tree: its nodes
   bool interleaved = false;
   int64_t distance_limit = -1;  // -1: none
   int64_t key_ring = 0;
@@ -101,15 +103,17 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     bool tensor;
   };
   constexpr Kind kKinds[] = {
-      {"full", ScheduleKind::kFull, 0, false},        {"causal", ScheduleKind::kCausal, 0, false},
-      {"lambda", ScheduleKind::kLambda, 2, false},    {"prefix", ScheduleKind::kPrefix, 0, true},
-      {"segments", ScheduleKind::kSegments, 1, true}, {"blocks", ScheduleKind::kBlocks, 3, true}};
+      {"full", ScheduleKind::kFull, 0, false},           {"causal", ScheduleKind::kCausal, 0, false},
+      {"lambda", ScheduleKind::kLambda, 2, false},       {"prefix", ScheduleKind::kPrefix, 0, true},
+      {"segments", ScheduleKind::kSegments, 1, true},    {"blocks", ScheduleKind::kBlocks, 3, true},
+      {"key_subset", ScheduleKind::kKeySubset, 1, true}, {"tree", ScheduleKind::kTree, 0, true}};
   const Kind* found = nullptr;
   for (const Kind& kind : kKinds) {
     if (args.schedule == kind.name) found = &kind;
   }
   check_value(found != nullptr, args.op, "schedule is \"", args.schedule,
-              "\" and must be \"full\", \"causal\", \"lambda\", \"prefix\", \"segments\" or \"blocks\"");
+              "\" and must be \"full\", \"causal\", \"lambda\", \"prefix\", \"segments\", \"blocks\", \"key_subset\" "
+              "or \"tree\"");
   check_value(args.schedule_args.size() == found->numbers, args.op, "schedule \"", args.schedule, "\" has ",
               args.schedule_args.size(), " numbers and takes ", found->numbers);
   check_value(args.schedule_tensor.defined() == found->tensor, args.op, "schedule \"", args.schedule, "\" takes ",
@@ -126,6 +130,11 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     schedule.window_size = std::min(args.schedule_args[1], kFar);
   } else if (found->kind == ScheduleKind::kBlocks) {
     check_blocks(args, params);
+  } else if (found->kind == ScheduleKind::kKeySubset) {
+    check_key_subset(args.op, tensor, args.query, params);
+    schedule.causal = args.schedule_args[0] != 0;
+  } else if (found->kind == ScheduleKind::kTree) {
+    check_tree(args.op, tensor, args.query, params);
   } else if (found->kind == ScheduleKind::kPrefix) {
     check_index_tensor(args, "prefix_lengths", tensor);
     check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
@@ -285,14 +294,19 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
   if (params->batch * params->heads * params->query_length == 0) return;
   // Without a causal bound a query may also stand before its keys, at any distance.
   const bool causal = params->schedule.kind != ScheduleKind::kFull && params->schedule.kind != ScheduleKind::kPrefix &&
-                      (params->schedule.kind != ScheduleKind::kSegments || params->schedule.causal);
+                      params->schedule.causal;
+  // A node of a tree may stand before its key tile, by as much as the tree has nodes.
+  const int64_t reach = std::max(params->distance_limit + kKeyTile, params->schedule.tree_nodes);
   if (!causal) {
     const int64_t needed = std::max(positions, params->query_length);
     check_value(params->rope_rows >= needed, args.op, "rope has ", params->rope_rows, " rows and must have ", needed,
                 ", one for every distance up to ", needed - 1);
-  } else if (positions <= params->distance_limit + kKeyTile) {
+  } else if (positions <= reach) {
     check_value(params->rope_rows >= positions, args.op, "rope has ", params->rope_rows, " rows and must have ",
                 positions, ", one for every distance up to ", positions - 1);
+  } else if (reach > params->distance_limit + kKeyTile) {
+    check_value(params->rope_rows >= reach, args.op, "rope has ", params->rope_rows, " rows and must have ", reach,
+                ", one for every node of parents");
   } else {
     check_value(params->rope_rows >= params->distance_limit + kKeyTile, args.op, "rope has ", params->rope_rows,
                 " rows and must have ", params->distance_limit + kKeyTile, ": distance_limit, ", params->distance_limit,
@@ -363,6 +377,7 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   if (query.device == Device::kCpu) detail::check_length_values(args, params);
   detail::check_rope(args, &params);
   detail::check_options(args, &params);
+  if (params.schedule.kind == ScheduleKind::kTree) detail::check_tree_fits(op, query.device, params);
   return params;
 }
 

@@ -13,6 +13,8 @@
 //   cover(p_lo, p_hi, tile)   whether rows p_lo..p_hi keep none, some or all of a tile (kSome is always allowed)
 //   next_tile(p_lo, p_hi, t)  the first tile >= t that some row of p_lo..p_hi may visit (a huge value if none)
 //   query_range(tile, lo, hi) positions outside lo..hi keep nothing of the tile (the backward pass walks it)
+//   place(p)                  where p stands for distances (rotations, biases): p itself, but for the nodes of a tree
+//   in_place(tile)            whether every position of the tile stands at itself
 #pragma once
 
 #include <cstdint>
@@ -32,7 +34,7 @@ inline constexpr int64_t kNoTile = INT64_MAX;
 inline constexpr int64_t kFar =
     INT64_MAX / 4;  // "no limit" for distances and window sizes: sums of two do not overflow
 
-enum class ScheduleKind : int32_t { kFull, kCausal, kLambda, kPrefix, kSegments, kBlocks };
+enum class ScheduleKind : int32_t { kFull, kCausal, kLambda, kPrefix, kSegments, kBlocks, kKeySubset, kTree };
 enum class Cover : int32_t { kNone, kSome, kAll };
 
 // The number of zeros below the lowest set bit of x, which is not 0.
@@ -66,13 +68,20 @@ struct TileSchedule {
   const int64_t* boundaries =
       nullptr;  // Segments: ascending positions; segment s is boundaries[s] .. boundaries[s+1]-1
   int64_t segments = 0;
-  bool causal = true;  // Segments: causal inside a segment
+  bool causal = true;  // Segments: causal inside a segment; KeySubset: a query keeps no key after it
   // Blocks: a bit for every pair of a query block p >> block_shift and a key block j >> block_shift that take part, of
   // one batch row and head: [block_rows, block_words], from query block block_row0 and key block block_column0 on
   // (attention_blocks.h draws them). Whole tiles lie in a block, or whole blocks of at least 16 in a tile.
   const uint64_t* blocks = nullptr;
   int64_t block_shift = 0, block_rows = 0, block_words = 0, block_row0 = 0, block_column0 = 0;
   int64_t window_blocks = 0;  // of the newest blocks, which no correction touches
+  // KeySubset: a bit for every key position that takes part, [key_words], a word a tile.
+  const uint64_t* keys = nullptr;
+  int64_t key_words = 0;
+  // Tree: the last positions, from tree_start on, are its nodes. Of each its parent, its depth, and a bit for every
+  // node that is it or one of its ancestors: [tree_nodes, 2 + tree_words].
+  const int64_t* tree = nullptr;
+  int64_t tree_start = 0, tree_nodes = 0, tree_words = 0;
 
   // The segment of a position, [*lo, *hi); empty where there is none.
   PYCORE_HOST_DEVICE void segment_of(int64_t p, int64_t* lo, int64_t* hi) const {
@@ -127,16 +136,45 @@ struct TileSchedule {
     return kNoTile;
   }
 
+  PYCORE_HOST_DEVICE uint64_t key_word(int64_t tile) const { return tile < key_words ? keys[tile] : 0; }
+
+  PYCORE_HOST_DEVICE bool in_tree(int64_t p) const {
+    return kind == ScheduleKind::kTree && p >= tree_start && p - tree_start < tree_nodes;
+  }
+
+  // A node stands behind the context at its depth.
+  PYCORE_HOST_DEVICE int64_t place(int64_t p) const {
+    return in_tree(p) ? tree_start + tree[(p - tree_start) * (2 + tree_words) + 1] : p;
+  }
+
+  PYCORE_HOST_DEVICE bool in_place(int64_t tile) const {
+    return kind != ScheduleKind::kTree || (tile + 1) * kKeyTile <= tree_start;
+  }
+
+  // Keys of the tile that the node at position p descends from, itself among them.
+  PYCORE_HOST_DEVICE uint64_t ancestor_bits(int64_t p, int64_t tile) const {
+    const uint64_t* words = reinterpret_cast<const uint64_t*>(tree + (p - tree_start) * (2 + tree_words) + 2);
+    const int64_t from = tile * kKeyTile - tree_start;  // the node at the tile's start; it may stand before the first
+    if (from <= -kKeyTile || from >= 64 * tree_words) return 0;
+    if (from < 0) return words[0] << -from;
+    const int64_t word = from / 64, shift = from % 64;
+    const uint64_t low = words[word] >> shift;
+    return shift == 0 || word + 1 == tree_words ? low : low | words[word + 1] << (64 - shift);
+  }
+
   PYCORE_HOST_DEVICE uint64_t reach_bits(int64_t p_lo, int64_t p_hi, int64_t tile) const {
-    if (kind != ScheduleKind::kBlocks) return ~uint64_t{0};
+    if (kind != ScheduleKind::kBlocks && kind != ScheduleKind::kKeySubset) return ~uint64_t{0};
     const int64_t base = tile * kKeyTile;
     const uint64_t past = tile_bits(base, 0, p_hi + 1);
+    if (kind == ScheduleKind::kKeySubset) return causal ? past & key_word(tile) : key_word(tile);
     return past == 0 ? 0 : past & (tile_bits(base, 0, sink_size) | block_bits(p_lo, p_hi, tile));
   }
 
   // Whether rows p_lo..p_hi are known to keep the same keys of the tile; false says nothing.
   PYCORE_HOST_DEVICE bool keep_alike(int64_t p_lo, int64_t p_hi, int64_t tile) const {
-    return kind == ScheduleKind::kBlocks && p_lo >> block_shift == p_hi >> block_shift && (tile + 1) * kKeyTile <= p_lo;
+    const bool past = (tile + 1) * kKeyTile <= p_lo;
+    if (kind == ScheduleKind::kKeySubset) return past || !causal;
+    return kind == ScheduleKind::kBlocks && p_lo >> block_shift == p_hi >> block_shift && past;
   }
 
   // Of `rows` rows from position p on, how many of the first to take together, so that keep_alike may hold.
@@ -151,14 +189,15 @@ struct TileSchedule {
   PYCORE_HOST_DEVICE uint64_t keep_bits(int64_t p, int64_t tile) const {
     const int64_t base = tile * kKeyTile;
     if (kind == ScheduleKind::kFull) return ~uint64_t{0};
-    if (kind == ScheduleKind::kBlocks) return reach_bits(p, p, tile);
+    if (kind == ScheduleKind::kBlocks || kind == ScheduleKind::kKeySubset) return reach_bits(p, p, tile);
+    if (in_tree(p)) return tile_bits(base, 0, tree_start) | ancestor_bits(p, tile);
     if (kind == ScheduleKind::kSegments) {
       int64_t lo, hi;
       segment_of(p, &lo, &hi);
       return tile_bits(base, lo, causal && p + 1 < hi ? p + 1 : hi);
     }
     const uint64_t past = tile_bits(base, 0, p + 1);
-    if (kind == ScheduleKind::kCausal) return past;
+    if (kind == ScheduleKind::kCausal || kind == ScheduleKind::kTree) return past;
     if (kind == ScheduleKind::kPrefix) return past | tile_bits(base, 0, prefix);
     return past & (tile_bits(base, 0, sink_size) | tile_bits(base, p - window_size + 1, p + 1));
   }
@@ -166,7 +205,9 @@ struct TileSchedule {
   PYCORE_HOST_DEVICE Cover cover(int64_t p_lo, int64_t p_hi, int64_t tile) const {
     const int64_t first = tile * kKeyTile, last = first + kKeyTile - 1;
     if (kind == ScheduleKind::kFull) return Cover::kAll;
-    if (kind == ScheduleKind::kBlocks) return reach_bits(p_lo, p_hi, tile) == 0 ? Cover::kNone : Cover::kSome;
+    if (kind == ScheduleKind::kBlocks || kind == ScheduleKind::kKeySubset) {
+      return reach_bits(p_lo, p_hi, tile) == 0 ? Cover::kNone : Cover::kSome;
+    }
     if (kind == ScheduleKind::kSegments) {
       int64_t lo, hi, unused;
       segment_of(p_lo, &lo, &unused);
@@ -180,6 +221,7 @@ struct TileSchedule {
     if (first > p_hi) return Cover::kNone;
     const bool past_all = last <= p_lo;
     if (kind == ScheduleKind::kCausal) return past_all ? Cover::kAll : Cover::kSome;
+    if (kind == ScheduleKind::kTree) return past_all && last < tree_start ? Cover::kAll : Cover::kSome;
     if (past_all && (last < sink_size || p_hi - first < window_size)) return Cover::kAll;
     if (first >= sink_size && p_lo - last >= window_size) return Cover::kNone;
     return Cover::kSome;
@@ -192,6 +234,10 @@ struct TileSchedule {
     if (kind == ScheduleKind::kBlocks && tile * kKeyTile >= sink_size) {
       tile = next_block_tile(p_lo, p_hi, tile);
       if (tile == kNoTile) return kNoTile;
+    }
+    if (kind == ScheduleKind::kKeySubset) {
+      if (!causal || key_words * kKeyTile < end) end = key_words * kKeyTile;
+      while (tile * kKeyTile < end && keys[tile] == 0) ++tile;
     }
     if (kind == ScheduleKind::kPrefix && prefix > end) end = prefix;
     if (kind == ScheduleKind::kLambda && tile * kKeyTile >= sink_size) oldest = p_lo - window_size + 1;
@@ -206,7 +252,8 @@ struct TileSchedule {
 
   PYCORE_HOST_DEVICE void query_range(int64_t tile, int64_t* lo, int64_t* hi) const {
     const int64_t first = tile * kKeyTile, last = first + kKeyTile - 1;
-    const bool seen_early = kind == ScheduleKind::kFull || (kind == ScheduleKind::kPrefix && first < prefix);
+    const bool seen_early = kind == ScheduleKind::kFull || (kind == ScheduleKind::kPrefix && first < prefix) ||
+                            (kind == ScheduleKind::kKeySubset && !causal);
     *lo = seen_early ? -kFar : first;
     *hi = kind == ScheduleKind::kLambda && first >= sink_size && window_size < kFar ? last + window_size - 1 : kFar;
     if (kind != ScheduleKind::kSegments || segments == 0) return;

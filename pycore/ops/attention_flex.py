@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules as FlexAttention's block masks: `pycore.schedules.to_flex_block_mask`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from pycore.ops.attention_bitmaps import key_mask, tree_ancestors
+from pycore.ops.attention_blocks import check_int, draw_blocks
+from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Probabilistic, Schedule, Segments, Tree
+
+__all__ = ["flex_block_mask"]
+
+_OP = "to_flex_block_mask"
+Shape = tuple[int, int, int, int]
+# Whether the query in row q of batch row b and head h keeps the key in row j: indices, and so the answer, are tensors.
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def flex_block_mask(schedule: Schedule, shape: Shape, block_size: int, device: torch.device) -> BlockMask:
+    """`pycore.schedules.to_flex_block_mask`, with batch, heads and the two lengths as `shape`."""
+    names = ("batch", "heads", "query_length", "key_length", "block_size")
+    for name, value in zip(names, (*shape, block_size), strict=True):
+        check_int(_OP, name, value)
+        if value < 1:
+            raise ValueError(f"{_OP}: {name} is {value} and must be at least 1")
+    rule, batch, heads = _rule(schedule, shape, device)
+    _, _, query_length, key_length = shape
+    return create_block_mask(
+        rule, batch, heads, query_length, key_length, device=device.type if device.index is None else str(device),
+        BLOCK_SIZE=block_size,
+    )  # fmt: skip
+
+
+def _rule(schedule: Schedule, shape: Shape, device: torch.device) -> tuple[Rule, int | None, int | None]:
+    """The rule, and the batch and heads that it tells apart; None where all are the same."""
+    batch, _, query_length, key_length = shape
+    shift = key_length - query_length  # from a query's row to its position
+    if isinstance(schedule, Full):
+        return (lambda b, h, q, j: j >= 0), None, None
+    if isinstance(schedule, Causal):
+        return (lambda b, h, q, j: q + shift >= j), None, None
+    if isinstance(schedule, Lambda):
+        sinks, window = schedule.sink_size, schedule.window_size
+
+        def in_window(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
+            distance = q + shift - j
+            return (distance >= 0) & ((distance < window) | (j < sinks))
+
+        return in_window, None, None
+    if isinstance(schedule, Prefix):
+        prefix = _of_rows("prefix_lengths", schedule.prefix_lengths, batch, False).to(device)
+        return (lambda b, h, q, j: (q + shift >= j) | (j < prefix[b])), batch, None
+    if isinstance(schedule, Segments):
+        return _segments(schedule, shape, device), None, None
+    if isinstance(schedule, Probabilistic):
+        return _blocks(schedule, shape, device), batch, shape[1]
+    if isinstance(schedule, KeySubset):
+        given = _of_rows("keys", key_mask(_OP, schedule, key_length).to(device), batch)
+        mask = torch.zeros(len(given), key_length, dtype=torch.bool, device=device)
+        mask[:, : given.shape[1]] = given[:, :key_length]
+        several, causal = len(mask) > 1, schedule.causal
+
+        def among_keys(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
+            taken = mask[b if several else 0, j]
+            return taken & (q + shift >= j) if causal else taken
+
+        return among_keys, batch if several else None, None
+    if isinstance(schedule, Tree):
+        return _tree(schedule, shape, device)
+    raise TypeError(f"{_OP}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
+
+
+def _of_rows(name: str, x: Tensor, batch: int, one: bool = True) -> Tensor:
+    if len(x) != batch and not (one and len(x) == 1):
+        wanted = "one, or one for each" if one else "one for each"
+        raise ValueError(f"{_OP}: {name} has {len(x)} rows and must have {wanted} of {batch} batch rows")
+    return x
+
+
+def _segments(schedule: Segments, shape: Shape, device: torch.device) -> Rule:
+    _, _, query_length, key_length = shape
+    boundaries, causal, shift = schedule.boundaries.to(device), schedule.causal, key_length - query_length
+    positions = torch.arange(min(0, shift), key_length, device=device)
+    segment = torch.searchsorted(boundaries, positions, right=True)
+    segment = segment.masked_fill(segment == len(boundaries), 0)  # 0: in none
+    of_query, of_key = segment[len(segment) - query_length :], segment[len(segment) - key_length :]
+
+    def in_segment(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
+        same = (of_query[q] > 0) & (of_query[q] == of_key[j])
+        return same & (q + shift >= j) if causal else same
+
+    return in_segment
+
+
+def _blocks(schedule: Probabilistic, shape: Shape, device: torch.device) -> Rule:
+    _, _, query_length, key_length = shape
+    words, _ = draw_blocks(_OP, replace(schedule, correction="none"), shape, (None,) * 4, device)
+    taken = (words[..., None] >> torch.arange(64, device=device) & 1).flatten(-2).bool()
+    shift, size, sinks = key_length - query_length, schedule.block_size, schedule.sink_size
+    row = (torch.arange(query_length, device=device) + shift) // size - shift // size
+
+    def in_blocks(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
+        return (q + shift >= j) & (taken[b, h, row[q], j // size] | (j < sinks))
+
+    return in_blocks
+
+
+def _tree(schedule: Tree, shape: Shape, device: torch.device) -> tuple[Rule, int | None, int | None]:
+    batch, _, query_length, key_length = shape
+    ancestors = _of_rows("parents", tree_ancestors(_OP, schedule).to(device), batch)
+    nodes = ancestors.shape[1]
+    parents, node = schedule.parents.to(device), torch.arange(nodes, device=device)
+    if not bool(((parents >= -1) & (parents < node)).all()):
+        raise ValueError(f"{_OP}: parents has an entry that is less than -1 or not less than its own index")
+    start, shift = key_length - nodes, key_length - query_length
+    if start < 0:
+        raise ValueError(f"{_OP}: parents has {nodes} nodes and there are {key_length} keys; the nodes are the last")
+    several = len(ancestors) > 1
+
+    def in_branch(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
+        p = q + shift
+        if nodes == 0:
+            return p >= j
+        above = ancestors[b if several else 0, (p - start).clamp(min=0), (j - start).clamp(min=0)]
+        return (p >= j) & ((p < start) | (j < start) | above)
+
+    return in_branch, batch if several else None, None
