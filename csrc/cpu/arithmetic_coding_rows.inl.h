@@ -229,6 +229,8 @@ void cumulate_counts(const uint32_t* counts, uint64_t sum, int64_t symbols, int 
   }
 }
 
+constexpr int64_t kFewBlocks = 16;  // looked at all, without a branch
+
 struct LogitRows {
   const CoderModel& model;
   int64_t offset;  // of the stream's first logit
@@ -257,6 +259,23 @@ struct LogitRows {
     return CoderFault::kNone;
   }
 
+  // Goes on from symbol *s by as many steps of `step` symbols as fit, less than `parts` of them.
+  template <class Wide, class Sum>
+  [[gnu::always_inline]] void skip(int64_t step, int64_t parts, Wide shared, Wide limit, uint64_t sum, int64_t* s,
+                                   uint64_t* running, const Sum& sum_at) const {
+    const int64_t first = *s, left = (model.symbols - 1 - first) / step;
+    const int64_t steps = left < parts - 1 ? left : parts - 1;
+    Wide total = *running * shared + static_cast<Wide>(static_cast<uint64_t>(first)) * sum;
+    const Wide each = static_cast<Wide>(static_cast<uint64_t>(step)) * sum;
+    for (int64_t k = 0; k < steps; ++k) {
+      const uint64_t part = sum_at(first + k * step);
+      total += part * shared + each;
+      const uint64_t fits = total < limit;  // and all before it
+      *running += part & -fits;
+      *s += step & -static_cast<int64_t>(fits);
+    }
+  }
+
   // cdf[i] <= value where C[i] (2^P - V) + i C[V] < (value + 1) C[V]: a sum that grows symbol by symbol, no division.
   // Wide holds 2^P C[V].
   template <class Wide>
@@ -265,20 +284,24 @@ struct LogitRows {
     const Wide limit = static_cast<Wide>(value + uint64_t{1}) * sum;
     int64_t s = 0;
     uint64_t running = 0;
-    const auto fits = [&](int64_t i, uint64_t cumulative) {
-      return cumulative * shared + static_cast<Wide>(static_cast<uint64_t>(i)) * sum < limit;
-    };
-    for (; s + kCountBlock < model.symbols && fits(s + kCountBlock, running + blocks[s / kCountBlock]);
-         s += kCountBlock) {
-      running += blocks[s / kCountBlock];
+    if (model.symbols > kFewBlocks * kCountBlock) {
+      const auto fits = [&](int64_t i, uint64_t cumulative) {
+        return cumulative * shared + static_cast<Wide>(static_cast<uint64_t>(i)) * sum < limit;
+      };
+      for (; s + kCountBlock < model.symbols && fits(s + kCountBlock, running + blocks[s / kCountBlock]);
+           s += kCountBlock) {
+        running += blocks[s / kCountBlock];
+      }
+    } else {
+      skip<Wide>(kCountBlock, kFewBlocks, shared, limit, sum, &s, &running,
+                 [&](int64_t i) { return blocks[i / kCountBlock]; });
     }
-    while (s + 16 < model.symbols) {
-      const uint64_t sixteen = sum_of_sixteen(counts + s);
-      if (!fits(s + 16, running + sixteen)) break;
-      running += sixteen;
-      s += 16;
-    }
-    for (; s + 1 < model.symbols && fits(s + 1, running + counts[s]); ++s) running += counts[s];
+    // Where the code lies is as good as random, so the rest of the way down to a symbol has no branch on it.
+    skip<Wide>(16, kCountBlock / 16, shared, limit, sum, &s, &running,
+               [&](int64_t i) { return sum_of_sixteen(counts + i); });
+    skip<Wide>(4, 4, shared, limit, sum, &s, &running,
+               [&](int64_t i) { return uint64_t{counts[i]} + counts[i + 1] + counts[i + 2] + counts[i + 3]; });
+    skip<Wide>(1, 4, shared, limit, sum, &s, &running, [&](int64_t i) { return uint64_t{counts[i]}; });
     *before = running;
     return s;
   }
