@@ -129,6 +129,63 @@ void decode_static(Reader* readers, int64_t lanes, const Slot& slot, int64_t cou
   }
 }
 
+// One stream of precision 16 with the model in the slot. Each step waits for the one before: division, table, products,
+// renormalisation; so the table gives the whole share, and what follows if a word is needed, and what if not, are both
+// at hand before it is known which. A code that the model does not have ends it; until then code < 2^16 units, and no
+// share that is found is empty. *crc takes the symbols up, which costs nothing beside that chain.
+CoderFault decode_alone(Reader reader, const Slot& slot, int64_t count, int64_t* out, uint32_t* crc) {
+  const uint32_t* const row = slot.row;
+  const uint16_t *const begins = slot.shares, *const widths = begins + kShareStretches;
+  const uint16_t* const symbols = widths + kShareStretches;
+  uint32_t sum = *crc;
+  int64_t i = 0;
+  while (i < count) {
+    const int64_t words = (reader.end - reader.next) / 2, sure = words < count - i ? words : count - i;
+    if (sure < 16) break;
+    uint64_t code = reader.coder.code, unit = reader.coder.range >> 16;
+    const uint8_t* next = reader.next;
+    for (const int64_t stop = i + sure; i < stop; ++i) {
+      const uint64_t stretch = code / (unit << kShareShift);
+      if (__builtin_expect(stretch >= kShareStretches, 0)) return CoderFault::kSymbols;
+      uint64_t begin = begins[stretch], width = widths[stretch], symbol = symbols[stretch];
+      if (__builtin_expect(width == 0, 0)) {
+        while (code >= unit * row[symbol + 1]) ++symbol;
+        begin = row[symbol];
+        width = row[symbol + 1] - begin;
+      }
+      out[i] = static_cast<int64_t>(symbol);
+      sum = crc_four(sum, static_cast<uint32_t>(symbol));
+      const uint64_t range = unit * width;
+      code -= unit * begin;
+      uint16_t word;
+      __builtin_memcpy(&word, next, 2);
+      const uint64_t with_word = code << 16 | __builtin_bswap16(word);
+      const uint8_t* const after = next + 2;
+      // if (range_needs_word(range)) unit = range (<< 16 >> 16), code = with_word, next = after. As good as random.
+      unit = range >> 16;
+      asm("cmpq %[least], %[range]\n\tcmovbq %[range], %[unit]\n\tcmovbq %[with_word], %[code]\n\t"
+          "cmovbq %[after], %[next]"
+          : [unit] "+&r"(unit), [code] "+&r"(code), [next] "+&r"(next)
+          : [range] "r"(range), [with_word] "r"(with_word), [after] "r"(after), [least] "r"(kLeastRange)
+          : "cc");
+    }
+    reader.coder.code = code;
+    reader.coder.range = unit << 16;  // the bits below are never looked at again
+    reader.next = next;
+  }
+  for (; i < count; ++i) {
+    const uint64_t value = range_locate(reader.coder, 16);
+    if (__builtin_expect(value >> 16 != 0, 0)) return CoderFault::kSymbols;
+    int64_t symbol = symbols[value >> kShareShift];
+    while (row[symbol + 1] <= value) ++symbol;
+    out[i] = symbol;
+    sum = crc_four(sum, static_cast<uint32_t>(symbol));
+    take_symbol<false, true>(&reader, {row[symbol], row[symbol + 1] - row[symbol]}, 16);
+  }
+  *crc = sum;
+  return CoderFault::kNone;
+}
+
 // The lanes of a stream as readers; false if their lengths do not add up.
 bool open_lanes(const uint8_t* stream, const Frame& frame, Reader* readers) {
   const uint8_t *lengths = stream + kFrameBytes, *end = lengths + frame.payload;
@@ -173,7 +230,7 @@ bool model_fits(const DecodeParams& params, int64_t stream, const Frame& frame, 
   StreamResult* result = params.results + stream;
   uint64_t expected = model.has_id ? model.id : kFingerprintStart;
   if (params.length > 0 && (fixed || !model.has_id)) {
-    prepare_slot(slot, model, row_key(model, stream), rows, fixed);
+    prepare_slot(slot, model, row_key(model, stream), rows);
     if (slot.header->fault != CoderFault::kNone) {
       result->fault = slot.header->fault;
       return false;
@@ -191,6 +248,7 @@ void decode_stream(const DecodeParams& params, int64_t stream, const Slot& slot)
   StreamResult* result = params.results + stream;
   const bool fixed = model.position_stride == 0 || params.length <= 1;
   int64_t* symbols = params.symbols + stream * params.length;
+  bool checked = false;
   with_rows(model, stream, slot, [&](const auto& rows) {
     if (!model_fits(params, stream, frame, slot, rows, fixed)) return;
     Reader readers[kMaxLanes];
@@ -200,7 +258,16 @@ void decode_stream(const DecodeParams& params, int64_t stream, const Slot& slot)
     }
     const int precision = model.precision;
     const int64_t lanes = frame.lanes, count = params.length / lanes, longer = params.length % lanes;
+    if (fixed && lanes == 1 && precision == 16 && !is_fine(model) && count > 0) {
+      prepare_shares(slot);
+      uint32_t crc = ~0u;
+      result->fault = decode_alone(readers[0], slot, count, symbols, &crc);
+      if (result->fault == CoderFault::kNone && ~crc != frame.symbols_crc) result->fault = CoderFault::kSymbols;
+      checked = true;
+      return;
+    }
     if (fixed) {
+      if (count + longer > 0) prepare_buckets(slot, model);
       int64_t* outs[kMaxLanes];
       for (int64_t lane = 0; lane < lanes; ++lane) outs[lane] = symbols + lane;
       if (is_fine(model)) {
@@ -217,7 +284,7 @@ void decode_stream(const DecodeParams& params, int64_t stream, const Slot& slot)
                           : decode_rows<false>(readers[lane], rows, lane, lanes, of_lane, precision, symbols);
     }
   });
-  check_symbols(params, stream, frame);
+  if (!checked) check_symbols(params, stream, frame);
 }
 
 // Streams of one lane with one model for all: their steps are independent, so several run at once.
@@ -236,6 +303,7 @@ bool decode_streams_together(const DecodeParams& params, int64_t stream, const S
     outs[s] = params.symbols + (stream + s) * params.length;
   }
   const int precision = params.model.precision;
+  if (params.length > 0) prepare_buckets(slot, params.model);
   if (is_fine(params.model)) {
     decode_together<true, kTogether>(readers, slot, params.length, precision, outs, 1);
   } else {

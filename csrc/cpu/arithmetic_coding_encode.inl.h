@@ -130,7 +130,7 @@ void encode_stream(const EncodeParams& params, int64_t stream, void* scratch) {
   with_rows(model, stream, slot, [&](const auto& rows) {
     const bool fixed = model.position_stride == 0 || params.length <= 1;
     if (params.length > 0 && (fixed || !model.has_id)) {
-      prepare_slot(slot, model, row_key(model, stream), rows, false);
+      prepare_slot(slot, model, row_key(model, stream), rows);
       if (slot.header->fault != CoderFault::kNone) {
         result->fault = slot.header->fault;
         return;

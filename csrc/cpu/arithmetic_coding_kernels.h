@@ -29,11 +29,15 @@ struct CoderSlot {
   const void* prepared;  // the row that `row` and `buckets` hold, or null
   uint64_t fingerprint;
   CoderFault fault;
+  bool has_buckets, has_shares;  // tables of the prepared row
 };
 inline constexpr int64_t kSlotHeader = 64, kBucketBytes = 4 * 4096 + 64;  // 2^12 symbols of 32 bits, or 2^13 of 16
+inline constexpr int64_t kShareStretches = 4096, kShareBytes = 3 * 2 * kShareStretches;
 
 inline int64_t slot_row_bytes(int64_t symbols) { return (symbols + 1 + 16) * 4 / 64 * 64 + 64; }
-inline int64_t coder_slot_bytes(int64_t symbols) { return kSlotHeader + kBucketBytes + 4 * slot_row_bytes(symbols); }
+inline int64_t coder_slot_bytes(int64_t symbols) {
+  return kSlotHeader + kBucketBytes + kShareBytes + 4 * slot_row_bytes(symbols);
+}
 
 // Entries of 16 bits and a count of uses for each context: 17 of them, or 17 after each byte.
 inline int64_t adaptive_contexts(int order) { return order == 1 ? 256 * 17 : 17; }

@@ -229,6 +229,8 @@ void cumulate_counts(const uint32_t* counts, uint64_t sum, int64_t symbols, int 
   }
 }
 
+constexpr int64_t kFewBlocks = 16;  // looked at all, without a branch
+
 struct LogitRows {
   const CoderModel& model;
   int64_t offset;  // of the stream's first logit
@@ -257,6 +259,23 @@ struct LogitRows {
     return CoderFault::kNone;
   }
 
+  // Goes on from symbol *s by as many steps of `step` symbols as fit, less than `parts` of them.
+  template <class Wide, class Sum>
+  [[gnu::always_inline]] void skip(int64_t step, int64_t parts, Wide shared, Wide limit, uint64_t sum, int64_t* s,
+                                   uint64_t* running, const Sum& sum_at) const {
+    const int64_t first = *s, left = (model.symbols - 1 - first) / step;
+    const int64_t steps = left < parts - 1 ? left : parts - 1;
+    Wide total = *running * shared + static_cast<Wide>(static_cast<uint64_t>(first)) * sum;
+    const Wide each = static_cast<Wide>(static_cast<uint64_t>(step)) * sum;
+    for (int64_t k = 0; k < steps; ++k) {
+      const uint64_t part = sum_at(first + k * step);
+      total += part * shared + each;
+      const uint64_t fits = total < limit;  // and all before it
+      *running += part & -fits;
+      *s += step & -static_cast<int64_t>(fits);
+    }
+  }
+
   // cdf[i] <= value where C[i] (2^P - V) + i C[V] < (value + 1) C[V]: a sum that grows symbol by symbol, no division.
   // Wide holds 2^P C[V].
   template <class Wide>
@@ -265,20 +284,24 @@ struct LogitRows {
     const Wide limit = static_cast<Wide>(value + uint64_t{1}) * sum;
     int64_t s = 0;
     uint64_t running = 0;
-    const auto fits = [&](int64_t i, uint64_t cumulative) {
-      return cumulative * shared + static_cast<Wide>(static_cast<uint64_t>(i)) * sum < limit;
-    };
-    for (; s + kCountBlock < model.symbols && fits(s + kCountBlock, running + blocks[s / kCountBlock]);
-         s += kCountBlock) {
-      running += blocks[s / kCountBlock];
+    if (model.symbols > kFewBlocks * kCountBlock) {
+      const auto fits = [&](int64_t i, uint64_t cumulative) {
+        return cumulative * shared + static_cast<Wide>(static_cast<uint64_t>(i)) * sum < limit;
+      };
+      for (; s + kCountBlock < model.symbols && fits(s + kCountBlock, running + blocks[s / kCountBlock]);
+           s += kCountBlock) {
+        running += blocks[s / kCountBlock];
+      }
+    } else {
+      skip<Wide>(kCountBlock, kFewBlocks, shared, limit, sum, &s, &running,
+                 [&](int64_t i) { return blocks[i / kCountBlock]; });
     }
-    while (s + 16 < model.symbols) {
-      const uint64_t sixteen = sum_of_sixteen(counts + s);
-      if (!fits(s + 16, running + sixteen)) break;
-      running += sixteen;
-      s += 16;
-    }
-    for (; s + 1 < model.symbols && fits(s + 1, running + counts[s]); ++s) running += counts[s];
+    // Where the code lies is as good as random, so the rest of the way down to a symbol has no branch on it.
+    skip<Wide>(16, kCountBlock / 16, shared, limit, sum, &s, &running,
+               [&](int64_t i) { return sum_of_sixteen(counts + i); });
+    skip<Wide>(4, 4, shared, limit, sum, &s, &running,
+               [&](int64_t i) { return uint64_t{counts[i]} + counts[i + 1] + counts[i + 2] + counts[i + 3]; });
+    skip<Wide>(1, 4, shared, limit, sum, &s, &running, [&](int64_t i) { return uint64_t{counts[i]}; });
     *before = running;
     return s;
   }
@@ -315,6 +338,7 @@ struct LogitRows {
 struct Slot {
   CoderSlot* header;
   void* buckets;
+  uint16_t* shares;
   uint32_t *row, *counts;
   float* floats;
   uint64_t* blocks;
@@ -322,11 +346,13 @@ struct Slot {
 
 inline Slot slot_of(void* scratch, int64_t symbols) {
   char* memory = static_cast<char*>(scratch);
-  char* rows = memory + kSlotHeader + kBucketBytes;
+  char* shares = memory + kSlotHeader + kBucketBytes;
+  char* rows = shares + kShareBytes;
   const int64_t bytes = slot_row_bytes(symbols);
-  return {reinterpret_cast<CoderSlot*>(memory),       memory + kSlotHeader,
-          reinterpret_cast<uint32_t*>(rows),          reinterpret_cast<uint32_t*>(rows + bytes),
-          reinterpret_cast<float*>(rows + 2 * bytes), reinterpret_cast<uint64_t*>(rows + 3 * bytes)};
+  return {reinterpret_cast<CoderSlot*>(memory),         memory + kSlotHeader,
+          reinterpret_cast<uint16_t*>(shares),          reinterpret_cast<uint32_t*>(rows),
+          reinterpret_cast<uint32_t*>(rows + bytes),    reinterpret_cast<float*>(rows + 2 * bytes),
+          reinterpret_cast<uint64_t*>(rows + 3 * bytes)};
 }
 
 // Buckets are stretches of 2^precision; the table stays in the first cache. Symbols take 16 bits where they can: not
@@ -366,6 +392,23 @@ void fill_buckets(const uint32_t* row, int64_t symbols, int precision, void* mem
   buckets[count] = static_cast<Symbol>(symbols - 1);
 }
 
+// For one stream of precision 16, whose steps wait for each other: for each of kShareStretches stretches of 2^16 the
+// begin, the width and the symbol of the share that it lies in, three arrays of 16 bits. No width: the stretch has
+// parts of several shares, of which the symbol is the first (or of one of 2^16).
+constexpr int kShareShift = 4;
+void fill_shares(const uint32_t* row, uint16_t* begins) {
+  uint16_t *widths = begins + kShareStretches, *symbols = widths + kShareStretches;
+  int64_t symbol = 0;
+  for (int64_t b = 0; b < kShareStretches; ++b) {
+    const uint32_t first = static_cast<uint32_t>(b << kShareShift);
+    while (row[symbol + 1] <= first) ++symbol;
+    const bool whole = row[symbol + 1] >= first + (1u << kShareShift);
+    begins[b] = static_cast<uint16_t>(row[symbol]);
+    widths[b] = static_cast<uint16_t>(whole ? row[symbol + 1] - row[symbol] : 0);
+    symbols[b] = static_cast<uint16_t>(symbol);
+  }
+}
+
 template <class Symbol>
 inline int64_t find_in_buckets(const uint32_t* row, const Symbol* buckets, int shift, uint32_t value) {
   int64_t low = buckets[value >> shift], high = buckets[(value >> shift) + 1];
@@ -386,21 +429,33 @@ inline const void* row_key(const CoderModel& model, int64_t stream) {
 }
 
 template <class Rows>
-void prepare_slot(const Slot& slot, const CoderModel& model, const void* key, const Rows& rows, bool buckets) {
+void prepare_slot(const Slot& slot, const CoderModel& model, const void* key, const Rows& rows) {
   if (slot.header->prepared == key) return;
   slot.header->prepared = key;
+  slot.header->has_buckets = slot.header->has_shares = false;
   slot.header->fault = rows.cumulate(0, slot.row);
   if (slot.header->fault != CoderFault::kNone) return;
   slot.header->fingerprint = kFingerprintStart;
   for (int64_t i = 0; i <= model.symbols; ++i) {
     slot.header->fingerprint = fingerprint_add(slot.header->fingerprint, slot.row[i]);
   }
-  if (!buckets) return;
+}
+
+// The tables of the prepared row, which is a good one.
+void prepare_buckets(const Slot& slot, const CoderModel& model) {
+  if (slot.header->has_buckets) return;
+  slot.header->has_buckets = true;
   if (is_fine(model)) {
     fill_buckets<true>(slot.row, model.symbols, model.precision, slot.buckets);
   } else {
     fill_buckets<false>(slot.row, model.symbols, model.precision, slot.buckets);
   }
+}
+
+void prepare_shares(const Slot& slot) {
+  if (slot.header->has_shares) return;
+  slot.header->has_shares = true;
+  fill_shares(slot.row, slot.shares);
 }
 
 // Calls f(rows) with the stream's rows as what they are.

@@ -180,6 +180,23 @@ def test_large_alphabets_with_symbols_that_have_no_share(isa: str) -> None:
     assert torch.equal(ops.ac_decode(streams, cdf), chosen.expand(4, -1))
 
 
+@pytest.mark.parametrize("symbols", [1, 2, 3, 256, 5000, 65536])
+def test_one_stream_with_one_model(isa: str, symbols: int) -> None:
+    """Precision 16 has a loop of its own, with a table of whole shares: all of one share, thin ones, and ends."""
+    generator = torch.Generator().manual_seed(symbols)
+    steep, flat = torch.zeros(symbols, dtype=torch.float64), torch.rand(symbols, generator=generator)
+    steep[symbols // 2] = 1
+    for probs in (steep, flat, flat**20 + 1e-9):
+        cdf = ops.quantize_cdf(probs)
+        for length in (1, 15, 16, 17, 40, 3000):
+            chosen = torch.randint(symbols, (1, length), generator=generator)
+            chosen[0, length // 3 :: 2] = symbols // 2
+            streams = ops.ac_encode(chosen, cdf)
+            assert torch.equal(ops.ac_decode(streams, cdf), chosen)
+            if length == 40:
+                assert streams.to_bytes() == [reference.encode(chosen[0].tolist(), [cdf.tolist()] * length)]
+
+
 def test_uint16_rows_are_the_same_model(isa: str) -> None:
     """2^16 does not fit and is held as 0; the bytes are those of the int32 rows."""
     for symbols in ALPHABETS:

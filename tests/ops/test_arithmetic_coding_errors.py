@@ -104,6 +104,20 @@ def test_any_payload_under_a_checksum_that_holds(isa: str) -> None:
                 decode_bytes(forged(changed, 0, b"\xac"), cdf)
 
 
+def test_any_long_payload_under_a_checksum_that_holds(isa: str) -> None:
+    """Noise of 200 bytes in one stream, with models whose last symbols have no share: refused, whatever it is."""
+    generator = torch.Generator().manual_seed(5)
+    cdf = torch.tensor([0, 3, 40_000, 40_000, 65_536, 65_536], dtype=torch.int32)
+    stream = ops.ac_encode(torch.randint(2, (1, 400), generator=generator), cdf).to_bytes()[0]
+    for _ in range(300):
+        payload = bytes(torch.randint(256, (200,), generator=generator).tolist())
+        if payload[0] % 3 == 0:
+            payload = b"\xff" * 8 + payload[8:]
+        changed = forged(stream[:32] + payload, 26, len(payload).to_bytes(6, "little"))
+        with pytest.raises(BitstreamError, match="was coded with other distributions"):
+            decode_bytes(changed, cdf)
+
+
 def test_another_model() -> None:
     streams = ops.ac_encode(SYMBOLS, CDF)
     other = CDF.clone()
