@@ -145,16 +145,13 @@ def compiled_flex(
     score_mod: Callable | None = None,
 ) -> Callable:
     """torch.compile(flex_attention) with the same rule as mask_mod; causal when no window is given. No CPU backward."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    def causal_rule(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return i >= j
+    from pycore.schedules import Causal, Lambda, to_flex_block_mask
 
-    def lambda_rule(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return (i >= j) & ((i - j < window) | (j < sink))
-
-    rule = causal_rule if window is None else lambda_rule
-    block_mask = create_block_mask(rule, None, None, query.shape[2], key.shape[2], device=query.device.type)
+    schedule = Causal() if sink is None or window is None else Lambda(sink, window)
+    sizes = {"batch": 1, "heads": 1, "query_length": query.shape[2], "key_length": key.shape[2]}
+    block_mask = to_flex_block_mask(schedule, **sizes, device=query.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(query, key, value, score_mod=score_mod, block_mask=block_mask)
 

@@ -159,22 +159,25 @@ struct BlockKeeps {
 
 // c[m] += sum over the set bits k of bits[m], ascending, of A[m][k] B[k]. A[m][k] is a[m * a_row + k] or, transposed,
 // a[k * a_row + m]. Pairs that are not kept are not touched, so what they hold (NaN too) does not matter. The run of
-// k that every row keeps goes through the block product; the ragged ends go row by row, in the same order.
+// k that every row keeps goes through the block product; the ragged ends go row by row, in the same order. Where all
+// rows keep the same, every run does.
 template <bool kTransposed>
 __attribute__((noinline)) void accumulate_kept(int64_t rows, const BlockKeeps& keeps, const float* a, int64_t a_row,
                                                const float* b, int64_t b_row, int64_t n, float* c, int64_t c_row) {
   if (keeps.any == 0) return;
   const auto a_at = [&](int64_t m, int64_t k) { return kTransposed ? a + k * a_row + m : a + m * a_row + k; };
-  const auto ragged = [&](int64_t m, uint64_t bits) {
+  // Rows m .. m + count - 1, all of which keep `bits`.
+  const auto product = [&](int64_t m, int64_t count, uint64_t bits) {
     while (bits) {
       const int64_t k = __builtin_ctzll(bits);
       const uint64_t rest = ~(bits >> k);
       const int64_t run = rest ? __builtin_ctzll(rest) : 64;
-      tile_product<kTransposed>(1, run, a_at(m, k), a_row, b + k * b_row, b_row, 0, n,
+      tile_product<kTransposed>(count, run, a_at(m, k), a_row, b + k * b_row, b_row, 0, n,
                                 AccumulateBlock{c + m * c_row, c_row});
       bits &= ~bit_range(k, k + run);
     }
   };
+  if (keeps.any == keeps.all) return product(0, rows, keeps.any);
   int64_t begin = 64, end = 64;
   if (keeps.all) {
     begin = __builtin_ctzll(keeps.all);
@@ -184,13 +187,13 @@ __attribute__((noinline)) void accumulate_kept(int64_t rows, const BlockKeeps& k
   }
   const uint64_t before = bit_range(0, begin), after = bit_range(end, 64);
   if (keeps.any & before) {
-    for (int64_t m = 0; m < rows; ++m) ragged(m, keeps.bits[m] & before);
+    for (int64_t m = 0; m < rows; ++m) product(m, 1, keeps.bits[m] & before);
   }
   if (end > begin) {
     tile_product<kTransposed>(rows, end - begin, a_at(0, begin), a_row, b + begin * b_row, b_row, 0, n,
                               AccumulateBlock{c, c_row});
   }
   if (keeps.any & after) {
-    for (int64_t m = 0; m < rows; ++m) ragged(m, keeps.bits[m] & after);
+    for (int64_t m = 0; m < rows; ++m) product(m, 1, keeps.bits[m] & after);
   }
 }

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pycore.models.bytelm import BOS, VOCABULARY, Bytelm, BytelmConfig, tokens_from_bytes
-from pycore.schedules import Causal, Full, Lambda
+from pycore.schedules import Causal, Full, Lambda, Tree
 
 TEXT = b"def attend(query, key, value):\n    return softmax(query @ key.T) @ value\n" * 3
 # Schedule and distance limit, the readings of the length experiment.
@@ -200,6 +200,25 @@ def test_same_bits_of_padded_rows(positioned: Bytelm) -> None:
             alone = positioned(torch.cat([text, more[b : b + 1]], dim=1), schedule=schedule)[0]
             assert torch.equal(together[b, int(starts[b]) :], alone)
             assert torch.equal(in_one_pass[b, int(starts[b]) :], alone[: text.shape[1]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [None, 20])
+def test_a_tree_of_drafts_is_each_of_its_branches(positioned: Bytelm, limit: int | None) -> None:
+    """Logits behind every node of a branch, from one pass over all branches and from the text that ends in it."""
+    parents = [-1, 0, 1, 1, 0, 4, -1, 6, 7, 7, 2, 10]
+    context, tokens = 90, random_tokens(2, 90 + len(parents))
+    together = positioned(tokens, schedule=Tree(torch.tensor(parents)), distance_limit=limit)
+    for leaf in set(range(len(parents))) - set(parents):
+        path = [leaf]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        rows = torch.tensor([*range(context), *(context + node for node in path)])
+        torch.testing.assert_close(
+            together[:, rows], positioned(tokens[:, rows], distance_limit=limit), rtol=1e-4, atol=1e-4
+        )
+    causal = positioned(tokens, distance_limit=limit)
+    assert (together - causal)[:, -1].abs().max() > 1e-2
 
 
 def test_taken_back(positioned: Bytelm) -> None:
