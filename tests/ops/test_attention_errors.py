@@ -396,7 +396,8 @@ def op_arguments(
     [
         (
             op_arguments("wavy"),
-            'schedule is "wavy" and must be "full", "causal", "lambda", "prefix", "segments" or "blocks"',
+            'schedule is "wavy" and must be "full", "causal", "lambda", "prefix", "segments", "blocks", "key_subset" '
+            'or "tree"',
         ),
         (op_arguments("causal", (1,)), 'schedule "causal" has 1 numbers and takes 0'),
         (op_arguments("full", (1, 2)), 'schedule "full" has 2 numbers and takes 0'),
