@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on AVX2 + FMA: the shared vector kernels with eight lanes.
 #include <immintrin.h>
+#include <pycore/attention_rows.h>
 
 #include "attention_kernels.h"
-#include "attention_rows.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")

@@ -92,7 +92,7 @@ void block_family(BlockFamily family, double parameter, int64_t count, double* p
 
 void block_correction(const double* probabilities, int64_t count, DType dtype, void* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const double p = probabilities[i], added = p < 0x1p-1000 ? 0.0 : -block_log(p);
+    const double added = added_logit(probabilities[i]);
     if (dtype == DType::kFloat64) {
       static_cast<double*>(out)[i] = added;
     } else {

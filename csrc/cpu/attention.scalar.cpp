@@ -3,12 +3,13 @@
 //   s_j = softcap(scale * <q rotated, k_j rotated>) + bias,  p_j = exp(s_j - lse),  out = sum_j p_j v_j
 // The softmax runs online: a key tile at a time inside a segment, then the segments' (max, sum, accumulator) merge
 // in order. Backward recomputes p from lse:  ds_j = p_j (<grad_out, v_j> - delta).
+#include <pycore/attention_rows.h>
+
 #include <cmath>
 #include <initializer_list>
 #include <limits>
 
 #include "attention_kernels.h"
-#include "attention_rows.h"
 
 namespace pycore {
 namespace scalar {

@@ -3,6 +3,7 @@
 #ifndef PYCORE_WITH_CUDA
 
 #include <pycore/attention.h>
+#include <pycore/attention_blocks.h>
 #include <pycore/attention_cache.h>
 
 namespace pycore {
@@ -11,7 +12,12 @@ constexpr Status kNoCuda = {StatusCode::kUnsupported,
                             "this build of pycore has no CUDA kernels; rebuild it with PYCORE_CUDA=on where nvcc is"};
 }  // namespace
 
-Status launch_attention_forward(const AttentionParams&, void*) { return kNoCuda; }
+int64_t launch_attention_forward_scratch(const AttentionParams&) { return 0; }
+Status launch_attention_forward(const AttentionParams&, void*, void*) { return kNoCuda; }
+int64_t launch_attention_backward_scratch(const AttentionBackwardParams&) { return 0; }
+Status launch_attention_backward(const AttentionBackwardParams&, void*, void*) { return kNoCuda; }
+Status launch_attention_blocks(const BlockParams&, void*) { return kNoCuda; }
+Status launch_block_correction(const BlockParams&, int64_t, float*, void*) { return kNoCuda; }
 Status launch_lambda_cache_append(const CacheAppendParams&, void*) { return kNoCuda; }
 
 }  // namespace pycore

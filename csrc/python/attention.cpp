@@ -118,7 +118,7 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
   {
     const py::gil_scoped_release release;
     if (device == Device::kCuda) {
-      throw_if(launch_attention_forward(params, reinterpret_cast<void*>(inputs.stream)), kOp);
+      throw_if(launch_attention_forward(params, nullptr, reinterpret_cast<void*>(inputs.stream)), kOp);
     } else {
       const AlignedScratch scratch(attention_forward_scratch(params, parallel.threads));
       throw_if(attention_forward(params, parallel, scratch.data), kOp);

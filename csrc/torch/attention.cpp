@@ -96,7 +96,9 @@ std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS) {
   params.lse = lse.data_ptr();
   if (args.query.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.query.device_index);
-    throw_if(launch_attention_forward(params, current_cuda_stream(args.query.device_index, op.c_str())), op.c_str());
+    const Scratch scratch(query, launch_attention_forward_scratch(params));
+    throw_if(launch_attention_forward(params, scratch.data, current_cuda_stream(args.query.device_index, op.c_str())),
+             op.c_str());
   } else {
     const Parallel parallel = torch_parallel();
     const Scratch scratch(query, attention_forward_scratch(params, parallel.threads));
@@ -119,7 +121,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
       attention_backward_params(args, view(grad_out, name, "grad_out"), view(grad_lse, name, "grad_lse"),
                                 view(out, name, "out"), view(lse, name, "lse"));
   const AttentionParams& shape = params.forward;
-  check_value(args.query.device == Device::kCpu, op, "query is on a CUDA device and the backward pass runs on the CPU");
   check_value(!bias_gradient || shape.distance_bias, op, "distance_bias has no gradient where there is none");
   check_value(!sink_gradient || shape.sink_logits, op, "sink_logits has no gradient where there is none");
   const auto empty = [&](std::vector<int64_t> sizes) {
@@ -137,9 +138,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
   params.grad_bias = bias_gradient ? grad_bias.data_ptr() : nullptr;
   params.grad_sink_logits = sink_gradient ? grad_sink.data_ptr() : nullptr;
   params.delta = delta.data_ptr();
-  const Parallel parallel = torch_parallel();
-  const Scratch scratch(query, attention_backward_scratch(params, parallel.threads));
-  throw_if(attention_backward(params, parallel, scratch.data), name);
+  if (args.query.device == Device::kCuda) {
+    const torch::stable::accelerator::DeviceGuard guard(args.query.device_index);
+    const Scratch scratch(query, launch_attention_backward_scratch(params));
+    throw_if(launch_attention_backward(params, scratch.data, current_cuda_stream(args.query.device_index, name)), name);
+  } else {
+    const Parallel parallel = torch_parallel();
+    const Scratch scratch(query, attention_backward_scratch(params, parallel.threads));
+    throw_if(attention_backward(params, parallel, scratch.data), name);
+  }
   return {grad_query, grad_key, grad_value, grad_bias, grad_sink};
 }
 

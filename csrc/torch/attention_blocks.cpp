@@ -2,14 +2,18 @@
 // torch.ops.pycore.attention_blocks: schema, validation, allocation, registration.
 #include <pycore/attention_blocks_args.h>
 #include <pycore/dtype.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <initializer_list>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "stream.h"
 #include "tensor.h"
 
 namespace pycore {
@@ -18,6 +22,27 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// A family's probabilities on `like`'s device, computed on the host, so that they are the CPU's, and copied there at
+// first use: a later call, in a graph's capture too, only reads them. The tables are few and stay; the destructor of a
+// static one would run when torch is gone.
+Tensor device_family(const Tensor& like, int32_t device, BlockFamily family, double parameter, int64_t count) {
+  int64_t entries = 1024;
+  while (entries < count) entries *= 2;
+  using Key = std::tuple<int32_t, BlockFamily, double, int64_t>;
+  static std::mutex mutex;
+  static auto* const tables = new std::map<Key, Tensor>();
+  const Key key(device, family, parameter, entries);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = tables->find(key);
+  if (found != tables->end()) return found->second;
+  Tensor host = torch::stable::empty({entries}, ScalarType::Double);
+  block_family(family, parameter, entries, static_cast<double*>(host.data_ptr()));
+  Tensor table = torch::stable::new_empty(like, {entries}, ScalarType::Double);
+  torch::stable::copy_(table, host);
+  tables->emplace(key, table);
+  return table;
+}
 
 std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probabilities, OptionalTensor key_starts,
                                 OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths,
@@ -53,17 +78,30 @@ std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probab
   const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
     return torch::stable::new_empty(seed, std::vector<int64_t>(sizes), type);
   };
-  Tensor table = empty({family == BlockFamily::kTable ? 0 : params.probability_length}, ScalarType::Double);
-  if (family != BlockFamily::kTable) {
-    block_family(family, parameter, params.probability_length, static_cast<double*>(table.data_ptr()));
-    params.probabilities = static_cast<const double*>(table.data_ptr());
-  }
   const TileSchedule& shape = params.rows.schedule;
   Tensor blocks = empty({batch, heads, shape.block_rows, shape.block_words}, ScalarType::Long);
   params.blocks = static_cast<uint64_t*>(blocks.data_ptr());
   const int64_t tables = correction == "none" ? 0 : params.probability_stride ? heads : 1;
   const DType dtype = wide ? DType::kFloat64 : DType::kFloat32;
   Tensor added = empty({tables, params.probability_length}, wide ? ScalarType::Double : ScalarType::Float);
+  if (args.seed.device == Device::kCuda) {
+    const torch::stable::accelerator::DeviceGuard guard(args.seed.device_index);
+    std::optional<Tensor> table;
+    if (family != BlockFamily::kTable) {
+      table = device_family(seed, args.seed.device_index, family, parameter, params.probability_length);
+      params.probabilities = static_cast<const double*>(table->data_ptr());
+    }
+    void* stream = current_cuda_stream(args.seed.device_index, name);
+    throw_if(launch_attention_blocks(params, stream), name);
+    // float64 is a dtype of the CPU's kernels.
+    if (!wide) throw_if(launch_block_correction(params, tables, static_cast<float*>(added.data_ptr()), stream), name);
+    return {blocks, added};
+  }
+  Tensor table = empty({family == BlockFamily::kTable ? 0 : params.probability_length}, ScalarType::Double);
+  if (family != BlockFamily::kTable) {
+    block_family(family, parameter, params.probability_length, static_cast<double*>(table.data_ptr()));
+    params.probabilities = static_cast<const double*>(table.data_ptr());
+  }
   for (int64_t h = 0; h < tables; ++h) {
     block_correction(params.probabilities + h * params.probability_stride, params.probability_length, dtype,
                      static_cast<char*>(added.data_ptr()) + h * params.probability_length * dtype_size(dtype));
@@ -86,3 +124,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) { m.impl("attention_blocks", TORCH_BOX(&pycore::draw)); }
+STABLE_TORCH_LIBRARY_IMPL(pycore, CUDA, m) { m.impl("attention_blocks", TORCH_BOX(&pycore::draw)); }

@@ -28,12 +28,12 @@ def check_int(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} is {value} and must be less than 2**63")
 
 
-def _number(op: str, name: str, value: int | Tensor) -> Tensor:
-    """An int or a tensor, as an int64 tensor on the CPU."""
+def _number(op: str, name: str, value: int | Tensor, device: torch.device) -> Tensor:
+    """An int or a tensor, as an int64 tensor on `device`."""
     if isinstance(value, Tensor):
-        return value.cpu()
+        return value.to(device)
     check_int(op, name, value)
-    return torch.full((1,), value, dtype=torch.int64, device="cpu")
+    return torch.full((1,), value, dtype=torch.int64, device=device)
 
 
 def draw_blocks(
@@ -50,7 +50,7 @@ def draw_blocks(
         op: opens every message.
         shape: batch, heads, and the lengths of query and key.
         lengths: key_starts, key_lengths, key_offset, query_lengths.
-        device: where both go. They are drawn on the CPU.
+        device: where both go. A CUDA device draws by itself, the same bits as the CPU; every other is sent the CPU's.
         wide: correction in float64.
     """
     batch, heads, query_length, key_length = shape
@@ -65,6 +65,7 @@ def draw_blocks(
         if schedule.blocks_per_row < 1:
             raise ValueError(f"{op}: blocks_per_row is {schedule.blocks_per_row} and must be at least 1")
         per_row = schedule.blocks_per_row
+    drawn = device if device.type == "cuda" and not wide else torch.device("cpu")
     probs = schedule.distance_probs
     table, family, parameter = None, "table", 0.0
     if isinstance(probs, DistanceFamily):
@@ -72,16 +73,16 @@ def draw_blocks(
     elif isinstance(probs, Tensor):
         if not probs.is_floating_point():
             raise ValueError(f"{op}: distance_probs is {str(probs.dtype)[6:]} and must be floating-point")
-        table = probs.detach().to("cpu", torch.float64)
+        table = probs.detach().to(drawn, torch.float64)
     else:
         raise TypeError(
             f"{op}: distance_probs is a {type(probs).__name__} and must be a Tensor or a family of pycore.schedules"
         )
     blocks, correction = torch.ops.pycore.attention_blocks(
-        _number(op, "seed", schedule.seed), _number(op, "round", schedule.round), table,
-        *(x if x is None else x.cpu() for x in lengths), op, family, parameter, schedule.pattern, schedule.correction,
-        batch, heads, query_length, key_length, schedule.block_size, schedule.sink_size, schedule.window_blocks,
-        per_row, wide,
+        _number(op, "seed", schedule.seed, drawn), _number(op, "round", schedule.round, drawn), table,
+        *(x if x is None else x.to(drawn) for x in lengths), op, family, parameter, schedule.pattern,
+        schedule.correction, batch, heads, query_length, key_length, schedule.block_size, schedule.sink_size,
+        schedule.window_blocks, per_row, wide,
     )  # fmt: skip
     added = None if schedule.correction == "none" else correction.to(device)
     return blocks.to(device), added

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA forward kernel against the reference, the same bits on the device, and the stream it runs on."""
+"""The CUDA kernels of attention: the reference, gradients, the same bits on the device, streams, graphs and memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from typing import Any
 import pytest
 import torch
 
-from pycore.ops import attention
+from pycore.ops import attention, pr_flash_attention
+from pycore.ops.attention_blocks import draw_blocks
 from pycore.reference.attention import attention as reference
-from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
+from pycore.schedules import (
+    Causal,
+    Full,
+    Geometric,
+    Harmonic,
+    KeySubset,
+    Lambda,
+    Prefix,
+    Probabilistic,
+    Schedule,
+    Segments,
+    Tree,
+)
 from tests.attention_inputs import lengths, qkv, random_tree, tables
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.cuda
+HALVES = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, *HALVES]
 
 SCHEDULES = [
     pytest.param(Causal(), id="causal"),
@@ -46,26 +61,91 @@ def on_device(value: Any) -> Any:
     return value
 
 
+def doubled(options: dict[str, Any]) -> dict[str, Any]:
+    """Tables in float64."""
+
+    def wide(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(wide(y) for y in x)
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return {name: wide(value) for name, value in options.items()}
+
+
+def assert_accurate(tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+    """The device's output and lse against the reference, on the CPU."""
+    out, lse = attention(*on_device(tensors), return_lse=True, **{k: on_device(v) for k, v in options.items()})
+    plain = reference(*tensors, **options)
+    exact = reference(*(t.double() for t in tensors), **doubled(options))
+    assert_as_accurate(out.cpu(), exact[0], plain[0], "out")
+    assert_as_accurate(lse.cpu(), exact[1], plain[1].to(lse.dtype), "lse")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rope", [False, True], ids=lambda r: f"rope={r}")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("shape", "head_dim"),
-    [((1, 1), 64), ((17, 97), 40), ((113, 203), 128), ((130, 1100), 64), ((70, 70), 256)],
+    [((1, 1), 64), ((17, 97), 40), ((113, 203), 128), ((130, 1100), 64), ((70, 70), 256), ((65, 339), 96)],
     ids=str,
 )
-def test_values(shape: tuple[int, int], head_dim: int, schedule: Schedule, rope: bool) -> None:
-    tensors = qkv(2, 4, 2, *shape, head_dim)
+def test_values(shape: tuple[int, int], head_dim: int, schedule: Schedule, rope: bool, dtype: torch.dtype) -> None:
+    tensors = tuple(t.to(dtype) for t in qkv(2, 4, 2, *shape, head_dim))
     options: dict[str, Any] = {"schedule": schedule}
     if rope and isinstance(schedule, Tree):
         pytest.skip("the kernel does not rotate a tree by depth")
     if rope:
         options |= {"rope": tables(max(shape) + 64, head_dim), "distance_limit": 60}
-    out, lse = attention(*on_device(tensors), return_lse=True, **{k: on_device(v) for k, v in options.items()})
-    plain = reference(*tensors, **options)
-    doubled = options | ({"rope": tuple(t.double() for t in options["rope"])} if rope else {})
-    exact = reference(*(t.double() for t in tensors), **doubled)
-    assert_as_accurate(out.cpu(), exact[0], plain[0], "out")
-    assert_as_accurate(lse.cpu(), exact[1], plain[1], "lse")
+    assert_accurate(tensors, options)
+
+
+OPTIONS = [
+    pytest.param({"softcap": 3.0}, id="softcap"),
+    pytest.param({"sink_logits": torch.tensor([0.3, -2.0, 5.0, 0.0])}, id="sink_logits"),
+    pytest.param({"distance_bias": torch.linspace(-2, 1, 4 * 50).reshape(4, 50)}, id="distance_bias"),
+    pytest.param({"scale": -0.1}, id="negative-scale"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
+    tensors = tuple(t.to(dtype) for t in qkv(2, 4, 2, 97, 203, 64))
+    assert_accurate(tensors, {"schedule": Lambda(5, 60), **options})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, pytest.param({"rope": tables(300, 64)}, id="rope")])
+def test_gradients(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """As near to float64's as the CPU's are, twice over."""
+    tensors = [t.to(dtype) for t in qkv(2, 4, 2, 97, 203, 64)]
+    grad = torch.randn(2, 4, 97, 64).to(dtype)
+    extra = [name for name in ("sink_logits", "distance_bias") if name in options]
+
+    def gradients(move: Any, wide: bool) -> list[torch.Tensor]:
+        inputs = [move(t.double() if wide else t).requires_grad_() for t in tensors]
+        made = {k: move(v) if isinstance(v, (torch.Tensor, tuple)) else v
+                for k, v in (doubled(options) if wide else options).items()}  # fmt: skip
+        learned = [made[name].detach().clone().requires_grad_() for name in extra]
+        made |= dict(zip(extra, learned, strict=True))
+        out = attention(*inputs, schedule=Lambda(5, 60), **made)
+        return [g.cpu() for g in torch.autograd.grad(out, [*inputs, *learned], move(grad.double() if wide else grad))]
+
+    exact = gradients(lambda x: x, wide=True)
+    plain = gradients(lambda x: x, wide=False)
+    first = gradients(on_device, wide=False)
+    for ours, truth, cpu in zip(first, exact, plain, strict=True):
+        assert_as_accurate(ours, truth, cpu)
+    for ours, again in zip(first, gradients(on_device, wide=False), strict=True):
+        assert torch.equal(ours, again), "gradients are deterministic"
+
+
+def test_dropout_keeps_the_mean() -> None:
+    query, key, _ = on_device(qkv(1, 2, 2, 256, 256, 64))
+    ones = torch.ones_like(key)
+    out = attention(query, key, ones, schedule=Full(), dropout_p=0.25)
+    assert abs(out.mean().item() - 1) < 0.02
+    assert out.std().item() > 0.01
 
 
 def test_trees() -> None:
@@ -90,15 +170,76 @@ def test_lengths_and_eviction() -> None:
     assert_as_accurate(out.cpu(), exact, reference(*tensors, **options)[0])
 
 
-def test_same_bits_alone_and_together() -> None:
-    query, key, value = on_device(qkv(3, 4, 2, 90, 1300, 64))
-    rope = on_device(tables(1364, 64))
-    together = attention(query, key, value, schedule=Lambda(8, 1100), rope=rope)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_rope", [False, True], ids=lambda r: f"rope={r}")
+def test_same_bits_alone_and_together(dtype: torch.dtype, with_rope: bool) -> None:
+    """Whole, a batch row, the last rows, and one row, whose segments are blocks of their own."""
+    query, key, value = (t.to(dtype) for t in on_device(qkv(3, 4, 2, 190, 5300, 64)))
+    options = {"schedule": Lambda(8, 4200), "rope": on_device(tables(5400, 64)) if with_rope else None}
+    together = attention(query, key, value, **options)
     for b in range(3):
-        row = attention(*(x[b : b + 1] for x in (query, key, value)), schedule=Lambda(8, 1100), rope=rope)
+        row = attention(*(x[b : b + 1] for x in (query, key, value)), **options)
         assert torch.equal(row[0], together[b])
-    last = attention(query[:, :, -1:], key, value, schedule=Lambda(8, 1100), rope=rope)
-    assert torch.equal(last, together[:, :, -1:])
+    for count in (1, 3, 100):
+        assert torch.equal(attention(query[:, :, -count:], key, value, **options), together[:, :, -count:])
+
+
+@pytest.mark.parametrize("family", [Harmonic(2.5), Geometric(0.9), torch.rand(4, 7).double()], ids=["h", "g", "table"])
+@pytest.mark.parametrize("blocks_per_row", [None, 5])
+@pytest.mark.parametrize("pattern", ["independent", "diagonal"])
+def test_blocks_are_the_cpus(family: Any, blocks_per_row: int | None, pattern: str) -> None:
+    made = Probabilistic(
+        family, lengths(7, 2**40), 3, block_size=16, sink_size=3, window_blocks=2, pattern=pattern,
+        blocks_per_row=blocks_per_row, correction="none" if blocks_per_row else "importance",
+    )  # fmt: skip
+    rows = (lengths(3, 0), lengths(900, 1000), lengths(0, 4000), lengths(200, 300))
+    expected = draw_blocks("test", made, (2, 4, 300, 1000), rows, torch.device("cpu"))
+    moved = tuple(x.cuda() for x in rows)
+    actual = draw_blocks("test", made, (2, 4, 300, 1000), moved, torch.device("cuda"))  # type: ignore[arg-type]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or (ours.is_cuda and torch.equal(ours.cpu(), theirs))
+
+
+def test_a_replayed_graph_draws_anew() -> None:
+    query, key, value = (t.half() for t in on_device(qkv(1, 2, 2, 512, 512, 64)))
+    seed, round = torch.tensor([5]).cuda(), torch.tensor([0]).cuda()
+
+    def step() -> torch.Tensor:
+        return pr_flash_attention(query, key, value, distance_probs=Harmonic(2.0), seed=seed, round=round, sink_size=1)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    seen = []
+    for n in range(3):
+        round.fill_(n)
+        graph.replay()
+        seen.append(out.clone())
+        assert torch.equal(seen[n], step())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_compiles_whole() -> None:
+    query, key, value = (t.bfloat16() for t in on_device(qkv(1, 4, 2, 128, 128, 64)))
+    compiled = torch.compile(lambda q: attention(q, key, value, schedule=Lambda(4, 40)) * 2, fullgraph=True)
+    assert torch.equal(compiled(query), attention(query, key, value, schedule=Lambda(4, 40)) * 2)
+
+
+def test_no_memory_of_all_pairs() -> None:
+    """Beside its output, a call takes far less than a byte a pair of a query and a key."""
+    query, key, value = (t.half().requires_grad_() for t in on_device(qkv(1, 1, 1, 8192, 8192, 64)))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(query, key, value).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 8192 * 8192 / 2
 
 
 def test_runs_on_the_current_stream() -> None:
@@ -113,15 +254,8 @@ def test_runs_on_the_current_stream() -> None:
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        pytest.param({"softcap": 3.0}, "softcap", id="softcap"),
-        pytest.param({"sink_logits": torch.zeros(2)}, "sink_logits", id="sink_logits"),
-        pytest.param({"distance_bias": torch.zeros(2, 4)}, "distance_bias", id="distance_bias"),
-    ],
-)
-def test_what_the_kernel_does_not_have_is_refused(options: dict[str, Any], reason: str) -> None:
-    tensors = on_device(qkv(1, 2, 2, 8, 8, 16))
-    with pytest.raises(RuntimeError, match=f"^attention: the CUDA kernel takes no .*{reason}"):
-        attention(*tensors, **{k: on_device(v) for k, v in options.items()})
+def test_what_the_kernels_do_not_have_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="^attention: the CUDA kernels take a head_dim of at most 256$"):
+        attention(*on_device(qkv(1, 2, 2, 8, 8, 257)))
+    with pytest.raises(RuntimeError, match="^attention: the CUDA kernels take float32, float16 and bfloat16$"):
+        attention(*(t.double() for t in on_device(qkv(1, 2, 2, 8, 8, 16))))

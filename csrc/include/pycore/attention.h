@@ -194,7 +194,11 @@ PYCORE_API Status attention_forward(const AttentionParams& params, const Paralle
 PYCORE_API int64_t attention_backward_scratch(const AttentionBackwardParams& params, int64_t threads);
 PYCORE_API Status attention_backward(const AttentionBackwardParams& params, const Parallel& parallel, void* scratch);
 
-// CUDA: every pointer is a device pointer.
-PYCORE_API Status launch_attention_forward(const AttentionParams& params, void* stream);
+// CUDA: every pointer is a device pointer, `scratch` of as many bytes as launch_attention_…_scratch says. The forward
+// pass does without (null), with less parallelism and the same bits.
+PYCORE_API int64_t launch_attention_forward_scratch(const AttentionParams& params);
+PYCORE_API Status launch_attention_forward(const AttentionParams& params, void* scratch, void* stream);
+PYCORE_API int64_t launch_attention_backward_scratch(const AttentionBackwardParams& params);
+PYCORE_API Status launch_attention_backward(const AttentionBackwardParams& params, void* scratch, void* stream);
 
 }  // namespace pycore

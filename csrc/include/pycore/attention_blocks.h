@@ -58,4 +58,8 @@ PYCORE_API void block_correction(const double* probabilities, int64_t count, DTy
 PYCORE_API int64_t attention_blocks_scratch(const BlockParams& params, int64_t threads);
 PYCORE_API Status attention_blocks(const BlockParams& params, const Parallel& parallel, void* scratch);
 
+// CUDA: every pointer is a device pointer. The correction is float32, [tables, probability_length].
+PYCORE_API Status launch_attention_blocks(const BlockParams& params, void* stream);
+PYCORE_API Status launch_block_correction(const BlockParams& params, int64_t tables, float* out, void* stream);
+
 }  // namespace pycore

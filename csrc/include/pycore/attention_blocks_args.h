@@ -60,8 +60,8 @@ inline BlockFamily check_family(const BlocksArgs& args) {
 inline void check_probabilities(const BlocksArgs& args, BlockParams* params) {
   const TensorView& table = args.probabilities;
   check_value(table.defined(), args.op, "distance_probs must be a tensor of probabilities");
-  check_value(table.dtype == DType::kFloat64 && table.device == Device::kCpu, args.op, "distance_probs is ",
-              dtype_name(table.dtype), " and must be float64, on the CPU");
+  check_value(table.dtype == DType::kFloat64 && table.device == args.seed.device, args.op, "distance_probs is ",
+              dtype_name(table.dtype), " and must be float64, on seed's device");
   check_value((table.dims == 1 || (table.dims == 2 && table.shape[0] == args.heads)) && table.shape[table.dims - 1] > 0,
               args.op, "distance_probs has shape ", shape_text(table), " and must be [n] or [heads, n], with ",
               args.heads, " heads and n at least 1");
@@ -71,7 +71,7 @@ inline void check_probabilities(const BlocksArgs& args, BlockParams* params) {
   params->probabilities = table.as<const double>();
   params->probability_length = n;
   params->probability_stride = table.dims == 1 ? 0 : table.strides[0];
-  for (int64_t h = 0; h < rows; ++h) {
+  for (int64_t h = 0; h < rows && table.device == Device::kCpu; ++h) {
     for (int64_t i = 0; i < n; ++i) {
       const double p = params->probabilities[h * params->probability_stride + i];
       const std::string at = table.dims == 1 ? "" : std::to_string(h) + ", ";
@@ -128,9 +128,12 @@ inline BlockParams block_params(const BlocksArgs& args, BlockFamily* family) {
     params.probability_length = std::max<int64_t>(1, touched_blocks(args.key_length, rows.schedule.block_shift));
   }
 
+  // Seeds, the round and the lengths lie together; only on the CPU are their values read here.
+  const bool readable = args.seed.device == Device::kCpu;
   const auto check_numbers = [&](const char* name, const TensorView& view, bool batch) {
-    check_value(view.defined() && view.dtype == DType::kInt64 && view.device == Device::kCpu, op, name,
-                " must be an int64 tensor on the CPU");
+    check_value(view.defined() && view.dtype == DType::kInt64 && view.device == args.seed.device &&
+                    view.device != Device::kOther && view.device_index == args.seed.device_index,
+                op, name, " must be an int64 tensor on ", readable ? "the CPU" : "seed's device");
     check_value(view.count() == 1 || (batch && view.dims == 1 && view.shape[0] == args.batch), op, name, " has shape ",
                 shape_text(view), " and must be one number", batch ? " or [batch]" : "");
   };
@@ -138,21 +141,22 @@ inline BlockParams block_params(const BlocksArgs& args, BlockFamily* family) {
   check_numbers("round", args.round, false);
   params.seeds = args.seed.as<const int64_t>();
   params.seed_stride = args.seed.count() == 1 ? 0 : args.seed.strides[0];
-  for (int64_t b = 0; b < (params.seed_stride ? args.batch : 1); ++b) {
+  params.round = args.round.as<const int64_t>();
+  for (int64_t b = 0; readable && b < (params.seed_stride ? args.batch : 1); ++b) {
     const int64_t seed = params.seeds[b * params.seed_stride];
     check_value(seed >= 0, op, "seed is ", seed, " and must be at least 0");
   }
-  params.round = args.round.as<const int64_t>();
-  check_value(*params.round >= 0 && *params.round < int64_t{1} << 32, op, "round is ", *params.round,
-              " and must be between 0 and 2**32 - 1");
+  check_value(!readable || (*params.round >= 0 && *params.round < int64_t{1} << 32), op, "round is ",
+              readable ? *params.round : 0, " and must be between 0 and 2**32 - 1");
 
   AttentionArgs lengths;
   lengths.op = op;
+  lengths.query = args.seed;  // whose device they share
   rows.key_starts = detail::check_lengths(lengths, "key_starts", args.key_starts, args.batch);
   rows.key_lengths = detail::check_lengths(lengths, "key_lengths", args.key_lengths, args.batch);
   rows.key_offset = detail::check_lengths(lengths, "key_offset", args.key_offset, args.batch);
   rows.query_lengths = detail::check_lengths(lengths, "query_lengths", args.query_lengths, args.batch);
-  detail::check_length_values(lengths, rows);
+  if (readable) detail::check_length_values(lengths, rows);
   return params;
 }
 

@@ -47,8 +47,11 @@ PYCORE_HOST_DEVICE inline double block_log(double x) {
   for (int n = 23; n >= 3; n -= 2) sum = (sum + 1.0 / n) * z;
   const double low = s * sum, scale = static_cast<double>(e);
   // log 2 in two parts, the first with zeros enough for an exact product.
-  return scale * 0x1.62e42fefap-1 + (2 * s + (2 * low + scale * 0x1.cf79abc9e3b398p-40));
+  return scale * 0x1.62e42fefap-1 + (2 * s + (2 * low + scale * 0x1.cf79abc9e3b3ap-40));
 }
+
+// What importance correction adds to the logits of blocks drawn with probability p.
+PYCORE_HOST_DEVICE inline double added_logit(double p) { return p < 0x1p-1000 ? 0.0 : -block_log(p); }
 
 // log p plus Gumbel noise from 24 bits: the blocks with the k largest are k draws without replacement.
 PYCORE_HOST_DEVICE inline double gumbel_score(double p, uint32_t bits) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the rows of an attention problem lie in memory, and the rotation of one row. Internal linkage throughout:
-// every instruction set includes this, and none may lend another its copy.
+// Where the rows of an attention problem lie in memory, what a pair of rows adds to its logit, and the rotation of one
+// row; what depends on positions alone is for host and device. Internal linkage throughout: every instruction set
+// includes this, and none may lend another its copy.
 #pragma once
 
 #include <pycore/attention.h>
@@ -20,19 +21,19 @@ namespace {
 }
 
 // Row `row` of a contiguous [batch, heads, length, channels].
-[[gnu::always_inline]] inline int64_t row_index(const AttentionParams& params, int64_t b, int64_t h, int64_t row) {
+PYCORE_HOST_DEVICE inline int64_t row_index(const AttentionParams& params, int64_t b, int64_t h, int64_t row) {
   return (b * params.heads + h) * params.query_length + row;
 }
 
-[[gnu::always_inline]] inline int64_t key_row_index(const AttentionParams& params, int64_t b, int64_t kv_head,
-                                                    int64_t row) {
+PYCORE_HOST_DEVICE inline int64_t key_row_index(const AttentionParams& params, int64_t b, int64_t kv_head,
+                                                int64_t row) {
   return (b * params.kv_heads + kv_head) * params.key_length + row;
 }
 
 // Keys of the tile farther than the distance limit from a query that stands at `place`: their scores use the unrotated
 // key.
-[[gnu::always_inline]] inline uint64_t far_bits(const AttentionParams& params, const TileSchedule& schedule,
-                                                int64_t place, int64_t tile) {
+PYCORE_HOST_DEVICE inline uint64_t far_bits(const AttentionParams& params, const TileSchedule& schedule, int64_t place,
+                                            int64_t tile) {
   if (params.rope_cos == nullptr || params.distance_limit >= kFar) return 0;
   const int64_t base = tile * kKeyTile, nearest = place - params.distance_limit;
   if (schedule.in_place(tile)) return tile_bits(base, 0, nearest);
@@ -42,27 +43,27 @@ namespace {
 }
 
 // By how many positions the key in column c of the tile is rotated.
-[[gnu::always_inline]] inline int64_t key_turn(const TileSchedule& schedule, int64_t tile, int64_t c) {
+PYCORE_HOST_DEVICE inline int64_t key_turn(const TileSchedule& schedule, int64_t tile, int64_t c) {
   return schedule.in_place(tile) ? c : schedule.place(tile * kKeyTile + c) - tile * kKeyTile;
 }
 
 // The distance that rotations and biases see.
-[[gnu::always_inline]] inline int64_t seen_distance(const AttentionParams& params, int64_t d) {
+PYCORE_HOST_DEVICE inline int64_t seen_distance(const AttentionParams& params, int64_t d) {
   return d < 0 ? 0 : d < params.distance_limit ? d : params.distance_limit;
 }
 
 // Where the bias of distance d lies in a head's row of distance_bias (or of its gradient).
-[[gnu::always_inline]] inline int64_t bias_index(const AttentionParams& params, int64_t d) {
+PYCORE_HOST_DEVICE inline int64_t bias_index(const AttentionParams& params, int64_t d) {
   const int64_t seen = seen_distance(params, d);
   return seen < params.bias_length ? seen : params.bias_length - 1;
 }
 
-[[gnu::always_inline]] inline bool has_bias(const AttentionParams& params) {
+PYCORE_HOST_DEVICE inline bool has_bias(const AttentionParams& params) {
   return params.distance_bias != nullptr || params.alibi_slopes != nullptr;
 }
 
 template <class T>
-[[gnu::always_inline]] inline T bias_of(const AttentionParams& params, int64_t h, int64_t d) {
+PYCORE_HOST_DEVICE inline T bias_of(const AttentionParams& params, int64_t h, int64_t d) {
   if (params.distance_bias) {
     return static_cast<const T*>(params.distance_bias)[h * params.bias_stride + bias_index(params, d)];
   }
@@ -71,7 +72,7 @@ template <class T>
 
 // What block_bias adds to the logit of a kept pair: nothing for sinks and in window blocks.
 template <class T>
-[[gnu::always_inline]] inline T block_bias_of(const AttentionParams& params, int64_t h, int64_t p, int64_t j) {
+PYCORE_HOST_DEVICE inline T block_bias_of(const AttentionParams& params, int64_t h, int64_t p, int64_t j) {
   const TileSchedule& schedule = params.schedule;
   const int64_t distance = (p >> schedule.block_shift) - (j >> schedule.block_shift);
   if (j < schedule.sink_size || distance < schedule.window_blocks) return 0;
@@ -80,8 +81,8 @@ template <class T>
 }
 
 // Which of the four keys 4 * quad .. 4 * quad + 3 the query at position p drops: bit k for the k-th.
-[[gnu::always_inline]] inline uint32_t dropped_bits(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
-                                                    int64_t quad) {
+PYCORE_HOST_DEVICE inline uint32_t dropped_bits(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
+                                                int64_t quad) {
   const PhiloxWords words = philox(
       {{static_cast<uint32_t>(quad), static_cast<uint32_t>(p), static_cast<uint32_t>(h), static_cast<uint32_t>(b)}},
       static_cast<uint64_t>(*params.dropout_seed));
@@ -92,8 +93,8 @@ template <class T>
 }
 
 // The same for a whole tile, looking only where `kept` has bits.
-[[gnu::always_inline]] inline uint64_t dropped_keys(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
-                                                    int64_t tile, uint64_t kept) {
+PYCORE_HOST_DEVICE inline uint64_t dropped_keys(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
+                                                int64_t tile, uint64_t kept) {
   uint64_t dropped = 0;
   for (int64_t quad = 0; quad < kKeyTile / 4; ++quad) {
     if (kept >> (4 * quad) & 15) {
