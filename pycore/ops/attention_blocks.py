@@ -81,8 +81,8 @@ def draw_blocks(
     blocks, correction = torch.ops.pycore.attention_blocks(
         _number(op, "seed", schedule.seed, drawn), _number(op, "round", schedule.round, drawn), table,
         *(x if x is None else x.to(drawn) for x in lengths), op, family, parameter, schedule.pattern,
-        schedule.correction, batch, heads, query_length, key_length, schedule.block_size, schedule.sink_size, schedule.window_blocks,
-        per_row, wide,
+        schedule.correction, batch, heads, query_length, key_length, schedule.block_size, schedule.sink_size,
+        schedule.window_blocks, per_row, wide,
     )  # fmt: skip
     added = None if schedule.correction == "none" else correction.to(device)
     return blocks.to(device), added
