@@ -96,9 +96,9 @@ sanitize: $(SAN_PROGRAMS)
 
 $(SAN)/cpu/%.o: csrc/cpu/%.cpp
 	@mkdir -p $(dir $@)
-	$(CXX) $(SAN_FLAGS) -MMD -c $< -o $@
+	$(CXX) $(SAN_FLAGS) -MMD -MP -c $< -o $@
 
 $(SAN_PROGRAMS): $(SAN)/%: tests/native/%.cpp $(SAN_OBJECTS)
-	$(CXX) $(SAN_FLAGS) -MMD -MF $@.d $< $(SAN_OBJECTS) -o $@
+	$(CXX) $(SAN_FLAGS) -MMD -MP -MF $@.d $< $(SAN_OBJECTS) -o $@
 
 -include $(wildcard $(SAN)/cpu/*.d $(SAN)/*.d)
