@@ -78,7 +78,7 @@ def run_native(tmp_path: Path) -> Callable[..., None]:
     def run(name: str, *arguments: str, sources: tuple[str, ...] = ()) -> None:
         root, program = Path(__file__).resolve().parents[1], tmp_path / name
         files = [root / "tests" / "native" / f"{name}.cpp", *(root / "csrc" / source for source in sources)]
-        flags = ["-std=c++17", "-O1", f"-I{root / 'csrc' / 'include'}"]
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", f"-I{root / 'csrc' / 'include'}"]
         subprocess.run([compiler, *flags, *map(str, files), "-o", str(program)], check=True)
         done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
