@@ -180,8 +180,8 @@ struct TileSchedule {
   // Of `rows` rows from position p on, how many of the first to take together, so that keep_alike may hold.
   PYCORE_HOST_DEVICE int64_t rows_alike(int64_t p, int64_t rows) const {
     if (kind != ScheduleKind::kBlocks) return rows;
-    const int64_t block_end = ((p >> block_shift) + 1) << block_shift;
-    return block_end - p < rows ? block_end - p : rows;
+    const int64_t size = int64_t{1} << block_shift, left = size - (p & (size - 1));  // p may be negative
+    return left < rows ? left : rows;
   }
 
   PYCORE_HOST_DEVICE bool keeps(int64_t p, int64_t j) const { return keep_bits(p, j / kKeyTile) >> (j % kKeyTile) & 1; }
