@@ -209,12 +209,15 @@ def plots(run: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[pathl
             xs = [x for x, _ in line]
             axes.plot(xs, [middle for _, (_, middle, _) in line], marker="o", label=name)
             axes.fill_between(xs, [low for _, (low, _, _) in line], [high for _, (_, _, high) in line], alpha=0.2)
-        axes.set(xscale="log", yscale="log", xlabel=f"{axis} (tokens)", ylabel="milliseconds", title=group)
+        label = "share of the blocks" if axis == "density" else f"{axis} (tokens)"
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds", title=group)
         axes.set_xscale("log", base=2)
         axes.grid(True, which="both", alpha=0.3)
         axes.legend()
         figure.supxlabel(machine_line(run), fontsize=6)
         path = folder / f"{stem}-{axis}.png"
+        if path in written:  # another sweep over the same
+            path = folder / f"{stem}-{axis}-{len(written) + 1}.png"
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
         written.append(path)
