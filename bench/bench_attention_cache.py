@@ -19,17 +19,17 @@ GROUP = f"Λ decode on a cache (1 token, {HEADS} heads over {KV_HEADS}, D {HEAD_
 Inputs = tuple[torch.Tensor, ...]
 
 
-def _inputs(window: int, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(window)
+def _inputs(batch: int, window: int, dtype: torch.dtype, device: str) -> Inputs:
+    generator = torch.Generator(device).manual_seed(window)
 
     def draw(heads: int, tokens: int) -> torch.Tensor:
-        return torch.randn(1, heads, tokens, HEAD_DIM, generator=generator).to(dtype)
+        return torch.randn(batch, heads, tokens, HEAD_DIM, generator=generator, device=device).to(dtype)
 
     return draw(HEADS, 1), draw(KV_HEADS, 1), draw(KV_HEADS, 1), *(draw(KV_HEADS, SINK + window) for _ in range(2))
 
 
 def _folded(query: torch.Tensor) -> torch.Tensor:
-    return query.view(1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+    return query.view(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
 
 
 def _pycore(window: int) -> Callable[[Inputs], Callable[[], Outputs]]:
@@ -96,26 +96,32 @@ def _check(tensors: Inputs) -> Callable[[Outputs], float]:
     return lambda outputs: largest_error(outputs, [expected])
 
 
+def step_case(name: str, window: int, dtype: torch.dtype, batch: int = 1, device: str = "cpu") -> Case:
+    """A step whose window is full, so that with every token one leaves."""
+    contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
+        "pycore": _pycore(window),
+        "ring + SDPA, heads folded": _ring(window),
+        "cat + SDPA, heads folded": _concatenated(window),
+    }
+    return Case(
+        name=name,
+        group=GROUP,
+        inputs=lambda: _inputs(batch, window, dtype, device),
+        contenders=contenders,
+        check=_check,
+        tolerance=TOLERANCE[dtype],
+        bytes=2.0 * batch * KV_HEADS * (SINK + window) * HEAD_DIM * dtype.itemsize,
+        device=device,
+    )
+
+
 def cases(options: Options) -> Iterable[Case]:
     """Two windows in float32 and bfloat16."""
     if options.device != "cpu":
         return
     for dtype in (torch.float32, torch.bfloat16):
         for window in (512, 4096):
-            contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
-                "pycore": _pycore(window),
-                "ring + SDPA, heads folded": _ring(window),
-                "cat + SDPA, heads folded": _concatenated(window),
-            }
-            yield Case(
-                name=f"Λ decode, window {window}, {str(dtype).removeprefix('torch.')}",
-                group=GROUP,
-                inputs=lambda window=window, dtype=dtype: _inputs(window, dtype),
-                contenders=contenders,
-                check=_check,
-                tolerance=TOLERANCE[dtype],
-                bytes=2.0 * KV_HEADS * (SINK + window) * HEAD_DIM * dtype.itemsize,
-            )
+            yield step_case(f"Λ decode, window {window}, {str(dtype).removeprefix('torch.')}", window, dtype)
 
 
 def bench_attention_cache(case: Case, measure_case: Callable[[Case], None]) -> None:

@@ -18,17 +18,18 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _inputs(length: int, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(length)
-    query = torch.randn(1, HEADS, 1, HEAD_DIM, generator=generator).to(dtype)
-    key = torch.randn(1, KV_HEADS, length, HEAD_DIM, generator=generator).to(dtype)
-    value = torch.randn(1, KV_HEADS, length, HEAD_DIM, generator=generator).to(dtype)
-    return query, key, value
+def _inputs(batch: int, length: int, dtype: torch.dtype, device: str) -> Inputs:
+    generator = torch.Generator(device).manual_seed(length)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, HEAD_DIM, generator=generator, device=device).to(dtype)
+
+    return draw(HEADS, 1), draw(KV_HEADS, length), draw(KV_HEADS, length)
 
 
 def _folded(query: torch.Tensor) -> torch.Tensor:
     """The heads of a group as rows of one head: what a user does by hand, since all see the same keys."""
-    return query.view(1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+    return query.view(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
 
 
 def _pycore(tensors: Inputs) -> Callable[[], Outputs]:
@@ -53,26 +54,45 @@ def _check(tensors: Inputs) -> Callable[[Outputs], float]:
     return lambda outputs: largest_error(outputs, [reference])
 
 
+def decode_case(
+    name: str,
+    group: str,
+    length: int,
+    dtype: torch.dtype,
+    peer_names: Iterable[str],
+    batch: int = 1,
+    device: str = "cpu",
+) -> Case:
+    """One query a batch row against `length` keys."""
+    contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
+        "pycore": _pycore,
+        "SDPA, heads folded": _folded_sdpa,
+        "SDPA, enable_gqa": _grouped_sdpa,
+    }
+    return Case(
+        name=name,
+        group=group,
+        inputs=lambda: _inputs(batch, length, dtype, device),
+        contenders={name: contenders[name] for name in ("pycore", *peer_names)},
+        check=_check,
+        tolerance=TOLERANCE[dtype],
+        bytes=2.0 * batch * KV_HEADS * length * HEAD_DIM * dtype.itemsize,
+        device=device,
+    )
+
+
 def cases(options: Options) -> Iterable[Case]:
     """One query, 32 heads over 8, head_dim 128, float32 and bfloat16."""
     if options.device != "cpu":
         return
     for dtype in (torch.float32, torch.bfloat16):
         for length in (4096, 32768):
-            contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
-                "pycore": _pycore,
-                "SDPA, heads folded": _folded_sdpa,
-            }
-            if not options.quick:
-                contenders["SDPA, enable_gqa"] = _grouped_sdpa
-            yield Case(
-                name=f"decode, {length} keys, {str(dtype).removeprefix('torch.')}",
-                group="decode (1 query, 32 heads over 8, D 128)",
-                inputs=lambda length=length, dtype=dtype: _inputs(length, dtype),
-                contenders=contenders,
-                check=_check,
-                tolerance=TOLERANCE[dtype],
-                bytes=2.0 * KV_HEADS * length * HEAD_DIM * dtype.itemsize,
+            yield decode_case(
+                f"decode, {length} keys, {str(dtype).removeprefix('torch.')}",
+                "decode (1 query, 32 heads over 8, D 128)",
+                length,
+                dtype,
+                ("SDPA, heads folded",) if options.quick else ("SDPA, heads folded", "SDPA, enable_gqa"),
             )
 
 

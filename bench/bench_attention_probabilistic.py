@@ -3,118 +3,163 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.case import Case, Options, Outputs, largest_error
+from bench import inputs, peers
+from bench.bench_attention import TOLERANCES, contender
+from bench.case import Case, Options, Outputs, gemm_limit, largest_error
 
-HEADS, LENGTH, HEAD_DIM, BLOCK, SEED = 8, 8192, 64, 64, 1
-BLOCKS = LENGTH // BLOCK
+SEED = 1
 DENSITIES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 QUICK = (1.0, 0.3, 0.1)
-ROWS = (0, LENGTH // 2, LENGTH - BLOCK)  # stretches of a block that are checked
-FORWARD_TOLERANCE, BACKWARD_TOLERANCE = 1e-5, 5e-5
-
-Inputs = tuple[torch.Tensor, ...]
 
 
-def _probs(density: float) -> Any:
-    """The constant whose expected density, with the window's block, is `density`."""
-    from pycore.schedules import Constant
+@dataclass(frozen=True)
+class Round:
+    """One round: its shape, and the density that its blocks are expected to have."""
 
-    own = 2 / (BLOCKS + 1)  # of all blocks J <= I, the share of the queries' own
-    return Constant(min(1.0, max(0.0, (density - own) / (1 - own))))
+    density: float
+    backward: bool = False
+    length: int = 8192
+    block: int = 64
+    heads: int = 8
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def blocks(self) -> int:
+        return self.length // self.block
+
+    @property
+    def probs(self) -> Any:
+        """The constant whose expected density, with the window's block, is `density`."""
+        from pycore.schedules import Constant
+
+        own = 2 / (self.blocks + 1)  # of all blocks J <= I, the share of the queries' own
+        return Constant(min(1.0, max(0.0, (self.density - own) / (1 - own))))
+
+    @functools.cached_property
+    def taken(self) -> torch.Tensor:
+        """Bool [1, heads, blocks, blocks], on the CPU: the blocks that take part."""
+        from pycore.ops import pr_block_mask
+
+        sizes = {"query_blocks": self.blocks, "key_blocks": self.blocks}
+        return pr_block_mask(batch=1, heads=self.heads, **sizes, distance_probs=self.probs, seed=SEED)
+
+    @property
+    def flops(self) -> float:
+        """Of a query's own block it keeps what is not after it, of others all."""
+        own = self.heads * self.blocks
+        pairs = (int(self.taken.sum()) - own) * self.block**2 + own * self.block * (self.block + 1) // 2
+        return (14.0 if self.backward else 4.0) * self.head_dim * pairs
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """query, key, value, and the gradient of the output."""
+        shape = (self.heads, self.length, self.head_dim)
+        tensors = inputs.attention_inputs(inputs.RANDOM, *shape, True, self.device, self.dtype)
+        for x in tensors[:3]:
+            x.requires_grad_(self.backward)
+        return tensors
 
 
-def _mask(density: float) -> torch.Tensor:
-    from pycore.ops import pr_block_mask
+def _pycore(work: Round) -> Callable[..., Callable[[], Any]]:
+    from pycore.ops import pr_flash_attention
 
-    return pr_block_mask(
-        batch=1, heads=HEADS, query_blocks=BLOCKS, key_blocks=BLOCKS, distance_probs=_probs(density), seed=SEED
-    )
-
-
-def _inputs(backward: bool) -> Inputs:
-    generator = torch.Generator().manual_seed(1)
-    tensors = tuple(torch.randn(1, HEADS, LENGTH, HEAD_DIM, generator=generator) for _ in range(4))
-    for x in tensors[:3]:
-        x.requires_grad_(backward)
-    return tensors
+    options = {"distance_probs": work.probs, "seed": SEED, "block_size": work.block}
+    return lambda *tensors: lambda: pr_flash_attention(*tensors, **options)
 
 
-def _contender(backward: bool, attend: Callable[..., torch.Tensor]) -> Callable[[Inputs], Callable[[], Outputs]]:
-    def prepare(tensors: Inputs) -> Callable[[], Outputs]:
-        query, key, value, grad = tensors
-
-        def forward() -> Outputs:
-            with torch.no_grad():
-                return (attend(query, key, value),)
-
-        def forward_and_backward() -> Outputs:
-            out = attend(query, key, value)
-            return (out.detach(), *torch.autograd.grad(out, (query, key, value), grad))
-
-        return forward_and_backward if backward else forward
-
-    return prepare
-
-
-def _pycore(density: float) -> Callable[..., torch.Tensor]:
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
-        from pycore.ops import pr_flash_attention
-
-        return pr_flash_attention(query, key, value, distance_probs=_probs(density), seed=SEED, block_size=BLOCK)
-
-    return attend
-
-
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+def _dense(*tensors: torch.Tensor) -> Callable[[], Any]:
     from pycore.ops import attention
 
-    return attention(query, key, value)
+    return lambda: attention(*tensors)
 
 
-def _flex(density: float) -> Callable[[Inputs], Callable[[], Outputs]]:
-    """torch.compile(flex_attention) with the round's blocks as its block mask, built once and not timed."""
+def _flex(work: Round) -> Callable[..., Callable[[], torch.Tensor]]:
+    """torch.compile(flex_attention) with the round's blocks as its block mask, built once and not timed.
 
-    def prepare(tensors: Inputs) -> Callable[[], Outputs]:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    The rule is asked in a query's own block alone; the others are whole, and FlexAttention does not look into them.
+    Rounds differ in tensors alone, so they share one compilation.
+    """
 
-        taken = _mask(density)[0]
+    def make(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        taken = work.taken.to(query.device)
+        own = torch.eye(work.blocks, dtype=torch.bool, device=query.device).expand_as(taken)
+
+        def listed(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """How many key blocks each query block has, and which: theirs first."""
+            kept = kept.int()
+            return kept.sum(dim=-1, dtype=torch.int32), kept.argsort(dim=-1, descending=True, stable=True).int()
+
+        block, seen = work.block, taken[0]
 
         def rule(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-            return (i >= j) & taken[h, i // BLOCK, j // BLOCK]
+            return (i >= j) & seen[h, i // block, j // block]
 
-        block_mask = create_block_mask(rule, 1, HEADS, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=BLOCK)
-        compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda: (compiled(*tensors[:3], block_mask=block_mask),)
+        sizes = (work.length, work.length)
+        block_mask = BlockMask.from_kv_blocks(
+            *listed(own), *listed(taken & ~own), BLOCK_SIZE=block, mask_mod=rule, seq_lengths=sizes
+        )
+        compiled = peers.compile_flex()
+        return lambda: compiled(query, key, value, block_mask=block_mask)
 
-    return prepare
+    return make
 
 
-def _check(density: float, backward: bool) -> Callable[[Inputs], Callable[[Outputs], float]]:
-    """Three stretches of rows in float64 plain torch, and for gradients the query's."""
+def _check(work: Round) -> Callable[[Any], Callable[[Outputs], float]]:
+    """Three stretches of a block's rows in float64 plain torch, and for gradients the query's."""
+    block = work.block
 
-    def check(tensors: Inputs) -> Callable[[Outputs], float]:
-        taken = _mask(density)[0]
-        outs, grads = [], []
-        for first in ROWS:
-            rows, columns = torch.arange(first, first + BLOCK), torch.arange(first + BLOCK)
-            query = tensors[0][:, :, rows].detach().double().requires_grad_(backward)
+    def check(tensors: tuple[torch.Tensor, ...]) -> Callable[[Outputs], float]:
+        device = tensors[0].device
+        taken = work.taken[0].to(device)
+        outs, grads, stretches = [], [], []
+        for first in (0, work.length // 2, work.length - block):
+            rows = torch.arange(first, first + block, device=device)
+            columns = torch.arange(first + block, device=device)
+            query = tensors[0][:, :, rows].detach().double().requires_grad_(work.backward)
             key, value = (x[:, :, columns].detach().double() for x in tensors[1:3])
-            keep = taken[:, rows // BLOCK][:, :, columns // BLOCK] & (rows[:, None] >= columns)
-            scores = (query @ key.mT * HEAD_DIM**-0.5).masked_fill(~keep, -torch.inf)
+            keep = taken[:, rows // block][:, :, columns // block] & (rows[:, None] >= columns)
+            scores = (query @ key.mT * work.head_dim**-0.5).masked_fill(~keep, -torch.inf)
             out = scores.softmax(dim=-1) @ value
             outs.append(out.detach())
-            if backward:
+            if work.backward:
                 grads.append(torch.autograd.grad(out, query, tensors[3][:, :, rows].double())[0])
-        expected = [torch.cat(x, dim=2) for x in ((outs, grads) if backward else (outs,))]
-        rows = torch.cat([torch.arange(first, first + BLOCK) for first in ROWS])
-        return lambda outputs: largest_error([x[:, :, rows] for x in outputs[: len(expected)]], expected)
+            stretches.append(rows)
+        expected = [torch.cat(x, dim=2) for x in ((outs, grads) if work.backward else (outs,))]
+        chosen = torch.cat(stretches)
+        return lambda outputs: largest_error([x[:, :, chosen] for x in outputs[: len(expected)]], expected)
 
     return check
+
+
+def round_case(name: str, group: str, work: Round, with_flex: bool = True) -> Case:
+    """A point of a sweep over density; where all blocks take part, also beside causal attention."""
+    makers: dict[str, Callable[..., Callable[[], Any]]] = {"pycore": _pycore(work)}
+    if work.density == 1.0:
+        makers["pycore, causal"] = _dense
+    if with_flex:
+        makers["compiled FlexAttention"] = _flex(work)
+    return Case(
+        name=name,
+        group=group,
+        inputs=work.inputs,
+        contenders={name: contender(work.backward, make) for name, make in makers.items()},
+        check=_check(work),
+        tolerance=TOLERANCES[work.dtype][work.backward],
+        flops=work.flops,
+        limit=gemm_limit(work.dtype, work.device),
+        axis=("density", float(work.taken.sum()) / (work.heads * work.blocks * (work.blocks + 1) / 2)),
+        device=work.device,
+    )
 
 
 def cases(options: Options) -> Iterable[Case]:
@@ -123,25 +168,13 @@ def cases(options: Options) -> Iterable[Case]:
         return
     for backward in (False, True):
         for density in QUICK if options.quick else DENSITIES:
-            taken = _mask(density)
-            # Of a query's own block it keeps what is not after it, of others all.
-            own = HEADS * BLOCKS
-            pairs = (int(taken.sum()) - own) * BLOCK**2 + own * BLOCK * (BLOCK + 1) // 2
-            contenders = {"pycore": _contender(backward, _pycore(density))}
-            if density == 1.0:
-                contenders["pycore, causal"] = _contender(backward, _dense)
-            if not backward:
-                contenders["compiled FlexAttention"] = _flex(density)
+            work = Round(density, backward)
             what = "forward + backward" if backward else "forward"
-            yield Case(
-                name=f"probabilistic {what}, L {LENGTH}, density {density}",
-                group=f"probabilistic {what} by density (L {LENGTH})",
-                inputs=lambda backward=backward: _inputs(backward),
-                contenders=contenders,
-                check=_check(density, backward),
-                tolerance=BACKWARD_TOLERANCE if backward else FORWARD_TOLERANCE,
-                flops=(14.0 if backward else 4.0) * HEAD_DIM * pairs,
-                axis=("density", float(taken.sum()) / (HEADS * BLOCKS * (BLOCKS + 1) / 2)),
+            yield round_case(
+                f"probabilistic {what}, L {work.length}, density {density}",
+                f"probabilistic {what} by density (L {work.length})",
+                work,
+                with_flex=not backward,
             )
 
 

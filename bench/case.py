@@ -39,6 +39,8 @@ class Case:
         flops: useful floating-point operations, by the convention in bench/README.md; 0 if the notion does not apply.
         axis: ("length", 8192.0) for a point of a sweep.
         bytes: bytes that have to move at least, where they and not the arithmetic are the limit; then flops is 0.
+        limit: the one of the machine's limits (bench/machine.py) that flops are held against; see gemm_limit. Bytes
+            are held against reading memory, on a GPU against copying it.
         memory: contenders whose peak memory is measured (in a process of its own).
         device: "cpu" or "cuda".
     """
@@ -52,8 +54,14 @@ class Case:
     flops: float = 0.0
     axis: tuple[str, float] | None = None
     bytes: float = 0.0
+    limit: str = "gemm_gflops"
     memory: Sequence[str] = ()
     device: str = "cpu"
+
+
+def gemm_limit(dtype: torch.dtype, device: str) -> str:
+    """The matrix product whose speed bounds work in `dtype`: on a CPU, half precision is computed in float32."""
+    return "gemm_gflops" if device == "cpu" or dtype == torch.float32 else "gemm_bf16_gflops"
 
 
 def stems() -> list[str]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Build, tests and benchmarks on a machine with an NVIDIA GPU, in under ten minutes and without a network.
+# Build, tests, benchmarks and compute-sanitizer on a machine with an NVIDIA GPU, in under ten minutes, without a network.
 #
 # Needs python3 with torch (2.10 or newer), a C++ compiler and nvcc. Every stage has a limit of its own and none may pass
 # the deadline; a failed stage is named in the summary and does not stop the later ones, except a failed build.
@@ -9,6 +9,8 @@
 #   OUT          folder for device.log, JSON and plots                  (bench/results)
 #   ARCHES       PYCORE_CUDA_ARCH_LIST of the build                     (9.0a)
 #   LIMIT        seconds for everything                                 (560)
+#   STAGES       which of them to run, in this order                    (build tests bench sanitize cpu)
+#   SANITIZERS   compute-sanitizer's tools, initcheck among them        (memcheck racecheck synccheck)
 #   WHEELS       folder of wheels to install first, if it is there      (.whl)
 #   PREBUILT     folder with a pycore built elsewhere: must load here   (.prebuilt)
 #   PYCORE_CUDA  off: a rehearsal without a GPU                         (on)
@@ -19,10 +21,13 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 ARCHES=${ARCHES:-9.0a}
 LIMIT=${LIMIT:-560}
+STAGES=${STAGES:-build tests bench sanitize cpu}
+SANITIZERS=${SANITIZERS:-memcheck racecheck synccheck}
 WHEELS=${WHEELS:-.whl}
 PREBUILT=${PREBUILT:-.prebuilt}
 export PYCORE_CUDA=${PYCORE_CUDA:-on}
 export PYTHONUNBUFFERED=1
+export PATH=$PATH:/usr/local/cuda/bin
 
 mkdir -p "$OUT" || exit 1
 log=$OUT/device.log
@@ -42,7 +47,7 @@ stage() {
   fi
   ((limit < left)) || limit=$left
   printf '\n==== %s (at most %s s): %s\n' "$name" "$limit" "$*" >>"$log"
-  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 || status=$?
+  timeout --kill-after=10 "$limit" "$@" >>"$log" 2>&1 || status=$?
   case $status in
     0) word=ok ;;
     124 | 137) word="over ${limit} s" failed=1 ;;
@@ -57,6 +62,8 @@ finish() {
   printf '%s\n' "${summary[@]}"
   exit "$failed"
 }
+
+wanted() { [[ " $STAGES " == *" $1 "* ]]; }
 
 skip() { summary+=("$(printf '%-28s %s' "$1" "left out: $2")"); }
 
@@ -87,56 +94,48 @@ q = torch.randn(1, 2, 33, 16, device="cuda" if torch.cuda.is_available() else "c
 print(ops.lambda_attention(q, q, q, sink_size=2, window_size=8).abs().max())'
 fi
 
-stage "build" 240 env PYCORE_CUDA_ARCH_LIST="$ARCHES" "$PYTHON" setup.py -q build_ext --inplace || finish
+if wanted build; then
+  stage "build" 240 env PYCORE_CUDA_ARCH_LIST="$ARCHES" "$PYTHON" setup.py -q build_ext --inplace || finish
+fi
 
 if [[ $PYCORE_CUDA == off ]]; then
   skip "CUDA stages" "PYCORE_CUDA=off"
-else
-  stage "tests on the GPU" 150 "$PYTHON" -m pytest -q -m cuda tests
+elif wanted tests; then
+  # With a line for each test, those that failed are known even if time ran out.
+  stage "tests on the GPU" 150 "$PYTHON" -m pytest -v --tb=short -m cuda tests
 fi
 
 # ---- benchmarks, before the slower checks -----------------------------------------------------------------------------
 
-if [[ $PYCORE_CUDA != off ]]; then
-  stage "benchmarks on the GPU" 200 "$PYTHON" -m bench.run --quick --device cuda --out "$OUT"
+if wanted bench && [[ $PYCORE_CUDA != off ]]; then
+  stage "benchmarks on the GPU" 210 "$PYTHON" -m bench.run --quick --device cuda --out "$OUT"
 fi
 
 # ---- sanitizers -------------------------------------------------------------------------------------------------------
 
-cat >"$scratch/small.py" <<'PYTHON'
-"""Every kernel once on small odd shapes, each result compared, for compute-sanitizer."""
-import torch
-from pycore import ops
-from pycore.positions import rope_tables
-from pycore.schedules import Causal, Full
+# sanitize TOOL SECONDS [ARGUMENT...]: bench/sanitize_cuda.py under it. Loading torch under the sanitizer takes most of
+# the 40 s that the program is not given; it stops by itself, because a sanitizer that is killed says nothing.
+sanitize() {
+  local tool=$1 limit=$2 left=$((LIMIT - SECONDS))
+  shift 2
+  ((limit < left)) || limit=$left
+  if ((limit < 50)); then
+    skip "compute-sanitizer $tool" "no time"
+    return
+  fi
+  # Without torch's caching allocator every tensor is an allocation of its own, so an overrun is seen.
+  stage "compute-sanitizer $tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m bench.sanitize_cuda --seconds $((limit - 40)) "$@"
+}
 
-torch.manual_seed(0)
-for heads, kv_heads, length, keys, dim in ((2, 2, 17, 17, 40), (4, 2, 65, 113, 64), (1, 1, 130, 130, 96)):
-    query = torch.randn(1, heads, length, dim)
-    key, value = torch.randn(2, 1, kv_heads, keys, dim).unbind()
-    rope = rope_tables(256, dim)
-    for name, arguments in (
-        ("causal", {"schedule": Causal()}),
-        ("full", {"schedule": Full()}),
-        ("lambda", {"sink_size": 3, "window_size": 20}),
-        ("lambda, rope", {"sink_size": 3, "window_size": 20, "rope": rope}),
-    ):
-        op = ops.attention if "schedule" in arguments else ops.lambda_attention
-        moved = dict(arguments)
-        if "rope" in moved:
-            moved["rope"] = tuple(table.cuda() for table in moved["rope"])
-        ours = op(query.cuda(), key.cuda(), value.cuda(), **moved).cpu()
-        error = (ours - op(query, key, value, **arguments)).abs().max().item()
-        print(heads, kv_heads, length, keys, dim, name, error)
-        assert error < 1e-4
-PYTHON
-if [[ $PYCORE_CUDA == off ]]; then
+if ! wanted sanitize || [[ $PYCORE_CUDA == off ]]; then
   :
 elif command -v compute-sanitizer >/dev/null; then
-  # Without torch's caching allocator every tensor is an allocation of its own, so an overrun is seen.
-  for tool in memcheck racecheck; do
-    stage "compute-sanitizer $tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" \
-      compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" "$scratch/small.py"
+  for tool in $SANITIZERS; do
+    case $tool in
+      memcheck) sanitize "$tool" 110 ;;
+      *) sanitize "$tool" 100 --reduced ;;
+    esac
   done
 else
   skip "compute-sanitizer" "not installed"
@@ -144,13 +143,19 @@ fi
 
 # ---- the CPU half, as far as time allows ------------------------------------------------------------------------------
 
-stage "tests on the CPU" 150 "$PYTHON" -m pytest -q -m "not cuda and not slow" tests
-stage "benchmarks on the CPU" 120 "$PYTHON" -m bench.run --quick --no-memory --only "L 8192" --out "$OUT"
+if wanted cpu; then
+  stage "tests on the CPU" 150 "$PYTHON" -m pytest -q -m "not cuda and not slow" tests
+  stage "benchmarks on the CPU" 120 "$PYTHON" -m bench.run --quick --no-memory --only "L 8192" --out "$OUT"
+fi
 
 # ---- what came of it ------------------------------------------------------------------------------------------------
 
 echo
-grep -hE "^(E  |FAILED |ERROR |[0-9]+ (passed|failed)|=+ .*(passed|failed|deselected))" "$log" | tail -20
+grep -hE "^(E  |FAILED |ERROR |[0-9]+ (passed|failed)|=+ .*(passed|failed|deselected))|^tests.* (FAILED|ERROR) " "$log" |
+  tail -30
+grep -hE "^sanitize: |  WRONG$|^=========.* SUMMARY: " "$log"
+grep -hE "^========= (Invalid|Misaligned|Error|Race|Barrier|Divergent|Uninit|Program hit|Out-of)" "$log" | sort | uniq -c |
+  sort -rn | head -10
 sed -n '/^Limits in this run/,/^$/p;/contender .*median ms/,/json$/p' "$log"
 cat "$scratch/machine"
 finish

@@ -48,16 +48,24 @@ def text(length: int) -> bytes:
 
 
 def attention_inputs(
-    source: str, heads: int, length: int, head_dim: int, gradient: bool = False
+    source: str,
+    heads: int,
+    length: int,
+    head_dim: int,
+    gradient: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, ...]:
-    """query, key, value and, on request, an output gradient: float32 [1, heads, length, head_dim].
+    """query, key, value and, on request, an output gradient: [1, heads, length, head_dim].
 
-    From a model they are what its last layer gives to attention, un-rotated, with the strides that they have there.
+    Random ones are drawn on the device. From a model they are what its last layer gives to attention, un-rotated, with
+    the strides that they have there.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
     shape = (1, heads, length, head_dim)
     if source == RANDOM:
-        return tuple(torch.randn(shape, generator=generator) for _ in range(4 if gradient else 3))
+        drawn = (torch.randn(shape, generator=generator, device=device) for _ in range(4 if gradient else 3))
+        return tuple(tensor.to(dtype) for tensor in drawn)
     named = text_model()
     assert named is not None and named[0] == source, f"inputs: no source is called {source}"
     model = named[1]
@@ -73,4 +81,6 @@ def attention_inputs(
         last = model.blocks[-1]
         tensors = last.attention.project(last.attention_norm(x))
     assert tensors[0].shape == shape, f"inputs: {source} has shape {tuple(tensors[0].shape)} and must have {shape}"
-    return (*tensors, torch.randn(shape, generator=generator)) if gradient else tensors
+    if gradient:
+        tensors = (*tensors, torch.randn(shape, generator=generator, device=device))
+    return tuple(tensor.to(device, dtype) for tensor in tensors)

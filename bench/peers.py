@@ -7,9 +7,12 @@ mask, outputs are written in place where no gradient is asked for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 CHUNK = 256  # queries per chunk; with window 512 the best of 64 … 1024 on the machines tried
@@ -36,9 +39,19 @@ def masked_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sin
     return lambda: scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def causal_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable:
-    """scaled_dot_product_attention(is_causal=True)."""
-    return lambda: scaled_dot_product_attention(query, key, value, is_causal=True)
+def causal_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: SDPBackend | None = None
+) -> Callable:
+    """scaled_dot_product_attention(is_causal=True), by one backend where the device has several."""
+    plain = functools.partial(scaled_dot_product_attention, query, key, value, is_causal=True)
+    if backend is None or not query.is_cuda:
+        return plain
+
+    def call() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return plain()
+
+    return call
 
 
 def chunked_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink: int, window: int) -> Callable:
@@ -145,15 +158,26 @@ def compiled_flex(
     score_mod: Callable | None = None,
 ) -> Callable:
     """torch.compile(flex_attention) with the same rule as mask_mod; causal when no window is given. No CPU backward."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     from pycore.schedules import Causal, Lambda, to_flex_block_mask
 
     schedule = Causal() if sink is None or window is None else Lambda(sink, window)
     sizes = {"batch": 1, "heads": 1, "query_length": query.shape[2], "key_length": key.shape[2]}
     block_mask = to_flex_block_mask(schedule, **sizes, device=query.device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = compile_flex()
     return lambda: compiled(query, key, value, score_mod=score_mod, block_mask=block_mask)
+
+
+def compile_flex() -> Callable:
+    """flex_attention compiled; every mask, dtype and shape is a compilation of its own.
+
+    After recompile_limit of them dynamo would go on uncompiled without a word, with all scores in memory. The limit is
+    raised, and fullgraph makes an error of passing it.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def reference(
@@ -179,15 +203,17 @@ def reference(
     parts = []
     for start in starts:
         stop = min(start + CHUNK, query.shape[2])
-        if window is None or start - window + 1 <= sink:
-            keys = positions[:stop]
-        else:
-            keys = torch.cat([positions[:sink], positions[start - window + 1 : stop]])
+        # The keys from 0 to `left` and from `low` on; slices, whose gradients are cheaper than an index's.
+        left, low = (0, 0) if window is None or start - window + 1 <= sink else (sink, start - window + 1)
+        keys, chosen, values = (
+            torch.cat([x[..., :left, :], x[..., low:stop, :]], dim=-2) for x in (positions[:, None], key, value)
+        )
+        keys, chosen = keys[:, 0], chosen.double()
         if window is None:
             mask = positions[start:stop, None] >= keys[None, :]
         else:
             mask = lambda_mask(positions[start:stop], keys, sink, window)
-        queries, chosen = query[:, :, start:stop].double(), key[:, :, keys].double()
+        queries = query[:, :, start:stop].double()
         scores = queries @ chosen.transpose(-1, -2)
         if rope:
             far = rotate(queries, cos[window], sin[window]) @ chosen.transpose(-1, -2)
@@ -197,5 +223,5 @@ def reference(
             scores = torch.where(positions[start:stop, None] - keys[None, :] >= window, far, near)
         scores = scores * scale
         probs = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        parts.append(probs @ value[:, :, keys].double())
+        parts.append(probs @ values.double())
     return torch.cat(parts, dim=2)

@@ -14,9 +14,11 @@ import pathlib
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from bench import sweeps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 END_MARKER = "<!-- bench:end -->"
@@ -52,10 +54,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def rows(run: Mapping[str, Any]) -> list[Row]:
     """Every measured contender of a run, in the order of the cases."""
-    gemm_everywhere, read = run["limits"].get("gemm_gflops"), run["limits"].get("read_gbs")
+    limits = run["limits"]
+    read = limits.get("read_gbs") or limits.get("copy_gbs")  # a GPU's reads are held against its copies
     found = []
     for case in run["cases"]:
-        gemm = gemm_everywhere
+        gemm = limits.get(case.get("limit", "gemm_gflops"))
         if case.get("gemm_ms"):
             gemm = run["gemm_flops"] / statistics.median(case["gemm_ms"]) / 1e6
         subject = case["subject"]
@@ -128,7 +131,7 @@ def text_table(run: Mapping[str, Any]) -> str:
             group, case = row.group, None
         lines.append(f"  {row.case if row.case != case else '':<{name_width}}  " + _aligned(cells, widths))
         case = row.case
-    lines += ["", *footnotes(run)]
+    lines += ["", *footnotes(run), *sweeps.by_density(run)]  # beside the table in a README there are no sweeps
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -170,25 +173,7 @@ def footnotes(run: Mapping[str, Any]) -> list[str]:
     for case in run["cases"]:
         notes += [f"{case['name']}: {name} left out ({reason})" for name, reason in case["skipped"].items()]
     notes += [f"FAILED {failure}" for failure in run.get("failures", [])]
-    for group, axis, points in _sweeps(run):
-        subject = points[0][1]["subject"]
-        chosen = [(x, statistics.median(case["results"][subject]["ms"])) for x, case in points if x >= 4096]
-        if axis == "length" and len(chosen) > 1:
-            (x0, t0), (x1, t1) = chosen[0], chosen[-1]
-            times = t1 / x1 / (t0 / x0)
-            notes.append(f"{group}: {subject} takes {times:.2f}× the time per token at {x1:.0f} as at {x0:.0f}")
-    return notes
-
-
-def _sweeps(run: Mapping[str, Any]) -> Iterable[tuple[str, str, list[tuple[float, Mapping[str, Any]]]]]:
-    groups: dict[tuple[str, str], list[tuple[float, Mapping[str, Any]]]] = {}
-    for case in run["cases"]:
-        if case.get("axis"):
-            axis, x = case["axis"]
-            groups.setdefault((case["group"], axis), []).append((x, case))
-    for (group, axis), points in groups.items():
-        if len(points) > 1:
-            yield group, axis, sorted(points, key=lambda point: point[0])
+    return [*notes, *sweeps.by_length(run)]
 
 
 def plots(run: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
@@ -201,7 +186,7 @@ def plots(run: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[pathl
     from matplotlib import pyplot
 
     written = []
-    for group, axis, points in _sweeps(run):
+    for group, axis, points in sweeps.sweeps(run):
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
         names = dict.fromkeys(name for _, case in points for name in case["results"])
         for name in names:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import time
@@ -103,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         except ImportError as error:
             print(f"bench: pycore cannot be imported ({error}); build it first: pip install -e .", file=sys.stderr)
             return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured by then is reported
     options = Options(quick=not chosen.full, device=chosen.device)
     about = machine.describe(chosen.device)
     collector = Collector()
@@ -114,10 +116,15 @@ def main(arguments: list[str] | None = None) -> int:
     command += ["--peers-only"] if chosen.peers_only else []
     command += ["--only", chosen.only] if chosen.only else []
     status = pytest.main(command, plugins=[collector])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not collector.failures:
+    if status == pytest.ExitCode.INTERRUPTED and collector.records:
+        collector.failures.append("stopped before the end")
+    elif status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not collector.failures:
         return int(status)
-    if not chosen.no_memory:
-        _add_memory(collector, options, chosen)
+    elif not chosen.no_memory:
+        try:
+            _add_memory(collector, options, chosen)
+        except KeyboardInterrupt:
+            collector.failures.append("stopped while peak memory was measured")
 
     run = {
         "version": 1,

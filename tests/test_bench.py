@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark report's arithmetic, and that its peers compute what they are compared for."""
+"""The benchmark report's arithmetic, that its peers compute what they are compared for, and rehearsals for a GPU."""
 
 from __future__ import annotations
 
+import pathlib
+import subprocess
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
-from bench import case, measure, peers, report
+from bench import bench_attention_cuda, case, flash_pair, measure, peers, report, sanitize_cuda, sweeps
 
 
 def small_run() -> dict[str, Any]:
@@ -61,6 +64,28 @@ def test_where_bytes_are_the_limit_the_share_is_of_memory_reads() -> None:
     run["cases"][0] |= {"flops": 0.0, "bytes": 3e8}
     ours = report.rows(run)[0]
     assert ours.gflops is None and ours.gbs == pytest.approx(15.0) and ours.share == pytest.approx(0.5)
+
+
+def test_on_a_gpu_the_limits_are_copying_and_the_matrix_product_of_the_dtype() -> None:
+    run = small_run()
+    run["limits"] = {"gemm_gflops": 1.0, "gemm_bf16_gflops": 400.0, "copy_gbs": 60.0}
+    for record in run["cases"]:
+        record |= {"gemm_ms": None, "limit": case.gemm_limit(torch.bfloat16, "cuda")}
+    assert report.rows(run)[0].share == pytest.approx(0.25)
+    run["cases"][0] |= {"flops": 0.0, "bytes": 3e8}
+    assert report.rows(run)[0].share == pytest.approx(0.25)
+    assert case.gemm_limit(torch.bfloat16, "cpu") == case.gemm_limit(torch.float32, "cuda") == "gemm_gflops"
+
+
+def test_time_by_density_is_held_against_causal_attention() -> None:
+    run = small_run()
+    assert sweeps.by_density(run) == []
+    for record, density in zip(run["cases"], (1.0, 0.5, 0.25), strict=True):
+        record |= {"group": "sweep", "axis": ["density", density]}
+    run["cases"][0]["results"]["pycore, causal"] = {"error": 0.0, "ms": [16.0]}
+    expected = "sweep: pycore's time over density × that of causal attention: 3.00 at 0.25, 0.50 at 0.50, 1.25 at 1.00"
+    assert sweeps.by_density(run) == [expected]
+    assert report.text_table(run).endswith(expected) and expected not in report.markdown(run)
 
 
 def test_tables_say_everything_once() -> None:
@@ -118,3 +143,73 @@ def test_peers_compute_the_same_attention(length: int, sink: int, window: int) -
     positions = torch.arange(length)
     assert peers.kept_pairs(length, sink, window) == int(peers.lambda_mask(positions, positions, sink, window).sum())
     assert peers.kept_pairs(length) == length * (length + 1) // 2
+
+
+# Windows as long as the text, sinks that all queries see through the window, one sink, none, and a text of one window.
+PAIRS = [
+    (700, 5, 300),
+    (600, 16, 64),
+    (257, 300, 10),
+    (300, 0, 2),
+    (100, 1, 10),
+    (46, 16, 30),
+    (45, 16, 30),
+    (30, 4, 50),
+]
+
+
+@pytest.mark.parametrize(("length", "sink", "window"), PAIRS)
+def test_two_flash_attention_calls_merge_to_lambda_attention(length: int, sink: int, window: int) -> None:
+    tensors = [torch.randn(2, 2, length, 8, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(2, 2, length, 8)
+    out = flash_pair.flash_pair(*tensors, sink, window)()
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = peers.reference(*exact, sink, window, list(range(0, length, peers.CHUNK)))
+    found = [out, *torch.autograd.grad(out, tensors, grad)]
+    assert case.largest_error(found, [expected, *torch.autograd.grad(expected, exact, grad.double())]) < 2e-6
+
+
+def test_flash_attention_takes_what_the_pair_gives_it() -> None:
+    """The ops are there on CUDA only, but the meta device checks their arguments and says what they return."""
+    tensors = [torch.empty(1, 2, 300, 128, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    out = flash_pair.flash_pair(*tensors, 16, 64)()
+    grads = torch.autograd.grad(out, tensors, torch.empty_like(out))
+    assert all(x.shape == tensors[0].shape and x.dtype == torch.bfloat16 for x in (out, *grads))
+
+
+SMALL = bench_attention_cuda.Sizes(640, 384, heads=2, windows=(200, 64), keys=300, exact=200, device="cpu")
+ON_A_GPU = list(bench_attention_cuda.all_cases(quick=False, sizes=SMALL))
+
+
+@pytest.mark.parametrize("work", ON_A_GPU, ids=lambda work: work.name)
+def test_contenders_of_a_gpu_agree_on_the_cpu(work: case.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "compile_flex", lambda: flex_attention)
+    inputs = work.inputs()
+    check = work.check(inputs)
+    for name, prepare in work.contenders.items():
+        if "backward" in work.name and "Flex" in name:
+            continue  # which it does not have on the CPU
+        assert check(prepare(inputs)()) <= work.tolerance, name
+
+
+def test_cases_of_a_gpu() -> None:
+    sizes = bench_attention_cuda.Sizes(device="cpu")  # nothing is made before a case is run
+    quick = list(bench_attention_cuda.all_cases(quick=True, sizes=sizes))
+    names = [work.name for work in quick]
+    assert len(set(names)) == len(names) and len({work.name for work in ON_A_GPU}) == len(ON_A_GPU)
+    assert sum("compiled FlexAttention" in work.contenders for work in quick) <= 6  # each takes many seconds to compile
+    assert list(bench_attention_cuda.cases(case.Options(device="cpu"))) == []
+    # 16 heads, 16384 * 16385 / 2 pairs, 4 * 128 operations
+    assert quick[0].flops == 16 * 16384 * 16385 / 2 * 4 * 128
+    assert {work.bytes for work in quick if work.name.startswith("decode, batch 8")} == {2.0 * 8 * 8 * 32768 * 128 * 2}
+
+
+def test_what_the_sanitizer_runs() -> None:
+    for name, dtype, program in sanitize_cuda.programs(reduced=True):
+        for first, again in zip(program("cpu"), program("cpu"), strict=True):
+            assert torch.equal(first, again) and first.isfinite().all(), (name, dtype)
+
+
+def test_the_script_for_a_gpu_machine_parses() -> None:
+    script = pathlib.Path(bench_attention_cuda.__file__).with_name("device.sh")
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0

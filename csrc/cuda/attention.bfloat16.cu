@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tensor-core kernels for bfloat16.
-#include "attention_mma.cuh"
+// The forward kernels for bfloat16.
+#include "attention_forward.cuh"
 
 namespace pycore {
 
-Status launch_mma_bfloat16(const AttentionParams& params, const MmaPlan& plan, void* stream) {
-  return launch_mma_dtype<BFloat16>(params, plan, stream);
+Status launch_forward_bfloat16(const AttentionParams& params, const TilePlan& plan, void* stream) {
+  return launch_forward_of<BFloat16>(params, plan, stream);
 }
+
+int64_t forward_shared_bfloat16(const TilePlan& plan) { return forward_shared_of<BFloat16>(plan); }
 
 }  // namespace pycore

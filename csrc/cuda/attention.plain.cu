@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward pass, plain: one warp a query row. float32 runs here, exactly; half precision where attention.mma.cuh
-// cannot.
+// The forward pass, plain: one warp a query row, for devices without the shared memory that tiles want.
 #include "attention_launch.h"
 #include "attention_warp.cuh"
 
@@ -44,7 +43,7 @@ __global__ void plain_forward_kernel(const __grid_constant__ AttentionParams par
     }
     const bool kept = bits >> lane & 1;
     float logit = -INFINITY, slope;
-    if (kept) logit = logit_of(params, row.h, row.p, first + lane, row.product(first + lane), &slope);
+    if (kept) logit = logit_of(params, row.map.schedule, row.h, row.p, first + lane, row.product(first + lane), &slope);
     const float largest = fmaxf(segment.max, warp_max(logit));
     if (largest != segment.max) segment.rescale(largest);
     const float weight = kept ? expf(logit - (largest == -INFINITY ? 0.0f : largest)) : 0.0f;
@@ -81,11 +80,12 @@ __global__ void plain_forward_kernel(const __grid_constant__ AttentionParams par
 Status launch_plain_forward(const AttentionParams& params, void* stream) {
   const int64_t blocks = blocks_of_warps(params.batch * params.heads * params.query_length);
   const int64_t shared = kWarpsPerBlock * 2 * params.head_dim * static_cast<int64_t>(sizeof(float));
-  const int threads = kWarpsPerBlock * kLanes;
   switch (params.dtype) {
-    case DType::kFloat16: return launch(plain_forward_kernel<Float16>, blocks, threads, shared, stream, params);
-    case DType::kBFloat16: return launch(plain_forward_kernel<BFloat16>, blocks, threads, shared, stream, params);
-    default: return launch(plain_forward_kernel<float>, blocks, threads, shared, stream, params);
+    case DType::kFloat16:
+      return launch(plain_forward_kernel<Float16>, blocks, kWarpBlockThreads, shared, stream, params);
+    case DType::kBFloat16:
+      return launch(plain_forward_kernel<BFloat16>, blocks, kWarpBlockThreads, shared, stream, params);
+    default: return launch(plain_forward_kernel<float>, blocks, kWarpBlockThreads, shared, stream, params);
   }
 }
 

@@ -42,6 +42,9 @@ __device__ inline RowMap bounded_row_map(const AttentionParams& params, int64_t 
   return map;
 }
 
+// The tiles of 64 positions that key_length rows can lie in, on both sides of a gap.
+PYCORE_HOST_DEVICE inline int64_t most_key_tiles(int64_t key_length) { return key_length / kKeyTile + 4; }
+
 template <class T>
 __device__ const T* row_pointer(const void* data, const AttentionStrides& strides, int64_t b, int64_t h, int64_t row) {
   return static_cast<const T*>(data) + b * strides.batch + h * strides.head + row * strides.row;
@@ -63,9 +66,9 @@ __device__ float rotated(const AttentionParams& params, const T* x, int64_t dist
   return fmaf(to_float(x[c]), cosine, (distance < 0) == second ? -turned : turned);
 }
 
-// What softcap and the biases make of a pair's <q, k>; *slope is the derivative.
-__device__ inline float logit_of(const AttentionParams& params, int64_t h, int64_t p, int64_t j, float product,
-                                 float* slope) {
+// What softcap and the biases make of the <q, k> of the pair at positions p and j; *slope is the derivative.
+__device__ inline float logit_of(const AttentionParams& params, const TileSchedule& schedule, int64_t h, int64_t p,
+                                 int64_t j, float product, float* slope) {
   const float scale = static_cast<float>(params.scale);
   float logit = product * scale;
   *slope = scale;
@@ -74,7 +77,7 @@ __device__ inline float logit_of(const AttentionParams& params, int64_t h, int64
     logit = cap * bent;
     *slope *= 1 - bent * bent;
   }
-  if (has_bias(params)) logit += bias_of<float>(params, h, p - j);
+  if (has_bias(params)) logit += bias_of<float>(params, h, schedule.place(p) - schedule.place(j));
   if (params.block_bias) logit += block_bias_of<float>(params, h, p, j);
   return logit;
 }

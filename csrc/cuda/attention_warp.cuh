@@ -8,13 +8,13 @@
 namespace pycore {
 namespace {
 
-constexpr int kWarpsPerBlock = 4;
+constexpr int kWarpsPerBlock = 4, kWarpBlockThreads = kWarpsPerBlock * kLanes;
 constexpr int kChannelsPerLane = kMostChannels / kLanes;
 
 template <class T>
 struct QueryRow {
   const AttentionParams& params;
-  int64_t b, h, i, kv_head, p;
+  int64_t b, h, i, kv_head, p, place;
   RowMap map;
   const T *query, *keys, *values;
   float *near, *far;  // shared: the query rotated for the tile, and by the limit; head_dim each
@@ -35,25 +35,30 @@ struct QueryRow {
         far(far),
         valid(i < map.queries) {
     p = map.query_position(i);
+    place = map.schedule.place(p);
     const int lane = threadIdx.x % kLanes;
-    if (!valid || !params.rope_cos || p <= params.distance_limit) return;
+    if (!valid || !params.rope_cos || place <= params.distance_limit) return;
     for (int64_t c = lane; c < params.head_dim; c += kLanes) far[c] = rotated(params, query, params.distance_limit, c);
   }
 
   __device__ const T* key(int64_t j) const { return keys + map.key_row(j) * params.key_strides.row; }
   __device__ const T* value(int64_t j) const { return values + map.key_row(j) * params.value_strides.row; }
-  __device__ bool is_far(int64_t j) const { return params.rope_cos != nullptr && p - j > params.distance_limit; }
+  __device__ bool is_far(int64_t j) const {
+    return params.rope_cos != nullptr && place - map.schedule.place(j) > params.distance_limit;
+  }
+  __device__ int64_t turn_of(int64_t j) const { return key_turn(map.schedule, j / kKeyTile, j % kKeyTile); }
   // Channel c of the key whose product with `near` or `far` is the score.
   __device__ float seen_key(int64_t j, int64_t c) const {
-    return params.rope_cos && !is_far(j) ? rotated(params, key(j), j % kKeyTile, c) : to_float(key(j)[c]);
+    return params.rope_cos && !is_far(j) ? rotated(params, key(j), turn_of(j), c) : to_float(key(j)[c]);
   }
   __device__ float product(int64_t j) const {
     const float* seen = is_far(j) ? far : near;
     const T* row = key(j);
     const bool turns = params.rope_cos && !is_far(j);
+    const int64_t turn = turns ? turn_of(j) : 0;
     float sum = 0;
     for (int64_t c = 0; c < params.head_dim; ++c) {
-      sum = fmaf(seen[c], turns ? rotated(params, row, j % kKeyTile, c) : to_float(row[c]), sum);
+      sum = fmaf(seen[c], turns ? rotated(params, row, turn, c) : to_float(row[c]), sum);
     }
     return sum;
   }
@@ -75,7 +80,7 @@ struct QueryRow {
       const int64_t base = tile * kKeyTile;
       __syncwarp();
       for (int64_t c = lane; c < params.head_dim; c += kLanes) {
-        near[c] = params.rope_cos ? rotated(params, query, p - base, c) : to_float(query[c]);
+        near[c] = params.rope_cos ? rotated(params, query, place - base, c) : to_float(query[c]);
       }
       __syncwarp();
       for (int64_t first = 0; first < kKeyTile; first += kLanes) {
@@ -86,6 +91,41 @@ struct QueryRow {
     }
   }
 };
+
+// What a pair of a query and a key it keeps adds to the gradients.
+struct WarpPair {
+  float weight = 0;      // of the value, after dropout
+  float grad_logit = 0;  // by the logit, which is also the bias's
+  float grad_score = 0;  // by <q, k>
+};
+
+// `product` is the pair's <q, k>.
+template <class T>
+__device__ WarpPair pair_gradient(const AttentionBackwardParams& params, const TileSchedule& schedule, int64_t h,
+                                  int64_t p, int64_t j, float product, float lse, float delta, float keep_factor,
+                                  const T* grad_out, const T* value) {
+  WarpPair pair;
+  float slope;
+  const float weight = expf(logit_of(params.forward, schedule, h, p, j, product, &slope) - lse);
+  float grad_weight = 0;
+  if (keep_factor != 0) {
+    for (int64_t c = 0; c < params.forward.value_dim; ++c) {
+      grad_weight = fmaf(to_float(grad_out[c]), to_float(value[c]), grad_weight);
+    }
+    grad_weight *= keep_factor;
+  }
+  pair.weight = weight * keep_factor;
+  pair.grad_logit = weight * (grad_weight - delta);
+  pair.grad_score = pair.grad_logit * slope;
+  return pair;
+}
+
+template <class T>
+__device__ WarpPair pair_of(const AttentionBackwardParams& params, const QueryRow<T>& row, int64_t j, float lse,
+                            float delta, const T* grad_out) {
+  return pair_gradient(params, row.map.schedule, row.h, row.p, j, row.product(j), lse, delta, row.keep_factor(j),
+                       grad_out, row.value(j));
+}
 
 // This warp's number among all of the launch.
 __device__ inline int64_t warp_index() {

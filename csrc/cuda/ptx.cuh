@@ -108,10 +108,18 @@ __device__ inline void load_matrix(uint32_t (&r)[4], SharedAddress base, int byt
   }
 }
 
-// 16 bytes to shared memory: `bytes` of them from global memory, the others zeros. Both addresses are multiples of 16.
+// kBytes (4 or 16) to shared memory: `bytes` of them from global memory, the others zeros. Both addresses are multiples
+// of kBytes.
+template <int kBytes>
 __device__ inline void copy_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+  static_assert(kBytes == 4 || kBytes == 16, "what is used");
+  if (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+  }
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kOpen of the committed groups are under way.

@@ -77,7 +77,8 @@ constexpr size_t kStackBytes = 256 << 10;
 struct Copy {
   char* to;
   const char* from;
-  int bytes;  // of 16; the others become 0
+  int bytes;  // of `size`; the others become 0
+  int size;
 };
 
 struct Fiber {
@@ -412,15 +413,17 @@ void load_matrix(uint32_t (&r)[4], SharedAddress base, int bytes) {
   for (int m = 0; m < 4; ++m) r[m] = out.r[m];
 }
 
-// 16 bytes to shared memory: `bytes` of them from global memory, the others zeros.
-inline void copy_async(void* shared, const void* global, int bytes) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("an asynchronous copy to an unaligned address");
-  if (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+// kBytes to shared memory: `bytes` of them from global memory, the others zeros.
+template <int kBytes>
+void copy_async(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0)
+    emulation::fail("an asynchronous copy to an unaligned address");
+  if (bytes > 0 && reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
     emulation::fail("an asynchronous copy from an unaligned address");
   }
-  std::memset(shared, 0xff, 16);
+  std::memset(shared, 0xff, kBytes);
   emulation::Fiber& fiber = emulation::emulation.fibers[emulation::emulation.running];
-  fiber.groups.back().push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes});
+  fiber.groups.back().push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes, kBytes});
 }
 inline void copy_async_commit() { emulation::emulation.fibers[emulation::emulation.running].groups.emplace_back(); }
 // Waits until at most `open` of the committed groups are under way.
@@ -429,7 +432,7 @@ void copy_async_wait() {
   auto& groups = emulation::emulation.fibers[emulation::emulation.running].groups;
   while (groups.size() > kOpen + 1) {
     for (const emulation::Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
+      std::memset(copy.to, 0, copy.size);
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
     }
     groups.erase(groups.begin());

@@ -77,12 +77,7 @@ inline void check_tree(const std::string& op, const TensorView& tensor, const Te
 
 // The tree is the last of each batch row's keys.
 inline void check_tree_fits(const std::string& op, Device device, const AttentionParams& params) {
-  if (device != Device::kCpu) {
-    check_value(!params.rope_cos && !params.distance_bias && !params.alibi_slopes, op,
-                "rope, distance_bias and alibi_slopes with a tree are computed on the CPU only, and query is on a CUDA "
-                "device");
-    return;
-  }
+  if (device != Device::kCpu) return;
   for (int64_t b = 0; b < params.batch; ++b) {
     const RowMap map = row_map(params, b);
     check_value(map.queries == 0 || map.keys >= params.schedule.tree_nodes, op, "parents has ",

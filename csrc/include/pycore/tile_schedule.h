@@ -122,6 +122,20 @@ struct TileSchedule {
     return bits;
   }
 
+  // Whether every one of positions p_lo..p_hi has all blocks of the tile.
+  PYCORE_HOST_DEVICE bool blocks_fill(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    const int64_t first_row = (p_lo >> block_shift) - block_row0, last_row = (p_hi >> block_shift) - block_row0;
+    const int64_t first = (tile * kKeyTile >> block_shift) - block_column0;
+    const int64_t last = (((tile + 1) * kKeyTile - 1) >> block_shift) - block_column0;
+    if (first_row < 0 || last_row >= block_rows || first < 0 || last >= 64 * block_words) return false;
+    for (int64_t row = first_row; row <= last_row; ++row) {
+      for (int64_t column = first; column <= last; ++column) {
+        if ((blocks[row * block_words + column / 64] >> (column % 64) & 1) == 0) return false;
+      }
+    }
+    return true;
+  }
+
   // The first tile >= `tile` that a block of positions p_lo..p_hi reaches into, or kNoTile.
   PYCORE_HOST_DEVICE int64_t next_block_tile(int64_t p_lo, int64_t p_hi, int64_t tile) const {
     int64_t column = (tile * kKeyTile >> block_shift) - block_column0;
@@ -206,13 +220,20 @@ struct TileSchedule {
     const int64_t first = tile * kKeyTile, last = first + kKeyTile - 1;
     if (kind == ScheduleKind::kFull) return Cover::kAll;
     if (kind == ScheduleKind::kBlocks || kind == ScheduleKind::kKeySubset) {
-      return reach_bits(p_lo, p_hi, tile) == 0 ? Cover::kNone : Cover::kSome;
+      const uint64_t reached = reach_bits(p_lo, p_hi, tile);
+      if (reached == 0) return Cover::kNone;
+      const bool all = kind == ScheduleKind::kKeySubset
+                           ? reached == ~uint64_t{0} && (!causal || last <= p_lo)
+                           : last <= p_lo && (last < sink_size || blocks_fill(p_lo, p_hi, tile));
+      return all ? Cover::kAll : Cover::kSome;
     }
     if (kind == ScheduleKind::kSegments) {
-      int64_t lo, hi, unused;
-      segment_of(p_lo, &lo, &unused);
-      segment_of(p_hi, &unused, &hi);
-      return last < lo || first >= (causal ? p_hi + 1 : hi) ? Cover::kNone : Cover::kSome;
+      int64_t lo, lo_end, hi_start, hi;
+      segment_of(p_lo, &lo, &lo_end);
+      segment_of(p_hi, &hi_start, &hi);
+      if (last < lo || first >= (causal ? p_hi + 1 : hi)) return Cover::kNone;
+      const bool together = lo == hi_start && lo_end == hi && first >= lo && last < hi;
+      return together && (!causal || last <= p_lo) ? Cover::kAll : Cover::kSome;
     }
     if (kind == ScheduleKind::kPrefix) {
       if (last < prefix || last <= p_lo) return Cover::kAll;

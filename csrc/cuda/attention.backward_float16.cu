@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward kernels for float16.
+#include "attention_backward_key.cuh"
+
+namespace pycore {
+
+Status launch_backward_float16(const AttentionBackwardParams& params, const TilePlan& plan, void* stream) {
+  return launch_backward_of<Float16>(params, plan, stream);
+}
+
+int64_t backward_shared_float16(const TilePlan& plan) { return backward_shared_of<Float16>(plan); }
+
+}  // namespace pycore

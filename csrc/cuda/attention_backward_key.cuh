@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0
+// The half of the backward pass (attention_backward.cuh) that holds keys and sees queries pass by. With head_dim 256
+// registers hold the sums of grad_key or those of grad_value, so there it runs once for each.
+#pragma once
+
+#include "attention_backward.cuh"
+
+namespace pycore {
+namespace {
+
+// The query tiles that may keep keys of one tile: of each head of the group, `tiles` from `first_tile` on. An item is
+// one of them; its number counts heads, then tiles.
+struct QueryItems {
+  int64_t key_tile, first_head, heads, first_tile, tiles;
+  uint64_t bits;  // the keys that are there
+
+  struct Item {
+    int64_t h, first, count, p_lo;  // queries first .. first + count - 1 of head h, from position p_lo on
+  };
+
+  __device__ void bind(const AttentionParams& params, const RowMap& map, int64_t kv_head, int64_t tile) {
+    const int64_t group = params.heads / params.kv_heads, p0 = map.query_position(0);
+    key_tile = tile;
+    first_head = kv_head * group;
+    heads = group;
+    bits = map.present_bits(tile);
+    int64_t lo, hi;
+    map.schedule.query_range(tile, &lo, &hi);
+    first_tile = clamped(lo - p0, 0, map.queries) / kTile;
+    const int64_t last_query = clamped(hi - p0, -1, map.queries - 1);
+    tiles = last_query < 0 ? 0 : clamped(last_query / kTile + 1 - first_tile, 0, kFar);
+  }
+  __device__ Item item(const RowMap& map, int64_t index) const {
+    Item item;
+    item.h = first_head + index / tiles;
+    item.first = (first_tile + index % tiles) * kTile;
+    item.count = map.queries - item.first < kTile ? map.queries - item.first : kTile;
+    item.p_lo = map.query_position(item.first);
+    return item;
+  }
+  // What a pass (far or near pairs) does with an item.
+  __device__ VisitedTile look(const AttentionParams& params, const RowMap& map, int64_t b, bool far,
+                              int64_t index) const {
+    VisitedTile tile;
+    if (index >= heads * tiles) return tile;
+    const Item item = this->item(map, index);
+    const int64_t p_hi = item.p_lo + item.count - 1;
+    RowMap own = map;
+    bind_head(params, b, item.h, &own);
+    const TileSchedule& schedule = own.schedule;
+    const TurnPasses passes(params, map, item.p_lo, p_hi, key_tile);
+    const Cover cover = schedule.cover(item.p_lo, p_hi, key_tile);
+    if (cover == Cover::kNone || !(far ? passes.far : passes.near)) return tile;
+    if ((schedule.reach_bits(item.p_lo, p_hi, key_tile) & bits) == 0) return tile;
+    tile.index = index;
+    tile.bits = bits;
+    tile.masked = cover != Cover::kAll || bits != ~uint64_t{0} || item.count < kTile;
+    return tile;
+  }
+};
+
+// The first item >= index that is visited; all threads. A call: see next_key_tile.
+template <int kThreads>
+__device__ __noinline__ VisitedTile next_item(TileList<kThreads>* list, const AttentionParams* params,
+                                              const RowMap* map, const QueryItems* items, int64_t b, bool far,
+                                              int64_t index) {
+  for (;;) {
+    const VisitedTile tile = list->find(index);
+    if (tile.any()) return tile;
+    if (index >= list->first && index < list->first + kThreads) index = list->first + kThreads;
+    if (index >= items->heads * items->tiles) return VisitedTile();
+    __syncthreads();
+    list->fill(index, [&](int64_t at) { return items->look(*params, *map, b, far, at); });
+    __syncthreads();
+  }
+}
+
+template <class T, int kChannels, bool kOptions>
+struct KeyShared : BackwardShared<T, kChannels, kOptions> {
+  QueryItems items;
+};
+
+template <class T, int kChannels, bool kOptions, bool kKey, bool kValue>
+struct GradKey : Backward<T, kChannels, kOptions> {
+  using Base = Backward<T, kChannels, kOptions>;
+  using Base::b, Base::forward, Base::kv_head, Base::lane, Base::map, Base::params, Base::plan, Base::row_of,
+      Base::turns, Base::warp, Base::warp_row;
+  static constexpr int kStride = Base::kStride, kThreads = Base::kThreads;
+  using Sums = typename Base::Sums;
+  using Item = QueryItems::Item;
+
+  KeyShared<T, kChannels, kOptions>& shared;
+  Sums grad_key, grad_value;
+
+  __device__ GradKey(const AttentionBackwardParams& params, const TilePlan& plan)
+      : Base(params, plan), shared(*reinterpret_cast<KeyShared<T, kChannels, kOptions>*>(shared_memory())) {}
+
+  __device__ void mask(const Item& item, bool far) const {
+    const VisitedTile keys = {shared.items.key_tile, shared.items.bits, true};
+    mask_rows<kOptions>(forward, map, b, keys, far ? Turned::kFar : Turned::kNear, warp_row, kWarpRows, shared.kept,
+                        shared.dropped, [&](int r) { return RowPlace{r < item.count, item.h, item.p_lo + r}; });
+  }
+
+  // Scores of the warp's keys (rows) and the item's queries (columns) to weights, and grad_weights to the scores'
+  // gradients, in place.
+  __device__ void gradients(float (&scores)[1][8][4], float (&grad_weights)[1][8][4], const Item& item,
+                            bool masked) const {
+    const int64_t base = shared.items.key_tile * kKeyTile;
+    const float scale2 = this->scale2();
+    const bool simple = kOptions && DistanceLogits::apply(forward, map.schedule, shared.items.key_tile) &&
+                        map.schedule.kind != ScheduleKind::kTree;
+    const DistanceLogits logits(forward, item.h, kOptions ? item.p_lo - base - warp_row - lane / 4 : 0);
+    PYCORE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      PYCORE_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        const int q = 8 * n + 2 * (lane % 4) + k;
+        const float lse = shared.lse[q] * kLog2E, delta = shared.delta[q];
+        const uint64_t kept = masked ? shared.kept[q] >> (warp_row + lane / 4) : ~uint64_t{0};
+        const uint64_t dropped =
+            kOptions && forward.dropout_p > 0 ? shared.dropped[q] >> (warp_row + lane / 4) : uint64_t{0};
+        PYCORE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float &score = scores[0][n][2 * half + k], slope = logits.scale, weight;
+          const bool keeps = kept >> (8 * half) & 1;
+          if (!kOptions) {
+            weight = exp2_approx(fmaf(score, scale2, -lse));
+          } else if (simple) {
+            weight = exp2_approx(logits.base2(8 * half - q, score) - lse);
+          } else {
+            weight = keeps ? exp2_approx(base2_logit(forward, map.schedule, item.h, item.p_lo + q, base + row_of(half),
+                                                     score, &slope) -
+                                         lse)
+                           : 0.0f;
+          }
+          const float grad_weight = kKey ? grad_weights[0][n][2 * half + k] : 0.0f;
+          const PairGradient<kOptions> pair(forward, weight, grad_weight, delta, dropped >> (8 * half) & 1, slope);
+          score = masked && !keeps ? 0.0f : pair.weight;
+          if (kKey) grad_weights[0][n][2 * half + k] = masked && !keeps ? 0.0f : pair.grad;
+        }
+      }
+    }
+  }
+
+  // What of the queries is not finite goes to the keys they keep, and nowhere else; all threads.
+  __device__ void guard(T* queries, Sums& sums) {
+    add_not_finite<T, kChannels>(sums, queries, [&](int n, int q) { return shared.kept[q] >> (warp_row + n) & 1; });
+    take_not_finite<T, kChannels, kThreads>(queries);
+  }
+
+  // Everything of an item whose grad_out is under way; then that of the next one, which it finds, is.
+  __device__ void visit(const VisitedTile& visited, bool far, VisitedTile& next) {
+    const Item item = shared.items.item(map, visited.index);
+    if (threadIdx.x == 0) bind_head(forward, b, item.h, &shared.map);
+    copy_async_wait<0>();
+    __syncthreads();  // grad_out is here, and nobody needs the last queries
+    this->load_query(item.h, item.first, item.count);
+    this->load_softmax(item.h, item.first, item.count);
+    copy_async_commit();
+    const VisitedTile found = next_item(&shared.list, &forward, &map, &shared.items, b, far, visited.index + 1);
+    if (threadIdx.x == 0) next = found;
+    const TurnPasses passes(forward, map, item.p_lo, item.p_lo + item.count - 1, shared.items.key_tile);
+    const bool masked = visited.masked || (kOptions && ((passes.far && passes.near) || forward.dropout_p > 0));
+    if (masked) mask(item, far);
+    float grad_weights[1][8][4];
+    if (kKey) {
+      RowsTimesTile<T, kChannels, 1>::run(grad_weights, shared.value + warp_row * kStride, shared.grad_out);
+    }
+    copy_async_wait<0>();
+    __syncthreads();  // the queries are here
+    if (turns()) {
+      turn_rows<T, kChannels>(forward, shared.query, shared.query, warp, kTile, kBackwardWarps, [&](int r) {
+        const int64_t base = shared.items.key_tile * kKeyTile;
+        return far ? forward.distance_limit : map.schedule.place(item.p_lo + r) - base;
+      });
+      __syncthreads();
+    }
+    float scores[1][8][4];
+    RowsTimesTile<T, kChannels, 1>::run(scores, (turns() && !far ? shared.turned : shared.key) + warp_row * kStride,
+                                        shared.query);
+    gradients(scores, grad_weights, item, masked);
+    if constexpr (kValue) {
+      if (masked && has_not_finite<T, kChannels, kThreads>(shared.grad_out)) guard(shared.grad_out, grad_value);
+      WeightsTimesTile<T, kChannels, 1>::run(grad_value, scores, shared.grad_out);
+    }
+    __syncthreads();  // nobody needs grad_out
+    if (next.any()) load_next(next);
+    copy_async_commit();
+    if constexpr (kKey) {
+      if (masked && has_not_finite<T, kChannels, kThreads>(shared.query)) guard(shared.query, grad_key);
+      WeightsTimesTile<T, kChannels, 1>::run(grad_key, grad_weights, shared.query);
+    }
+  }
+  __device__ void load_next(const VisitedTile& next) const {
+    const Item item = shared.items.item(map, next.index);
+    this->load_grad_out(item.h, item.first, item.count);
+  }
+
+  // All queries, of pairs beyond the distance limit or within it.
+  __device__ void walk(bool far) {
+    __syncthreads();
+    if (threadIdx.x == 0) shared.list.open();
+    __syncthreads();
+    const VisitedTile found = next_item(&shared.list, &forward, &map, &shared.items, b, far, 0);
+    if (threadIdx.x == 0) shared.visited[0] = found;
+    if (found.any()) load_next(found);
+    copy_async_commit();
+    __syncthreads();
+    for (int at = 0; shared.visited[at].any(); at ^= 1) visit(shared.visited[at], far, shared.visited[at ^ 1]);
+    copy_async_wait<0>();
+  }
+
+  __device__ void run() {
+    const int64_t places = most_key_tiles(forward.key_length);
+    const int64_t place = blockIdx.x % places, pair = blockIdx.x / places;
+    b = pair / forward.kv_heads;
+    kv_head = pair % forward.kv_heads;
+    if (threadIdx.x == 0) {
+      shared.map = bounded_row_map(forward, b, kv_head * (forward.heads / forward.kv_heads));
+      if (place < map.present_tiles()) shared.items.bind(forward, map, kv_head, map.present_tile(place));
+    }
+    __syncthreads();
+    if (place >= map.present_tiles() || shared.items.bits == 0) return;
+    const VisitedTile keys = {shared.items.key_tile, shared.items.bits, true};
+    this->load_key(keys);
+    this->load_value(keys);
+    copy_async_commit();
+    clear(grad_key);
+    clear(grad_value);
+    if (turns()) {
+      copy_async_wait<0>();
+      __syncthreads();
+      const auto turn_of = [&](int c) { return key_turn(map.schedule, keys.index, c); };
+      turn_rows<T, kChannels>(forward, shared.key, shared.turned, warp, kTile, kBackwardWarps, turn_of);
+      walk(false);
+      if constexpr (kOptions && kKey) {
+        __syncthreads();
+        this->turn_back(grad_key, reinterpret_cast<float*>(shared.query), turn_of, false, grad_key);
+      }
+      if (forward.distance_limit < kFar) walk(true);
+    } else {
+      walk(false);
+    }
+    const auto row = [&](void* data, int64_t channels) {
+      return [this, data, channels, &keys](int r) -> float* {
+        if ((keys.bits >> r & 1) == 0) return nullptr;
+        const int64_t key_row = map.key_row(keys.index * kKeyTile + r);
+        return static_cast<float*>(data) + key_row_index(forward, b, kv_head, key_row) * channels;
+      };
+    };
+    if (kKey) {
+      this->store(grad_key, forward.head_dim, this->factor(), kTile, row(params.grad_key, forward.head_dim));
+    }
+    if (kValue) this->store(grad_value, forward.value_dim, 1.0f, kTile, row(params.grad_value, forward.value_dim));
+  }
+};
+
+template <class T, int kChannels, bool kOptions, bool kKey, bool kValue>
+__global__ void __launch_bounds__(kBackwardThreads)
+    grad_key_kernel(const __grid_constant__ AttentionBackwardParams params, const __grid_constant__ TilePlan plan) {
+  GradKey<T, kChannels, kOptions, kKey, kValue>(params, plan).run();
+}
+
+template <class T>
+int64_t backward_shared_of(const TilePlan& plan) {
+  return with_channels(plan.channels, [&](auto channels) -> int64_t {
+    constexpr int kChannels = decltype(channels)::value;
+    return plan.options ? sizeof(KeyShared<T, kChannels, true>) : sizeof(KeyShared<T, kChannels, false>);
+  });
+}
+
+template <class T, int kChannels, bool kOptions>
+Status launch_backward_with(const AttentionBackwardParams& params, const TilePlan& plan, void* stream) {
+  const AttentionParams& forward = params.forward;
+  const int64_t shared = backward_shared_of<T>(plan);
+  Status status = launch(grad_query_kernel<T, kChannels, kOptions>, forward.batch * forward.heads * plan.query_tiles,
+                         kBackwardThreads, shared, stream, params, plan);
+  const int64_t blocks = forward.batch * forward.kv_heads * most_key_tiles(forward.key_length);
+  const auto grad_key = [&](auto key, auto value) {
+    if (!status.ok() || forward.key_length == 0) return;
+    status = launch(grad_key_kernel<T, kChannels, kOptions, decltype(key)::value, decltype(value)::value>, blocks,
+                    kBackwardThreads, shared, stream, params, plan);
+  };
+  if constexpr (kChannels <= 128) {
+    grad_key(Number<true>(), Number<true>());
+  } else {
+    grad_key(Number<false>(), Number<true>());
+    grad_key(Number<true>(), Number<false>());
+  }
+  return status;
+}
+
+template <class T>
+Status launch_backward_of(const AttentionBackwardParams& params, const TilePlan& plan, void* stream) {
+  return with_channels(plan.channels, [&](auto channels) {
+    constexpr int kChannels = decltype(channels)::value;
+    return plan.options ? launch_backward_with<T, kChannels, true>(params, plan, stream)
+                        : launch_backward_with<T, kChannels, false>(params, plan, stream);
+  });
+}
+
+}  // namespace
+}  // namespace pycore

@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels that work in tiles share: which tiles a block visits, how rows come to shared memory and are turned
+// there, what is done about numbers that are not finite, and a logit.
+#pragma once
+
+#include "attention_fragments.cuh"
+
+namespace pycore {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// A tile to visit: of keys, or, where a block holds keys, of queries.
+struct VisitedTile {
+  int64_t index = kNoTile;
+  uint64_t bits = 0;    // rows outside of which nothing is kept; others are not read
+  bool masked = false;  // whether a pair of its rows and the block's own may be left out
+
+  __device__ bool any() const { return index != kNoTile; }
+  __device__ int64_t segment() const { return index / kSegmentTiles; }
+};
+
+// Of as many consecutive tiles as the block has threads, which are visited. Each thread looks at one; alone and one by
+// one, a thread would keep all the others waiting.
+template <int kThreads>
+struct TileList {
+  int64_t first;
+  uint32_t any[kThreads / kLanes], masked[kThreads / kLanes];
+  uint64_t bits[kThreads];
+
+  // Before anything else, by one thread, with a barrier after it.
+  __device__ void open() { first = -kThreads; }
+
+  // The first tile >= index in the list.
+  __device__ VisitedTile find(int64_t index) const {
+    VisitedTile tile;
+    const int64_t from = index - first;
+    if (from < 0 || from >= kThreads) return tile;
+    uint32_t wanted = ~uint32_t{0} << (from % kLanes);
+    for (int word = static_cast<int>(from / kLanes); word < kThreads / kLanes; ++word, wanted = ~uint32_t{0}) {
+      const uint32_t found = any[word] & wanted;
+      if (found == 0) continue;
+      const int bit = __ffs(static_cast<int>(found)) - 1, place = word * kLanes + bit;
+      tile.index = first + place;
+      tile.bits = bits[place];
+      tile.masked = masked[word] >> bit & 1;
+      return tile;
+    }
+    return tile;
+  }
+  // The list of the tiles from `index` on; look(tile) says what to do with one. All threads, between barriers.
+  template <class Look>
+  __device__ void fill(int64_t index, Look look) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const VisitedTile tile = look(index + thread);
+    const uint32_t any_here = __ballot_sync(kAllLanes, tile.any());
+    const uint32_t masked_here = __ballot_sync(kAllLanes, tile.masked);
+    bits[thread] = tile.bits;
+    if (thread % kLanes == 0) {
+      any[thread / kLanes] = any_here;
+      masked[thread / kLanes] = masked_here;
+    }
+    if (thread == 0) first = index;
+  }
+};
+
+// What rows p_lo..p_hi, none of them past the queries, do with a key tile.
+__device__ inline VisitedTile look_at_keys(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t index) {
+  VisitedTile tile;
+  tile.bits = map.present_bits(index) & map.schedule.reach_bits(p_lo, p_hi, index);
+  if (tile.bits == 0) return tile;
+  const Cover cover = map.schedule.cover(p_lo, p_hi, index);
+  if (cover == Cover::kNone) return tile;
+  tile.index = index;
+  tile.masked = tile.bits != ~uint64_t{0} || cover != Cover::kAll;
+  return tile;
+}
+
+// The first key tile >= index that rows p_lo..p_hi visit; all threads. With a `segment` >= 0, of that segment alone.
+// A call, as is all that is large and not the products: these hold most registers.
+template <int kThreads>
+__device__ __noinline__ VisitedTile next_key_tile(TileList<kThreads>* list, const RowMap* map, int64_t p_lo,
+                                                  int64_t p_hi, int64_t index, int64_t segment) {
+  for (;;) {
+    const VisitedTile tile = list->find(index);
+    if (tile.any()) return tile;
+    if (index >= list->first && index < list->first + kThreads) index = list->first + kThreads;
+    index = map->next_tile(p_lo, p_hi, index);
+    if (index == kNoTile || (segment >= 0 && index / kSegmentTiles != segment)) return VisitedTile();
+    __syncthreads();
+    list->fill(index, [&](int64_t at) {
+      return segment >= 0 && at / kSegmentTiles != segment ? VisitedTile() : look_at_keys(*map, p_lo, p_hi, at);
+    });
+    __syncthreads();
+  }
+}
+
+// `rows` rows of kChannels elements; row_of(r) is where row r has its `channels` elements, or null: zeros.
+template <class T, int kChannels, int kThreads, class RowOf>
+__device__ void load_rows(T* shared, int rows, int channels, bool aligned, const void* anywhere, RowOf row_of) {
+  constexpr int kEach = 16 / static_cast<int>(sizeof(T)), kChunks = kChannels / kEach;
+  PYCORE_UNROLL_BY(1)
+  for (int n = threadIdx.x; n < rows * kChunks; n += kThreads) {
+    const int r = n / kChunks, c = n % kChunks * kEach;
+    const T* row = row_of(r);
+    const int left = row == nullptr || channels < c ? 0 : channels - c < kEach ? channels - c : kEach;
+    T* to = shared + r * row_stride<T>(kChannels) + c;
+    if (aligned) {
+      copy_async<16>(to, left > 0 ? row + c : anywhere, static_cast<int>(sizeof(T)) * left);
+    } else {
+      for (int k = 0; k < kEach; ++k) to[k] = k < left ? row[c + k] : T{0};
+    }
+  }
+}
+
+// The rows of a key tile that have a bit.
+template <class T, int kChannels, int kThreads>
+__device__ void load_key_rows(T* shared, const void* data, const AttentionStrides& strides, int64_t channels,
+                              bool aligned, const RowMap& map, int64_t b, int64_t kv_head, const VisitedTile& tile) {
+  const uint64_t bits = tile.bits;
+  const T* rows = row_pointer<T>(data, strides, b, kv_head, 0);
+  const int64_t base = tile.index * kKeyTile;
+  if (map.contiguous(tile.index)) {
+    const int64_t present = lowest_bit(bits);
+    const T* first = rows + (map.key_row(base + present) - present) * strides.row;
+    load_rows<T, kChannels, kThreads>(shared, kTile, static_cast<int>(channels), aligned, data,
+                                      [&](int r) { return bits >> r & 1 ? first + r * strides.row : nullptr; });
+  } else {
+    load_rows<T, kChannels, kThreads>(shared, kTile, static_cast<int>(channels), aligned, data, [&](int r) {
+      return bits >> r & 1 ? rows + map.key_row(base + r) * strides.row : nullptr;
+    });
+  }
+}
+
+// The pair i of a row turned by `distance`, into `out`, which may be the row itself.
+template <class T>
+__device__ void turn_pair(const AttentionParams& params, const T* x, int64_t distance, int i, T* out) {
+  const int half = static_cast<int>(params.rope_dim / 2);
+  const int one = params.rope_interleaved ? 2 * i : i, two = params.rope_interleaved ? 2 * i + 1 : half + i;
+  int64_t row = distance < 0 ? -distance : distance;
+  if (row >= params.rope_rows) row = params.rope_rows - 1;  // in bounds whatever the caller's lengths say
+  float cosine = 1, sine = 0;
+  if (row >= 0) {
+    cosine = static_cast<const float*>(params.rope_cos)[row * params.rope_stride + i];
+    sine = static_cast<const float*>(params.rope_sin)[row * params.rope_stride + i];
+  }
+  if (distance < 0) sine = -sine;
+  const float a = to_float(x[one]), b = to_float(x[two]);
+  out[one] = from_float<T>(fmaf(a, cosine, -(b * sine)));
+  out[two] = from_float<T>(fmaf(b, cosine, a * sine));
+}
+
+// Rows first, first + step, … of `count`, one after another by one warp, turned by distance_of(r). Channels that do not
+// turn are copied.
+template <class T, int kChannels, class DistanceOf>
+__device__ void turn_rows(const AttentionParams& params, const T* rows, T* turned, int first, int count, int step,
+                          DistanceOf distance_of) {
+  const int half = static_cast<int>(params.rope_dim / 2), lane = threadIdx.x % kLanes;
+  for (int r = first; r < count; r += step) {
+    const int64_t distance = distance_of(r);
+    const T* row = rows + r * row_stride<T>(kChannels);
+    T* out = turned + r * row_stride<T>(kChannels);
+    for (int i = lane; i < half; i += kLanes) turn_pair(params, row, distance, i, out);
+    if (out == row) continue;
+    for (int c = 2 * half + lane; c < kChannels; c += kLanes) out[c] = row[c];
+  }
+}
+
+// Which of two passes a tile takes, where pairs beyond the distance limit are turned otherwise than those within.
+struct TurnPasses {
+  bool far, near;
+
+  __device__ TurnPasses(const AttentionParams& params, const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t tile) {
+    const bool tree = map.schedule.kind == ScheduleKind::kTree;  // whose places are in no order
+    const int64_t first = tile * kKeyTile, limit = params.distance_limit;
+    far = params.rope_cos && limit < kFar && (tree || p_hi - first > limit);
+    near = !far || tree || p_lo - (first + kKeyTile - 1) <= limit;
+  }
+};
+
+// Pairs on one side of the distance limit, or all.
+enum class Turned { kFar, kNear, kAll };
+
+// Where a row of a tile stands.
+struct RowPlace {
+  bool valid;
+  int64_t h, p;
+};
+
+// kept[r] for rows first .. first + count - 1: the keys of the tile that row r keeps; and dropped[r], what dropout
+// takes of them. By one warp; false if no row keeps any.
+template <bool kOptions, class PlaceOf>
+__device__ bool mask_rows(const AttentionParams& params, const RowMap& map, int64_t b, const VisitedTile& keys,
+                          Turned turned, int first, int count, uint64_t* kept, uint64_t* dropped, PlaceOf place_of) {
+  bool any = false;
+  __syncwarp();
+  for (int r = first + static_cast<int>(threadIdx.x) % kLanes; r < first + count; r += kLanes) {
+    const RowPlace row = place_of(r);
+    uint64_t bits = 0;
+    if (row.valid) {
+      bits = map.schedule.keep_bits(row.p, keys.index) & keys.bits;
+      if (kOptions && params.rope_cos && turned != Turned::kAll) {
+        const uint64_t beyond = far_bits(params, map.schedule, map.schedule.place(row.p), keys.index);
+        bits &= turned == Turned::kFar ? beyond : ~beyond;
+      }
+      if (kOptions && params.dropout_p > 0) dropped[r] = dropped_keys(params, b, row.h, row.p, keys.index, bits);
+    }
+    kept[r] = bits;
+    any |= bits != 0;
+  }
+  __syncwarp();
+  return __ballot_sync(kAllLanes, any) != 0;
+}
+
+// All ones in the exponents of a word: what an infinity or a NaN has.
+template <class T>
+struct WordOf {
+  static constexpr int kBits = 16;
+  static constexpr uint64_t kOnes = 0x0001000100010001u;
+};
+template <>
+struct WordOf<float> {
+  static constexpr int kBits = 32;
+  static constexpr uint64_t kOnes = 0x0000000100000001u;
+};
+template <class T>
+constexpr uint64_t kExponent = 0x7f800000u;
+template <>
+constexpr uint64_t kExponent<Float16> = 0x7c00;
+template <>
+constexpr uint64_t kExponent<BFloat16> = 0x7f80;
+
+// 0 times what is not finite would reach rows of a product that have nothing to do with it. So where pairs are left
+// out, such numbers are taken out of the tile before it is multiplied with weights, and the rows that do keep them get
+// them by hand.
+//
+// Zero where, and only where, a number of the word is not finite.
+template <class T>
+__device__ inline uint64_t missing_exponents(uint64_t word) {
+  constexpr uint64_t kAll = WordOf<T>::kOnes * kExponent<T>;
+  return (word & kAll) ^ kAll;
+}
+template <class T>
+__device__ inline bool any_zero(uint64_t word) {
+  constexpr uint64_t kOnes = WordOf<T>::kOnes;
+  return ((word - kOnes) & ~word & kOnes << (WordOf<T>::kBits - 1)) != 0;
+}
+
+// each(word, row, first channel) for the words of a tile; all threads.
+template <class T, int kChannels, int kThreads, class Each>
+__device__ void each_word(T* tile, Each each) {
+  constexpr int kNumbers = 64 / WordOf<T>::kBits, kWords = kChannels / kNumbers;
+  PYCORE_UNROLL_BY(1)
+  for (int n = threadIdx.x; n < kTile * kWords; n += kThreads) {
+    each(reinterpret_cast<uint64_t*>(tile + n / kWords * row_stride<T>(kChannels))[n % kWords]);
+  }
+}
+
+// Whether a tile has what is not finite. All threads, and a barrier.
+template <class T, int kChannels, int kThreads>
+__device__ bool has_not_finite(T* tile) {
+  bool found = false;
+  each_word<T, kChannels, kThreads>(tile, [&](uint64_t word) { found |= any_zero<T>(missing_exponents<T>(word)); });
+  return __syncthreads_or(found);
+}
+
+// Takes it out, with a barrier before and one after; all threads.
+template <class T, int kChannels, int kThreads>
+__device__ __noinline__ void take_not_finite(T* tile) {
+  constexpr uint64_t kNumber = ~uint64_t{0} >> (64 - WordOf<T>::kBits);
+  __syncthreads();
+  each_word<T, kChannels, kThreads>(tile, [&](uint64_t& word) {
+    const uint64_t missing = missing_exponents<T>(word);
+    for (int k = 0; k < 64; k += WordOf<T>::kBits) {
+      if ((missing >> k & kNumber) == 0) word &= ~(kNumber << k);
+    }
+  });
+  __syncthreads();
+}
+
+// Adds to the sums of a warp's rows what of the tile is not finite and stands in a row r for which keeps(row, r).
+template <class T, int kChannels, int kBlocks, class Keeps>
+__device__ void add_not_finite(float (&sums)[kBlocks][kChannels / 8][4], const T* tile, Keeps keeps) {
+  const int lane = threadIdx.x % kLanes;
+  PYCORE_UNROLL_BY(1)
+  for (int r = 0; r < kTile; ++r) {
+    bool kept[kBlocks][2];
+    PYCORE_UNROLL
+    for (int m = 0; m < kBlocks; ++m) {
+      PYCORE_UNROLL
+      for (int half = 0; half < 2; ++half) kept[m][half] = keeps(16 * m + 8 * half + lane / 4, r);
+    }
+    PYCORE_UNROLL
+    for (int n = 0; n < kChannels / 8; ++n) {
+      PYCORE_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        const float x = to_float(tile[r * row_stride<T>(kChannels) + 8 * n + 2 * (lane % 4) + k]);
+        if (fabsf(x) < INFINITY) continue;
+        PYCORE_UNROLL
+        for (int m = 0; m < kBlocks; ++m) {
+          PYCORE_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            if (kept[m][half]) sums[m][n][2 * half + k] += x;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The base-2 logit of a pair; *slope is the natural logit's derivative. A call: see next_key_tile.
+__device__ __noinline__ float base2_logit(const AttentionParams& params, const TileSchedule& schedule, int64_t h,
+                                          int64_t p, int64_t j, float product, float* slope) {
+  return logit_of(params, schedule, h, p, j, product, slope) * kLog2E;
+}
+
+// The same where it takes only a distance: a row's logits against a tile whose keys stand in place.
+struct DistanceLogits {
+  const float* table = nullptr;  // distance_bias of the head
+  float scale, alibi = 0;
+  int distance, limit, last = 0;  // to the tile's first key; the distance limit; the table's last entry
+
+  static constexpr int64_t kMost = int64_t{1} << 30;
+  static __device__ bool apply(const AttentionParams& params, const TileSchedule& schedule, int64_t tile) {
+    return params.softcap == 0 && params.block_bias == nullptr && schedule.in_place(tile);
+  }
+  __device__ DistanceLogits(const AttentionParams& params, int64_t h, int64_t distance)
+      : scale(static_cast<float>(params.scale)),
+        distance(static_cast<int>(clamped(distance, -kMost, kMost))),
+        limit(static_cast<int>(clamped(params.distance_limit, 0, kMost))) {
+    if (params.distance_bias) {
+      table = static_cast<const float*>(params.distance_bias) + h * params.bias_stride;
+      last = static_cast<int>(clamped(params.bias_length - 1, 0, kMost));
+    } else if (params.alibi_slopes) {
+      alibi = static_cast<const float*>(params.alibi_slopes)[h];
+    }
+  }
+  __device__ float base2(int column, float product) const {
+    int seen = distance - column;
+    seen = seen < 0 ? 0 : seen < limit ? seen : limit;
+    const float bias = table ? table[seen < last ? seen : last] : -alibi * static_cast<float>(seen);
+    return fmaf(product, scale, bias) * kLog2E;
+  }
+};
+
+}  // namespace
+}  // namespace pycore
