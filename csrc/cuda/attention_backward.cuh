@@ -35,21 +35,37 @@ struct BackwardShared {
   TileList<kBackwardThreads> list;
 };
 
-// What a pair adds to gradients: its score's, and its weight, after dropout, to the value's.
-template <bool kOptions>
-struct PairGradient {
-  float weight, grad;
+// Of a warp's 16 rows and a tile's 64 columns, one of them queries and the other keys, what a pair adds to gradients.
+struct TilePairs {
+  const AttentionParams& params;
+  const TileSchedule& schedule;
+  int64_t h, p_lo, base;           // the first query and the first key
+  const float *lse, *delta;        // by query
+  const uint64_t *kept, *dropped;  // by query, the keys; null where all are kept, and none is dropped
+  int first_row;                   // of the warp
+  bool rows_are_keys;
 
-  __device__ PairGradient(const AttentionParams& params, float weight, float grad_weight, float delta, bool dropped,
-                          float slope)
-      : weight(weight) {
-    if (kOptions && params.dropout_p > 0) {
-      const float factor = dropped ? 0.0f : static_cast<float>(1 / (1 - params.dropout_p));
-      this->weight *= factor;
-      grad_weight *= factor;
+  // A lane's scores to weights, after dropout, and grad_weights to the scores' gradients, one at a time and whatever
+  // they take.
+  __device__ __noinline__ void run(float* scores, float* grad_weights) const {
+    const int lane = threadIdx.x % kLanes;
+    const float keep_factor = static_cast<float>(1 / (1 - params.dropout_p));
+    PYCORE_UNROLL_BY(1)
+    for (int n = 0; n < 32; ++n) {
+      const int row = first_row + lane / 4 + n / 2 % 2 * 8, column = n / 4 * 8 + lane % 4 * 2 + n % 2;
+      const int q = rows_are_keys ? column : row, key = rows_are_keys ? row : column;
+      float weight = 0, grad = 0;
+      if (kept == nullptr || kept[q] >> key & 1) {
+        float slope;
+        const float logit = logit_of(params, schedule, h, p_lo + q, base + key, scores[n], &slope);
+        weight = exp2_approx(fmaf(logit, kLog2E, -lse[q] * kLog2E));
+        const float factor = dropped == nullptr ? 1.0f : dropped[q] >> key & 1 ? 0.0f : keep_factor;
+        grad = weight * fmaf(grad_weights[n], factor, -delta[q]) * slope;
+        weight *= factor;
+      }
+      scores[n] = weight;
+      grad_weights[n] = grad;
     }
-    grad = weight * (grad_weight - delta);
-    if (kOptions) grad *= slope;
   }
 };
 
@@ -58,7 +74,6 @@ struct Backward {
   using Shared = BackwardShared<T, kChannels, kOptions>;
   using Sums = float[1][kChannels / 8][4];
   static constexpr int kStride = Shared::kStride, kThreads = kBackwardThreads;
-  static constexpr int kSumStride = kChannels + 8;
 
   const AttentionBackwardParams& params;
   const AttentionParams& forward;
@@ -76,6 +91,20 @@ struct Backward {
         map(shared.map) {}
 
   __device__ int row_of(int half) const { return warp_row + 8 * half + lane / 4; }
+  // each(n, half) for the pairs of numbers that a lane holds of the warp's sums.
+  template <class Each>
+  __device__ static void each_pair(Each each) {
+    PYCORE_UNROLL
+    for (int n = 0; n < kChannels / 8; ++n) {
+      PYCORE_UNROLL
+      for (int half = 0; half < 2; ++half) each(n, half);
+    }
+  }
+  __device__ bool drops() const { return kOptions && forward.dropout_p > 0; }
+  // Whether a logit takes no more than the score and a distance, in tile `tile` of keys.
+  __device__ bool simple(int64_t tile) const {
+    return !kOptions || (!drops() && DistanceLogits::apply(forward, map.schedule, tile));
+  }
   __device__ bool turns() const { return kOptions && forward.rope_cos != nullptr; }
   // Without options: a score times this is the base-2 logit, and a sum of scores' gradients times this the gradient.
   __device__ float scale2() const { return static_cast<float>(forward.scale) * kLog2E; }
@@ -109,47 +138,43 @@ struct Backward {
     copy_async<4>(to + r, static_cast<const float*>(from) + index, r < count ? 4 : 0);
   }
 
-  // The warp's sums through shared memory (`slab`: 64 rows of kSumStride), turned back by distance_of(row): added to
-  // `total`, which may be the same array.
+  // The warp's sums turned back by distance_of(row), in shared memory (`rows`, 64 of kChannels numbers): added to
+  // `total`, or in its place; it may be the same array.
   template <class DistanceOf>
-  __device__ void turn_back(const Sums& sums, float* slab, DistanceOf distance_of, bool add, Sums& total) const {
-    const int half_dim = static_cast<int>(forward.rope_dim / 2), rope_dim = 2 * half_dim;
+  __device__ void turn_back(const Sums& sums, float* rows, DistanceOf distance_of, bool add, Sums& total) const {
+    constexpr int kSumStride = row_stride<float>(kChannels);
     __syncwarp();
-    PYCORE_UNROLL
-    for (int n = 0; n < kChannels / 8; ++n) {
-      PYCORE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<TwoFloats*>(slab + row_of(half) * kSumStride + 8 * n +
-                                      2 * (lane % 4)) = {{sums[0][n][2 * half], sums[0][n][2 * half + 1]}};
+    each_pair([&](int n, int half) {
+      *reinterpret_cast<TwoFloats*>(rows + row_of(half) * kSumStride + 8 * n +
+                                    2 * (lane % 4)) = {{sums[0][n][2 * half], sums[0][n][2 * half + 1]}};
+    });
+    __syncwarp();
+    turn_rows<float, kChannels>(forward, rows, rows, warp_row, warp_row + kWarpRows, 1,
+                                [&](int r) { return -distance_of(r); });
+    __syncwarp();
+    each_pair([&](int n, int half) {
+      const float* pair = rows + row_of(half) * kSumStride + 8 * n + 2 * (lane % 4);
+      for (int k = 0; k < 2; ++k) {
+        total[0][n][2 * half + k] = add ? total[0][n][2 * half + k] + pair[k] : pair[k];
       }
-    }
+    });
     __syncwarp();
+  }
+
+  // The lane's scores and grad_weights, or sums, by way of memory; see TilePairs::run.
+  __device__ static void run_pairs(const TilePairs& pairs, float (&scores)[1][8][4], float (&grad_weights)[1][8][4]) {
+    float memory[32], grads[32];
     PYCORE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const float* row = slab + row_of(half) * kSumStride;
-      const int64_t distance = distance_of(row_of(half));
-      const int64_t place = clamped(distance < 0 ? -distance : distance, 0, forward.rope_rows - 1);
-      const float* cosines = static_cast<const float*>(forward.rope_cos) + place * forward.rope_stride;
-      const float* sines = static_cast<const float*>(forward.rope_sin) + place * forward.rope_stride;
-      const bool rows = forward.rope_rows > 0;
-      PYCORE_UNROLL
-      for (int n = 0; n < kChannels / 8; ++n) {
-        PYCORE_UNROLL
-        for (int k = 0; k < 2; ++k) {
-          const int c = 8 * n + 2 * (lane % 4) + k;
-          float x = row[c];
-          if (c < rope_dim && rows) {
-            const bool second = forward.rope_interleaved ? k != 0 : c >= half_dim;
-            const int i = forward.rope_interleaved ? c / 2 : second ? c - half_dim : c;
-            const int other = forward.rope_interleaved ? c ^ 1 : second ? c - half_dim : c + half_dim;
-            const float turned = row[other] * sines[i];
-            x = fmaf(x, cosines[i], (distance < 0) == second ? turned : -turned);
-          }
-          total[0][n][2 * half + k] = add ? total[0][n][2 * half + k] + x : x;
-        }
-      }
+    for (int n = 0; n < 32; ++n) {
+      memory[n] = scores[0][n / 4][n % 4];
+      grads[n] = grad_weights[0][n / 4][n % 4];
     }
-    __syncwarp();
+    pairs.run(memory, grads);
+    PYCORE_UNROLL
+    for (int n = 0; n < 32; ++n) {
+      scores[0][n / 4][n % 4] = memory[n];
+      grad_weights[0][n / 4][n % 4] = grads[n];
+    }
   }
 
   // The sums times `factor` to rows of `channels` float32 each; to(row) says where, or null. Rows from `count` on get
@@ -190,37 +215,38 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
                                [&](int r) { return RowPlace{r < count, h, p_lo + r}; });
   }
 
-  // Scores to their gradients, in place.
-  __device__ void gradients(float (&scores)[1][8][4], const float (&grad_weights)[1][8][4], int64_t key_tile,
+  // Grad_weights to the scores' gradients, left in the scores' place.
+  __device__ void gradients(float (&scores)[1][8][4], float (&grad_weights)[1][8][4], int64_t key_tile,
                             bool masked) const {
+    const int64_t base = key_tile * kKeyTile;
+    if constexpr (kOptions) {
+      if (!this->simple(key_tile)) {
+        float grads[1][8][4];
+        PYCORE_UNROLL
+        for (int n = 0; n < 32; ++n) grads[0][n / 4][n % 4] = grad_weights[0][n / 4][n % 4];
+        this->run_pairs({forward, map.schedule, h, p_lo, base, shared.lse, shared.delta, masked ? shared.kept : nullptr,
+                         this->drops() ? shared.dropped : nullptr, warp_row, false},
+                        scores, grads);
+        PYCORE_UNROLL
+        for (int n = 0; n < 32; ++n) scores[0][n / 4][n % 4] = grads[0][n / 4][n % 4];
+        return;
+      }
+    }
     PYCORE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int r = row_of(half), column = 2 * (lane % 4);
       const uint64_t kept = masked ? shared.kept[r] >> column : ~uint64_t{0};
-      const uint64_t dropped = kOptions && forward.dropout_p > 0 ? shared.dropped[r] >> column : 0;
       const float lse = shared.lse[r] * kLog2E, delta = shared.delta[r], scale2 = this->scale2();
-      const int64_t p = p_lo + r, base = key_tile * kKeyTile;
-      const bool simple = kOptions && DistanceLogits::apply(forward, map.schedule, key_tile);
-      const DistanceLogits logits(forward, h, kOptions ? map.schedule.place(p) - base : 0);
+      const DistanceLogits logits(forward, h, kOptions ? map.schedule.place(p_lo + r) - base : 0);
       PYCORE_UNROLL
       for (int n = 0; n < 8; ++n) {
         PYCORE_UNROLL
         for (int k = 0; k < 2; ++k) {
-          float &score = scores[0][n][2 * half + k], slope = logits.scale, weight;
-          const bool keeps = kept >> (8 * n + k) & 1;
-          if (!kOptions) {
-            weight = exp2_approx(fmaf(score, scale2, -lse));
-          } else if (simple) {
-            weight = exp2_approx(logits.base2(column + 8 * n + k, score) - lse);
-          } else {
-            weight = keeps
-                         ? exp2_approx(
-                               base2_logit(forward, map.schedule, h, p, base + column + 8 * n + k, score, &slope) - lse)
-                         : 0.0f;
-          }
-          const PairGradient<kOptions> pair(forward, weight, grad_weights[0][n][2 * half + k], delta,
-                                            dropped >> (8 * n + k) & 1, slope);
-          score = masked && !keeps ? 0.0f : pair.grad;
+          float& score = scores[0][n][2 * half + k];
+          const float weight = kOptions ? exp2_approx(logits.base2(column + 8 * n + k, score) - lse)
+                                        : exp2_approx(fmaf(score, scale2, -lse));
+          const float grad = weight * (grad_weights[0][n][2 * half + k] - delta);
+          score = masked && !(kept >> (8 * n + k) & 1) ? 0.0f : kOptions ? grad * logits.scale : grad;
         }
       }
     }
@@ -245,7 +271,7 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
     const VisitedTile found = next_key_tile(&shared.list, &map, p_lo, p_hi, keys.index + 1, -1);
     if (threadIdx.x == 0) next = found;
     const TurnPasses passes(forward, map, p_lo, p_hi, keys.index);
-    const bool masked = keys.masked || (kOptions && ((passes.far && passes.near) || forward.dropout_p > 0));
+    const bool masked = keys.masked || (kOptions && ((passes.far && passes.near) || this->drops()));
     float grad_weights[1][8][4];
     RowsTimesTile<T, kChannels, 1>::run(grad_weights, shared.grad_out + warp_row * kStride, shared.value);
     copy_async_wait<0>();

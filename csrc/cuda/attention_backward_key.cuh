@@ -105,10 +105,16 @@ struct GradKey : Backward<T, kChannels, kOptions> {
   // gradients, in place.
   __device__ void gradients(float (&scores)[1][8][4], float (&grad_weights)[1][8][4], const Item& item,
                             bool masked) const {
-    const int64_t base = shared.items.key_tile * kKeyTile;
+    const int64_t key_tile = shared.items.key_tile, base = key_tile * kKeyTile;
+    if constexpr (kOptions) {
+      if (!this->simple(key_tile) || map.schedule.kind == ScheduleKind::kTree) {
+        return this->run_pairs(
+            {forward, map.schedule, item.h, item.p_lo, base, shared.lse, shared.delta, masked ? shared.kept : nullptr,
+             this->drops() ? shared.dropped : nullptr, warp_row, true},
+            scores, grad_weights);
+      }
+    }
     const float scale2 = this->scale2();
-    const bool simple = kOptions && DistanceLogits::apply(forward, map.schedule, shared.items.key_tile) &&
-                        map.schedule.kind != ScheduleKind::kTree;
     const DistanceLogits logits(forward, item.h, kOptions ? item.p_lo - base - warp_row - lane / 4 : 0);
     PYCORE_UNROLL
     for (int n = 0; n < 8; ++n) {
@@ -117,26 +123,17 @@ struct GradKey : Backward<T, kChannels, kOptions> {
         const int q = 8 * n + 2 * (lane % 4) + k;
         const float lse = shared.lse[q] * kLog2E, delta = shared.delta[q];
         const uint64_t kept = masked ? shared.kept[q] >> (warp_row + lane / 4) : ~uint64_t{0};
-        const uint64_t dropped =
-            kOptions && forward.dropout_p > 0 ? shared.dropped[q] >> (warp_row + lane / 4) : uint64_t{0};
         PYCORE_UNROLL
         for (int half = 0; half < 2; ++half) {
-          float &score = scores[0][n][2 * half + k], slope = logits.scale, weight;
-          const bool keeps = kept >> (8 * half) & 1;
-          if (!kOptions) {
-            weight = exp2_approx(fmaf(score, scale2, -lse));
-          } else if (simple) {
-            weight = exp2_approx(logits.base2(8 * half - q, score) - lse);
-          } else {
-            weight = keeps ? exp2_approx(base2_logit(forward, map.schedule, item.h, item.p_lo + q, base + row_of(half),
-                                                     score, &slope) -
-                                         lse)
-                           : 0.0f;
-          }
-          const float grad_weight = kKey ? grad_weights[0][n][2 * half + k] : 0.0f;
-          const PairGradient<kOptions> pair(forward, weight, grad_weight, delta, dropped >> (8 * half) & 1, slope);
-          score = masked && !keeps ? 0.0f : pair.weight;
-          if (kKey) grad_weights[0][n][2 * half + k] = masked && !keeps ? 0.0f : pair.grad;
+          float& score = scores[0][n][2 * half + k];
+          const bool left_out = masked && !(kept >> (8 * half) & 1);
+          const float weight =
+              kOptions ? exp2_approx(logits.base2(8 * half - q, score) - lse) : exp2_approx(fmaf(score, scale2, -lse));
+          score = left_out ? 0.0f : weight;
+          if (!kKey) continue;
+          float& grad_weight = grad_weights[0][n][2 * half + k];
+          const float grad = weight * (grad_weight - delta);
+          grad_weight = left_out ? 0.0f : kOptions ? grad * logits.scale : grad;
         }
       }
     }
@@ -160,9 +157,10 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     const VisitedTile found = next_item(&shared.list, &forward, &map, &shared.items, b, far, visited.index + 1);
     if (threadIdx.x == 0) next = found;
     const TurnPasses passes(forward, map, item.p_lo, item.p_lo + item.count - 1, shared.items.key_tile);
-    const bool masked = visited.masked || (kOptions && ((passes.far && passes.near) || forward.dropout_p > 0));
+    const bool masked = visited.masked || (kOptions && ((passes.far && passes.near) || this->drops()));
     if (masked) mask(item, far);
     float grad_weights[1][8][4];
+    if (!kKey && kOptions) clear(grad_weights);
     if (kKey) {
       RowsTimesTile<T, kChannels, 1>::run(grad_weights, shared.value + warp_row * kStride, shared.grad_out);
     }

@@ -35,6 +35,17 @@ struct ForwardShared {
   TileList<kWarps * kLanes> list;
 };
 
+// A lane's scores of a row, 8 keys times two from j on, to base-2 logits, one at a time and whatever they take.
+__device__ __noinline__ void any_logits(const AttentionParams& params, const TileSchedule& schedule, int64_t h,
+                                        int64_t p, int64_t j, uint64_t kept, float* scores) {
+  PYCORE_UNROLL_BY(1)
+  for (int n = 0; n < 16; ++n) {
+    const int column = n / 2 * 8 + n % 2;
+    float slope;
+    if (kept >> column & 1) scores[n] = logit_of(params, schedule, h, p, j + column, scores[n], &slope) * kLog2E;
+  }
+}
+
 template <class T, int kChannels, int kBlocks, int kWarps, bool kOptions>
 struct Forward {
   using Shared = ForwardShared<T, kChannels, kBlocks, kWarps, kOptions>;
@@ -111,16 +122,12 @@ struct Forward {
       }
       return;
     }
+    float memory[16];
     PYCORE_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      PYCORE_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        float slope, &score = scores[n][2 * half + k];
-        if (kept >> (8 * n + k) & 1) {
-          score = base2_logit(params, map.schedule, h, p, base + first + 8 * n + k, score, &slope);
-        }
-      }
-    }
+    for (int n = 0; n < 16; ++n) memory[n] = scores[n / 2][2 * half + n % 2];
+    any_logits(params, map.schedule, h, p, base + first, kept, memory);
+    PYCORE_UNROLL
+    for (int n = 0; n < 16; ++n) scores[n / 2][2 * half + n % 2] = memory[n];
   }
 
   // Scores to weights, which join the rows' sums.

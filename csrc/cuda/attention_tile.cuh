@@ -187,6 +187,22 @@ struct RowPlace {
   int64_t h, p;
 };
 
+// The keys of a tile that the row at position p keeps, and of them those that dropout takes. Calls: see next_key_tile.
+template <bool kOptions>
+__device__ __noinline__ uint64_t kept_keys(const AttentionParams& params, const RowMap& map, int64_t p,
+                                           const VisitedTile& keys, Turned turned) {
+  uint64_t bits = map.schedule.keep_bits(p, keys.index) & keys.bits;
+  if (kOptions && params.rope_cos && turned != Turned::kAll) {
+    const uint64_t beyond = far_bits(params, map.schedule, map.schedule.place(p), keys.index);
+    bits &= turned == Turned::kFar ? beyond : ~beyond;
+  }
+  return bits;
+}
+__device__ __noinline__ uint64_t dropped_of(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
+                                            int64_t key_tile, uint64_t kept) {
+  return dropped_keys(params, b, h, p, key_tile, kept);
+}
+
 // kept[r] for rows first .. first + count - 1: the keys of the tile that row r keeps; and dropped[r], what dropout
 // takes of them. By one warp; false if no row keeps any.
 template <bool kOptions, class PlaceOf>
@@ -198,12 +214,8 @@ __device__ bool mask_rows(const AttentionParams& params, const RowMap& map, int6
     const RowPlace row = place_of(r);
     uint64_t bits = 0;
     if (row.valid) {
-      bits = map.schedule.keep_bits(row.p, keys.index) & keys.bits;
-      if (kOptions && params.rope_cos && turned != Turned::kAll) {
-        const uint64_t beyond = far_bits(params, map.schedule, map.schedule.place(row.p), keys.index);
-        bits &= turned == Turned::kFar ? beyond : ~beyond;
-      }
-      if (kOptions && params.dropout_p > 0) dropped[r] = dropped_keys(params, b, row.h, row.p, keys.index, bits);
+      bits = kept_keys<kOptions>(params, map, row.p, keys, turned);
+      if (kOptions && params.dropout_p > 0) dropped[r] = dropped_of(params, b, row.h, row.p, keys.index, bits);
     }
     kept[r] = bits;
     any |= bits != 0;
@@ -308,13 +320,7 @@ __device__ void add_not_finite(float (&sums)[kBlocks][kChannels / 8][4], const T
   }
 }
 
-// The base-2 logit of a pair; *slope is the natural logit's derivative. A call: see next_key_tile.
-__device__ __noinline__ float base2_logit(const AttentionParams& params, const TileSchedule& schedule, int64_t h,
-                                          int64_t p, int64_t j, float product, float* slope) {
-  return logit_of(params, schedule, h, p, j, product, slope) * kLog2E;
-}
-
-// The same where it takes only a distance: a row's logits against a tile whose keys stand in place.
+// Base-2 logits where they take only a distance: a row's against a tile whose keys stand in place.
 struct DistanceLogits {
   const float* table = nullptr;  // distance_bias of the head
   float scale, alibi = 0;
