@@ -136,14 +136,15 @@ Status launch_attention_backward(const AttentionBackwardParams& params, void* sc
   const AttentionParams& forward = params.forward;
   Status status = check(forward);
   if (status.ok()) status = launch_delta(params, stream);
+  const DType dtype = forward.dtype;
+  const TilePlan plan = backward_plan(params);
+  const auto shared = for_dtype(dtype, backward_shared_float32, backward_shared_float16, backward_shared_bfloat16);
+  const bool in_tiles = shared(plan) <= shared_limit();
   if (status.ok() && has_work(forward)) {
-    const TilePlan plan = backward_plan(params);
-    const DType dtype = forward.dtype;
-    const auto shared = for_dtype(dtype, backward_shared_float32, backward_shared_float16, backward_shared_bfloat16);
     const auto tiles = for_dtype(dtype, launch_backward_float32, launch_backward_float16, launch_backward_bfloat16);
-    status = shared(plan) <= shared_limit() ? tiles(params, plan, stream) : launch_plain_backward(params, stream);
+    status = in_tiles ? tiles(params, plan, stream) : launch_plain_backward(params, stream);
   }
-  return status.ok() ? launch_table_gradients(params, scratch, stream) : status;
+  return status.ok() ? launch_table_gradients(params, in_tiles ? &plan : nullptr, scratch, stream) : status;
 }
 
 }  // namespace pycore

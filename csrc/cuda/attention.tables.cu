@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients that sum over all rows: delta, which every other one needs, and those of distance_bias and sink_logits. A
 // table's is summed in chunks of rows, a warp each, and then over the chunks, in order.
+#include <type_traits>
+
 #include "attention_launch.h"
 #include "attention_warp.cuh"
 
@@ -132,7 +134,7 @@ Status delta_of(const AttentionBackwardParams& params, void* stream) {
 }
 
 template <class T>
-Status tables_of(const AttentionBackwardParams& params, void* scratch, void* stream) {
+Status tables_of(const AttentionBackwardParams& params, const TilePlan* plan, void* scratch, void* stream) {
   const AttentionParams& forward = params.forward;
   Status status;
   const auto sum_chunks = [&](const double* sums, int64_t chunks, int64_t count, void* out) {
@@ -143,7 +145,13 @@ Status tables_of(const AttentionBackwardParams& params, void* scratch, void* str
   if (params.grad_bias) {
     const int64_t count = forward.heads * forward.bias_length, chunks = chunks_for(count);
     status = clear_memory(sums, chunks * count * static_cast<int64_t>(sizeof(double)), stream);
-    if (status.ok()) {
+    // A tree's distances lie on no diagonals.
+    if (status.ok() && plan != nullptr && forward.schedule.kind != ScheduleKind::kTree) {
+      const auto launch_bias = std::is_same<T, float>::value     ? launch_bias_float32
+                               : std::is_same<T, Float16>::value ? launch_bias_float16
+                                                                 : launch_bias_bfloat16;
+      status = launch_bias(params, *plan, sums, chunks, stream);
+    } else if (status.ok()) {
       status = launch(plain_grad_bias_kernel<T>, blocks_of_warps(chunks * forward.heads), kWarpBlockThreads,
                       kWarpsPerBlock * (2 * forward.head_dim + kLanes) * static_cast<int64_t>(sizeof(float)), stream,
                       params, sums, chunks);
@@ -180,11 +188,12 @@ int64_t table_gradient_scratch(const AttentionBackwardParams& params) {
   return doubles * static_cast<int64_t>(sizeof(double));
 }
 
-Status launch_table_gradients(const AttentionBackwardParams& params, void* scratch, void* stream) {
+Status launch_table_gradients(const AttentionBackwardParams& params, const TilePlan* plan, void* scratch,
+                              void* stream) {
   switch (params.forward.dtype) {
-    case DType::kFloat16: return tables_of<Float16>(params, scratch, stream);
-    case DType::kBFloat16: return tables_of<BFloat16>(params, scratch, stream);
-    default: return tables_of<float>(params, scratch, stream);
+    case DType::kFloat16: return tables_of<Float16>(params, plan, scratch, stream);
+    case DType::kBFloat16: return tables_of<BFloat16>(params, plan, scratch, stream);
+    default: return tables_of<float>(params, plan, scratch, stream);
   }
 }
 

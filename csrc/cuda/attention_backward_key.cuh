@@ -39,6 +39,7 @@ struct QueryItems {
     return item;
   }
   // What a pass (far or near pairs) does with an item.
+  template <bool kOptions>
   __device__ VisitedTile look(const AttentionParams& params, const RowMap& map, int64_t b, bool far,
                               int64_t index) const {
     VisitedTile tile;
@@ -48,7 +49,7 @@ struct QueryItems {
     RowMap own = map;
     bind_head(params, b, item.h, &own);
     const TileSchedule& schedule = own.schedule;
-    const TurnPasses passes(params, map, item.p_lo, p_hi, key_tile);
+    const TurnPasses<kOptions> passes(params, map, item.p_lo, p_hi, key_tile);
     const Cover cover = schedule.cover(item.p_lo, p_hi, key_tile);
     if (cover == Cover::kNone || !(far ? passes.far : passes.near)) return tile;
     if ((schedule.reach_bits(item.p_lo, p_hi, key_tile) & bits) == 0) return tile;
@@ -60,7 +61,7 @@ struct QueryItems {
 };
 
 // The first item >= index that is visited; all threads. A call: see next_key_tile.
-template <int kThreads>
+template <bool kOptions, int kThreads>
 __device__ __noinline__ VisitedTile next_item(TileList<kThreads>* list, const AttentionParams* params,
                                               const RowMap* map, const QueryItems* items, int64_t b, bool far,
                                               int64_t index) {
@@ -70,7 +71,7 @@ __device__ __noinline__ VisitedTile next_item(TileList<kThreads>* list, const At
     if (index >= list->first && index < list->first + kThreads) index = list->first + kThreads;
     if (index >= items->heads * items->tiles) return VisitedTile();
     __syncthreads();
-    list->fill(index, [&](int64_t at) { return items->look(*params, *map, b, far, at); });
+    list->fill(index, [&](int64_t at) { return items->look<kOptions>(*params, *map, b, far, at); });
     __syncthreads();
   }
 }
@@ -110,7 +111,7 @@ struct GradKey : Backward<T, kChannels, kOptions> {
       if (!this->simple(key_tile) || map.schedule.kind == ScheduleKind::kTree) {
         return this->run_pairs(
             {forward, map.schedule, item.h, item.p_lo, base, shared.lse, shared.delta, masked ? shared.kept : nullptr,
-             this->drops() ? shared.dropped : nullptr, warp_row, true},
+             this->drops() ? shared.dropped : nullptr, warp_row, true, false},
             scores, grad_weights);
       }
     }
@@ -141,7 +142,7 @@ struct GradKey : Backward<T, kChannels, kOptions> {
 
   // What of the queries is not finite goes to the keys they keep, and nowhere else; all threads.
   __device__ void guard(T* queries, Sums& sums) {
-    add_not_finite<T, kChannels>(sums, queries, [&](int n, int q) { return shared.kept[q] >> (warp_row + n) & 1; });
+    add_not_finite<T, kChannels>(sums, queries, shared.kept, warp_row, false);
     take_not_finite<T, kChannels, kThreads>(queries);
   }
 
@@ -154,9 +155,10 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     this->load_query(item.h, item.first, item.count);
     this->load_softmax(item.h, item.first, item.count);
     copy_async_commit();
-    const VisitedTile found = next_item(&shared.list, &forward, &map, &shared.items, b, far, visited.index + 1);
+    const VisitedTile found =
+        next_item<kOptions>(&shared.list, &forward, &map, &shared.items, b, far, visited.index + 1);
     if (threadIdx.x == 0) next = found;
-    const TurnPasses passes(forward, map, item.p_lo, item.p_lo + item.count - 1, shared.items.key_tile);
+    const TurnPasses<kOptions> passes(forward, map, item.p_lo, item.p_lo + item.count - 1, shared.items.key_tile);
     const bool masked = visited.masked || (kOptions && ((passes.far && passes.near) || this->drops()));
     if (masked) mask(item, far);
     float grad_weights[1][8][4];
@@ -199,7 +201,7 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     __syncthreads();
     if (threadIdx.x == 0) shared.list.open();
     __syncthreads();
-    const VisitedTile found = next_item(&shared.list, &forward, &map, &shared.items, b, far, 0);
+    const VisitedTile found = next_item<kOptions>(&shared.list, &forward, &map, &shared.items, b, far, 0);
     if (threadIdx.x == 0) shared.visited[0] = found;
     if (found.any()) load_next(found);
     copy_async_commit();
@@ -225,19 +227,20 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     copy_async_commit();
     clear(grad_key);
     clear(grad_value);
+    const auto turn_of = [&](int c) { return key_turn(map.schedule, keys.index, c); };
     if (turns()) {
       copy_async_wait<0>();
       __syncthreads();
-      const auto turn_of = [&](int c) { return key_turn(map.schedule, keys.index, c); };
       turn_rows<T, kChannels>(forward, shared.key, shared.turned, warp, kTile, kBackwardWarps, turn_of);
-      walk(false);
-      if constexpr (kOptions && kKey) {
-        __syncthreads();
-        this->turn_back(grad_key, reinterpret_cast<float*>(shared.query), turn_of, false, grad_key);
-      }
-      if (forward.distance_limit < kFar) walk(true);
-    } else {
-      walk(false);
+    }
+    // Near pairs, or all; then far ones.
+    const bool far_too = turns() && forward.distance_limit < kFar;
+    PYCORE_UNROLL_BY(1)
+    for (int pass = 0; pass < (far_too ? 2 : 1); ++pass) {
+      walk(pass == 1);
+      if (!kOptions || !kKey || !turns() || pass == 1) continue;
+      __syncthreads();
+      this->turn_back(grad_key, reinterpret_cast<float*>(shared.query), turn_of, false, grad_key);
     }
     const auto row = [&](void* data, int64_t channels) {
       return [this, data, channels, &keys](int r) -> float* {
@@ -288,12 +291,35 @@ Status launch_backward_with(const AttentionBackwardParams& params, const TilePla
   return status;
 }
 
+constexpr int64_t kMostShared = 227 << 10;  // of a block, on the devices that have most
+
+// use(channels) with the plan's, where there is a device for its tiles.
+template <class T, class Use>
+Status with_backward_channels(const TilePlan& plan, const Use& use) {
+  return with_channels(plan.channels, [&](auto channels) {
+    if constexpr (sizeof(KeyShared<T, decltype(channels)::value, false>) <= kMostShared) {
+      return use(channels);
+    } else {
+      return Status{StatusCode::kUnsupported, "no device has the shared memory for these tiles"};
+    }
+  });
+}
+
 template <class T>
 Status launch_backward_of(const AttentionBackwardParams& params, const TilePlan& plan, void* stream) {
-  return with_channels(plan.channels, [&](auto channels) {
+  return with_backward_channels<T>(plan, [&](auto channels) {
     constexpr int kChannels = decltype(channels)::value;
     return plan.options ? launch_backward_with<T, kChannels, true>(params, plan, stream)
                         : launch_backward_with<T, kChannels, false>(params, plan, stream);
+  });
+}
+
+template <class T>
+Status launch_bias_of(const AttentionBackwardParams& params, const TilePlan& plan, double* sums, int64_t chunks,
+                      void* stream) {
+  return with_backward_channels<T>(plan, [&](auto channels) {
+    return launch(grad_bias_kernel<T, decltype(channels)::value>, chunks * params.forward.heads, kBackwardThreads,
+                  backward_shared_of<T>(plan), stream, params, plan, sums, chunks);
   });
 }
 

@@ -135,18 +135,20 @@ struct Forward {
     const float scale = kOptions ? 1.0f : static_cast<float>(params.scale) * kLog2E;
     PYCORE_UNROLL
     for (int m = 0; m < kBlocks; ++m) {
+      float factors[2];
       PYCORE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int r = row_of(m, half), shift = 2 * (lane % 4);
-        const uint64_t kept = masked ? shared.kept[r] >> shift : ~uint64_t{0};
-        if (kOptions) logits_of(scores[m], half, r, kept, key_tile);
+        const uint64_t row_bits = masked ? shared.kept[r] >> shift : ~uint64_t{0};
+        const RowBits kept(row_bits);
+        if (kOptions) logits_of(scores[m], half, r, row_bits, key_tile);
         float largest = -INFINITY;
         PYCORE_UNROLL
         for (int n = 0; n < 8; ++n) {
           PYCORE_UNROLL
           for (int k = 0; k < 2; ++k) {
             float& score = scores[m][n][2 * half + k];
-            if (masked && !(kept >> (8 * n + k) & 1)) score = -INFINITY;
+            if (masked && !kept.at(8 * n + k)) score = -INFINITY;
             largest = fmaxf(largest, score);
           }
         }
@@ -167,23 +169,26 @@ struct Forward {
           }
         }
         sum[m][half] = added;
-        PYCORE_UNROLL
-        for (int n = 0; n < kValueTiles; ++n) {
-          out[m][n][2 * half] *= factor;
-          out[m][n][2 * half + 1] *= factor;
-        }
+        factors[half] = factor;
         if (drops()) {
           const float keep_factor = static_cast<float>(1 / (1 - params.dropout_p));
-          const uint64_t dropped = shared.dropped[r] >> shift;
+          const RowBits dropped(shared.dropped[r] >> shift);
           PYCORE_UNROLL
           for (int n = 0; n < 8; ++n) {
             PYCORE_UNROLL
             for (int k = 0; k < 2; ++k) {
               float& weight = scores[m][n][2 * half + k];
-              weight = dropped >> (8 * n + k) & 1 ? 0.0f : weight * keep_factor;
+              weight = dropped.at(8 * n + k) ? 0.0f : weight * keep_factor;
             }
           }
         }
+      }
+      // A maximum that stands, as most do after a few tiles, leaves the sums as they are.
+      if (__ballot_sync(kAllLanes, factors[0] != 1 || factors[1] != 1) == 0) continue;
+      PYCORE_UNROLL
+      for (int n = 0; n < kValueTiles; ++n) {
+        PYCORE_UNROLL
+        for (int k = 0; k < 4; ++k) out[m][n][k] *= factors[k / 2];
       }
     }
   }
@@ -215,10 +220,11 @@ struct Forward {
   // After it shared.kept is of no use.
   __device__ void guard_values(const VisitedTile& visited) {
     mask(visited, Turned::kAll);
-    add_not_finite<T, kChannels>(out, shared.value, [&](int n, int key) {
-      const int r = warp_row + n;
-      return (shared.kept[r] & ~(drops() ? shared.dropped[r] : 0)) >> key & 1;
-    });
+    for (int r = warp_row + lane; drops() && r < warp_row + 16 * kBlocks; r += kLanes) {
+      shared.kept[r] &= ~shared.dropped[r];
+    }
+    __syncwarp();
+    add_not_finite<T, kChannels>(out, shared.value, shared.kept, warp_row, true);
     take_not_finite<T, kChannels, kThreads>(shared.value);
   }
 
@@ -232,7 +238,7 @@ struct Forward {
         next_key_tile(&shared.list, &map, shared.p_lo, shared.p_hi, visited.index + 1, shared.segment);
     if (threadIdx.x == 0) next = found;
     const bool rope = kOptions && params.rope_cos != nullptr;
-    const TurnPasses turns(params, map, shared.p_lo, shared.p_hi, visited.index);
+    const TurnPasses<kOptions> turns(params, map, shared.p_lo, shared.p_hi, visited.index);
     const bool masked = visited.masked || (kOptions && ((turns.far && turns.near) || drops()));
     for (int pass = turns.far ? 0 : 1; pass < (turns.near ? 2 : 1); ++pass) {
       const bool far = pass == 0, first = far || !turns.far, last = !far || !turns.near;
@@ -335,13 +341,11 @@ struct Forward {
     float memory[kOuts + 4 * kBlocks];
     const int zero = opaque_zero();
     bool merged = false;
-    const auto total_of = [&](int m, int half) {
-      SoftmaxTotal total;
-      if (!merged) return total;
-      total.max = memory[zero + kOuts + 4 * m + 2 * half];
-      total.sum = memory[zero + kOuts + 4 * m + 2 * half + 1];
-      return total;
-    };
+    PYCORE_UNROLL
+    for (int n = kOuts; n < kOuts + 4 * kBlocks; n += 2) {
+      memory[zero + n] = -INFINITY;
+      memory[zero + n + 1] = 0;
+    }
     // Leaves the total in place of the open segment.
     const auto merge = [&] {
       close_segment();
@@ -349,7 +353,9 @@ struct Forward {
       for (int m = 0; m < kBlocks; ++m) {
         PYCORE_UNROLL
         for (int half = 0; half < 2; ++half) {
-          SoftmaxTotal total = total_of(m, half);
+          SoftmaxTotal total;
+          total.max = memory[zero + kOuts + 4 * m + 2 * half];
+          total.sum = memory[zero + kOuts + 4 * m + 2 * half + 1];
           total.merge(max[m][half], sum[m][half]);
           PYCORE_UNROLL
           for (int n = 0; n < kValueTiles; ++n) {
@@ -365,20 +371,19 @@ struct Forward {
       }
       merged = true;
     };
+    const bool split = plan.splits > 1;
     for (int at = 0; shared.visited[at].any(); at ^= 1) {
       visit(shared.visited[at], shared.visited[at ^ 1]);
       const VisitedTile &last = shared.visited[at], &next = shared.visited[at ^ 1];
-      if (next.any() && next.segment() != last.segment()) {
-        merge();
-        open_segment();
-      }
+      if (split || (next.any() && next.segment() == last.segment())) continue;
+      merge();
+      if (next.any()) open_segment();
     }
     copy_async_wait<0>();
-    if (plan.splits > 1) {
+    if (split) {
       close_segment();
       return store_partial();
     }
-    merge();
     PYCORE_UNROLL
     for (int m = 0; m < kBlocks; ++m) {
       PYCORE_UNROLL

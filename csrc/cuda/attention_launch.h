@@ -13,11 +13,6 @@ Status launch_plain_forward(const AttentionParams& params, void* stream);
 // grad_query, grad_key and grad_value by warps, after delta; grad_key and grad_value are zeros.
 Status launch_plain_backward(const AttentionBackwardParams& params, void* stream);
 
-// What the gradients begin with: delta, and zeros. And the gradients of tables, summed in chunks of rows, in order.
-Status launch_delta(const AttentionBackwardParams& params, void* stream);
-int64_t table_gradient_scratch(const AttentionBackwardParams& params);
-Status launch_table_gradients(const AttentionBackwardParams& params, void* scratch, void* stream);
-
 // Warps of a block, and blocks of 16 rows that each has: 128 rows; 64 in pairs, which read shared memory half as often;
 // or 64 that leave registers for wide rows and options.
 enum class TileShape { kWide, kPaired, kNarrow };
@@ -41,12 +36,20 @@ struct TilePlan {
   }
 };
 
+// What the gradients begin with: delta, and zeros. And the gradients of tables, summed in chunks of rows, in order:
+// with a plan, distance_bias's by the kernels below.
+Status launch_delta(const AttentionBackwardParams& params, void* stream);
+int64_t table_gradient_scratch(const AttentionBackwardParams& params);
+Status launch_table_gradients(const AttentionBackwardParams& params, const TilePlan* plan, void* scratch, void* stream);
+
 // The kernels of a dtype, and the shared memory that they ask for.
 #define PYCORE_TILE_KERNELS(dtype)                                                                           \
   Status launch_forward_##dtype(const AttentionParams& params, const TilePlan& plan, void* stream);          \
   int64_t forward_shared_##dtype(const TilePlan& plan);                                                      \
   /* grad_query, grad_key and grad_value, after delta; grad_key and grad_value are zeros. */                 \
   Status launch_backward_##dtype(const AttentionBackwardParams& params, const TilePlan& plan, void* stream); \
+  Status launch_bias_##dtype(const AttentionBackwardParams& params, const TilePlan& plan, double* sums,      \
+                             int64_t chunks, void* stream);                                                  \
   int64_t backward_shared_##dtype(const TilePlan& plan);
 PYCORE_TILE_KERNELS(float32)
 PYCORE_TILE_KERNELS(float16)

@@ -166,14 +166,25 @@ __device__ void turn_rows(const AttentionParams& params, const T* rows, T* turne
   }
 }
 
+// 64 bits in two registers, asked at places the compiler knows.
+struct RowBits {
+  uint32_t low, high;
+
+  __device__ explicit RowBits(uint64_t bits)
+      : low(static_cast<uint32_t>(bits)), high(static_cast<uint32_t>(bits >> 32)) {}
+  __device__ bool at(int place) const { return (place < 32 ? low >> place : high >> (place - 32)) & 1; }
+};
+
 // Which of two passes a tile takes, where pairs beyond the distance limit are turned otherwise than those within.
+template <bool kOptions>
 struct TurnPasses {
-  bool far, near;
+  bool far = false, near = true;
 
   __device__ TurnPasses(const AttentionParams& params, const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t tile) {
+    if (!kOptions || params.rope_cos == nullptr) return;
     const bool tree = map.schedule.kind == ScheduleKind::kTree;  // whose places are in no order
     const int64_t first = tile * kKeyTile, limit = params.distance_limit;
-    far = params.rope_cos && limit < kFar && (tree || p_hi - first > limit);
+    far = limit < kFar && (tree || p_hi - first > limit);
     near = !far || tree || p_lo - (first + kKeyTile - 1) <= limit;
   }
 };
@@ -290,34 +301,33 @@ __device__ __noinline__ void take_not_finite(T* tile) {
   __syncthreads();
 }
 
-// Adds to the sums of a warp's rows what of the tile is not finite and stands in a row r for which keeps(row, r).
-template <class T, int kChannels, int kBlocks, class Keeps>
-__device__ void add_not_finite(float (&sums)[kBlocks][kChannels / 8][4], const T* tile, Keeps keeps) {
+// Adds to the sums of a warp's rows what of the tile is not finite and stands in a row r that they keep: of row n,
+// kept[n] >> r & 1, or where the tile's rows keep the sums' own, kept[r] >> n & 1. By way of memory; see next_key_tile.
+template <class T, int kChannels, int kBlocks>
+__device__ __noinline__ void add_not_finite_in(float* sums, const T* tile, const uint64_t* kept, int first_row,
+                                               bool rows_keep) {
   const int lane = threadIdx.x % kLanes;
   PYCORE_UNROLL_BY(1)
-  for (int r = 0; r < kTile; ++r) {
-    bool kept[kBlocks][2];
-    PYCORE_UNROLL
-    for (int m = 0; m < kBlocks; ++m) {
-      PYCORE_UNROLL
-      for (int half = 0; half < 2; ++half) kept[m][half] = keeps(16 * m + 8 * half + lane / 4, r);
-    }
-    PYCORE_UNROLL
-    for (int n = 0; n < kChannels / 8; ++n) {
-      PYCORE_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        const float x = to_float(tile[r * row_stride<T>(kChannels) + 8 * n + 2 * (lane % 4) + k]);
-        if (fabsf(x) < INFINITY) continue;
-        PYCORE_UNROLL
-        for (int m = 0; m < kBlocks; ++m) {
-          PYCORE_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            if (kept[m][half]) sums[m][n][2 * half + k] += x;
-          }
-        }
-      }
+  for (int n = 0; n < kBlocks * kChannels / 2; ++n) {
+    const int row = first_row + n / (kChannels / 2) * 16 + n / 2 % 2 * 8 + lane / 4;
+    const int c = n / 4 % (kChannels / 8) * 8 + 2 * (lane % 4) + n % 2;
+    for (int r = 0; r < kTile; ++r) {
+      const float x = to_float(tile[r * row_stride<T>(kChannels) + c]);
+      if (fabsf(x) < INFINITY) continue;
+      if ((rows_keep ? kept[row] >> r : kept[r] >> row) & 1) sums[n] += x;
     }
   }
+}
+template <class T, int kChannels, int kBlocks>
+__device__ void add_not_finite(float (&sums)[kBlocks][kChannels / 8][4], const T* tile, const uint64_t* kept,
+                               int first_row, bool rows_keep) {
+  constexpr int kNumbers = kBlocks * kChannels / 2, kRow = kChannels / 2;
+  float memory[kNumbers];
+  PYCORE_UNROLL
+  for (int n = 0; n < kNumbers; ++n) memory[n] = sums[n / kRow][n % kRow / 4][n % 4];
+  add_not_finite_in<T, kChannels, kBlocks>(memory, tile, kept, first_row, rows_keep);
+  PYCORE_UNROLL
+  for (int n = 0; n < kNumbers; ++n) sums[n / kRow][n % kRow / 4][n % 4] = memory[n];
 }
 
 // Base-2 logits where they take only a distance: a row's against a tile whose keys stand in place.

@@ -49,7 +49,9 @@ void emulate(Problem* problem) {
 }
 
 bool compare(int64_t number) {
-  Problem problem(90, 150);
+  // Sometimes wide rows; sometimes a device without the memory for tiles, where the plain kernels run.
+  Problem problem(90, 150, draw(0, 3) ? 70 : 256);
+  emulation::emulation.shared_limit = draw(0, 4) ? 227 << 10 : 24 << 10;
   problem.run(pycore::CpuIsa::kScalar, 1);
   const DType dtype = problem.params.forward.dtype;
   const Problem expected = problem;
@@ -77,36 +79,44 @@ bool compare(int64_t number) {
   return same;
 }
 
-// Rows of a problem again in other company: the same bits.
-struct Alone {
+// A problem's buffers for results, and its gradients' inputs.
+struct Results {
   std::vector<char> out;
-  Buffer lse;
+  Buffer lse, delta, grad_query, grad_key, grad_value;
 
-  // Query rows first .. first + count - 1 of batch row b, as a problem of their own; `split` gives scratch.
-  Alone(const pycore::AttentionParams& whole, int64_t b, int64_t first, int64_t count, bool split) {
-    pycore::AttentionParams p = whole;
-    const int64_t size = pycore::dtype_size(p.dtype);
-    const auto move = [&](const void* data, int64_t elements) {
-      return static_cast<const char*>(data) + elements * size;
-    };
-    p.batch = 1;
-    p.query_length = count;
-    p.query = move(p.query, b * p.query_strides.batch + first * p.query_strides.row);
-    p.key = move(p.key, b * p.key_strides.batch);
-    p.value = move(p.value, b * p.value_strides.batch);
-    // The last query stands at the last key: keys after it are cut off.
-    const int64_t length = p.key_lengths[b] - (whole.query_length - first - count);
-    p.key_lengths = &length;
-    out.resize(p.heads * count * p.value_dim * size);
-    lse.resize(p.heads * count);
+  // Runs forward, with scratch if `split`, and backward.
+  Results(const pycore::AttentionParams& problem, const void* grad_out, const pycore::AttentionStrides& strides,
+          bool split) {
+    pycore::AttentionBackwardParams params;
+    pycore::AttentionParams& p = params.forward;
+    p = problem;
+    const int64_t rows = p.batch * p.heads * p.query_length, keys = p.batch * p.kv_heads * p.key_length;
+    out.resize(rows * p.value_dim * pycore::dtype_size(p.dtype));
+    lse.resize(rows);
+    delta.resize(rows);
+    grad_query.resize(rows * p.head_dim);
+    grad_key.resize(keys * p.head_dim);
+    grad_value.resize(keys * p.value_dim);
     p.out = out.data();
     p.lse = lse.data();
-    const int64_t bytes = pycore::emulated_forward_scratch(p);
-    const auto scratch = aligned(bytes);
+    params.grad_out = grad_out;
+    params.grad_out_strides = strides;
+    params.delta = delta.data();
+    params.grad_query = grad_query.data();
+    params.grad_key = grad_key.data();
+    params.grad_value = grad_value.data();
+    const auto scratch = aligned(pycore::emulated_forward_scratch(p));
     if (!pycore::emulated_forward(p, split ? scratch.get() : nullptr, nullptr).ok()) std::abort();
+    if (!pycore::emulated_backward(params, nullptr, nullptr).ok()) std::abort();
   }
 };
 
+// Whether `count` numbers are the same, to the bit.
+bool same_bits(const float* one, const float* other, int64_t count) {
+  return std::memcmp(one, other, count * sizeof(float)) == 0;
+}
+
+// Rows of a problem again in other company: the same bits. And what is not finite reaches only rows that keep it.
 bool compare_bits(int64_t number) {
   pycore::AttentionParams p;
   const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
@@ -115,7 +125,7 @@ bool compare_bits(int64_t number) {
   p.kv_heads = draw(1, 2);
   p.heads = p.kv_heads * draw(1, 4);
   p.query_length = draw(2, 140);
-  p.key_length = draw(p.query_length, 2400);
+  p.key_length = draw(p.query_length, draw(0, 3) ? 300 : 2400);
   p.head_dim = draw(0, 1) ? 64 : draw(3, 80);
   p.value_dim = p.head_dim;
   p.scale = 0.3;
@@ -124,6 +134,7 @@ bool compare_bits(int64_t number) {
     p.schedule.sink_size = draw(0, 100);
     p.schedule.window_size = draw(1, 1300);
   }
+  emulation::emulation.shared_limit = draw(0, 9) ? 227 << 10 : 24 << 10;
   Buffer cosine, sine;
   if (draw(0, 2) == 0) {
     p.rope_dim = p.head_dim / 2 * 2;
@@ -137,57 +148,90 @@ bool compare_bits(int64_t number) {
     p.rope_cos = cosine.data();
     p.rope_sin = sine.data();
   }
+  if (draw(0, 3) == 0) p.softcap = 5;
   const auto strides = [](int64_t heads, int64_t length, int64_t channels) {
     return pycore::AttentionStrides{heads * length * channels, length * channels, channels};
   };
   p.query_strides = strides(p.heads, p.query_length, p.head_dim);
   p.key_strides = p.value_strides = strides(p.kv_heads, p.key_length, p.head_dim);
-  const auto query = stored(normal(p.batch * p.heads * p.query_length * p.head_dim), p.dtype);
+  const int64_t query_count = p.batch * p.heads * p.query_length * p.head_dim;
+  const auto query = stored(normal(query_count), p.dtype), grad_out = stored(normal(query_count), p.dtype);
   Buffer keys = normal(p.batch * p.kv_heads * p.key_length * p.head_dim), values = keys;
   const std::vector<int64_t> lengths = {p.key_length, draw(p.query_length, p.key_length)};
-  // Of batch row 1 the newest key holds NaN: only rows that see it may.
-  const int64_t poisoned = lengths[1] - 1;
-  for (int64_t h = 0; h < p.kv_heads; ++h) {
-    std::fill_n(values.begin() + ((p.kv_heads + h) * p.key_length + poisoned) * p.head_dim, p.head_dim,
-                draw(0, 1) ? NAN : INFINITY);
+  // Of batch row 1 the newest key, or its value, may hold NaN: only rows that see it may be reached.
+  const int64_t newest = lengths[1] - 1, poisoned = draw(0, 2);
+  for (int64_t h = 0; h < p.kv_heads && poisoned > 0; ++h) {
+    std::fill_n((poisoned == 1 ? keys : values).begin() + ((p.kv_heads + h) * p.key_length + newest) * p.head_dim,
+                p.head_dim, draw(0, 1) ? NAN : INFINITY);
   }
   const auto key = stored(keys, p.dtype), value = stored(values, p.dtype);
   p.query = query.data();
   p.key = key.data();
   p.value = value.data();
   p.key_lengths = lengths.data();
-  std::vector<char> out(query.size());
-  Buffer lse(p.batch * p.heads * p.query_length);
-  p.out = out.data();
-  p.lse = lse.data();
   emulation::emulation.reversed = draw(0, 1);
-  if (!pycore::emulated_forward(p, nullptr, nullptr).ok()) std::abort();
+  const Results whole(p, grad_out.data(), p.query_strides, false);
 
-  const int64_t row_bytes = p.value_dim * pycore::dtype_size(p.dtype);
-  const int64_t b = draw(0, 1), count = draw(0, 1) ? 1 : draw(1, p.query_length);
-  const int64_t first = draw(0, p.query_length - count);
+  const int64_t b = draw(0, 1), count = draw(0, 2) == 0 ? 1 : draw(1, p.query_length);
+  const int64_t first = draw(0, 1) ? p.query_length - count : draw(0, p.query_length - count);
+  const int64_t size = pycore::dtype_size(p.dtype);
+  const auto report = [&](const char* what, bool split) {
+    std::fprintf(stderr, "failed: %s of rows %ld to %ld has other bits alone%s, in problem %ld\n", what, first,
+                 first + count - 1, split ? " and split" : "", number);
+    return false;
+  };
   for (const bool split : {false, true}) {
     emulation::emulation.reversed = draw(0, 1);
-    const Alone alone(p, b, first, count, split);
+    pycore::AttentionParams some = p;
+    const auto move = [&](const void* data, int64_t elements) {
+      return static_cast<const char*>(data) + elements * size;
+    };
+    const int64_t query_offset = b * p.query_strides.batch + first * p.query_strides.row;
+    some.batch = 1;
+    some.query_length = count;
+    some.query = move(p.query, query_offset);
+    some.key = move(p.key, b * p.key_strides.batch);
+    some.value = move(p.value, b * p.value_strides.batch);
+    // The last query stands at the last key: keys after it are cut off.
+    const int64_t length = p.key_lengths[b] - (p.query_length - first - count);
+    some.key_lengths = &length;
+    const Results alone(some, move(grad_out.data(), query_offset), p.query_strides, split);
     for (int64_t h = 0; h < p.heads; ++h) {
       const int64_t row = (b * p.heads + h) * p.query_length + first;
-      if (std::memcmp(out.data() + row * row_bytes, alone.out.data() + h * count * row_bytes, count * row_bytes) == 0 &&
-          std::memcmp(lse.data() + row, alone.lse.data() + h * count, count * sizeof(float)) == 0) {
-        continue;
+      const int64_t bytes = p.value_dim * size;
+      if (std::memcmp(whole.out.data() + row * bytes, alone.out.data() + h * count * bytes, count * bytes) != 0 ||
+          !same_bits(whole.lse.data() + row, alone.lse.data() + h * count, count)) {
+        return report("out", split);
       }
-      std::fprintf(stderr, "failed: rows %ld to %ld of head %ld have other bits alone%s, in problem %ld\n", first,
-                   first + count - 1, h, split ? " and split" : "", number);
-      return false;
+      if (poisoned > 0 && b == 1) continue;  // a NaN has many bits
+      if (!same_bits(whole.grad_query.data() + row * p.head_dim, alone.grad_query.data() + h * count * p.head_dim,
+                     count * p.head_dim)) {
+        return report("grad_query", split);
+      }
+    }
+    if (count < p.query_length || (poisoned > 0 && b == 1)) continue;
+    const int64_t kept = p.kv_heads * p.key_length * p.head_dim;
+    if (!same_bits(whole.grad_key.data() + b * kept, alone.grad_key.data(), kept)) return report("grad_key", split);
+    if (!same_bits(whole.grad_value.data() + b * kept, alone.grad_value.data(), kept)) {
+      return report("grad_value", split);
     }
   }
-  const Buffer numbers = loaded(out, p.dtype);
+  if (poisoned == 0) return true;
+  const Buffer out = loaded(whole.out, p.dtype);
   for (int64_t h = 0; h < p.heads; ++h) {
     for (int64_t i = 0; i < p.query_length; ++i) {
       const int64_t row = (p.heads + h) * p.query_length + i;
+      const auto finite = [](const float* x, int64_t count) {
+        return std::all_of(x, x + count, [](float number) { return std::isfinite(number); });
+      };
       const bool sees = i == p.query_length - 1;
-      if (std::isfinite(numbers[row * p.value_dim]) != sees) continue;
-      std::fprintf(stderr, "failed: what is not finite in a key's value %s row %ld, in problem %ld\n",
-                   sees ? "does not reach" : "reaches", i, number);
+      // An infinite key may have no weight.
+      const bool reached = !finite(&out[row * p.value_dim], p.value_dim);
+      if (sees ? reached || poisoned == 1 : !reached && finite(&whole.grad_query[row * p.head_dim], p.head_dim)) {
+        continue;
+      }
+      std::fprintf(stderr, "failed: what is not finite in a key's %s %s row %ld, in problem %ld\n",
+                   poisoned == 1 ? "row" : "value", sees ? "does not reach" : "reaches", i, number);
       return false;
     }
   }

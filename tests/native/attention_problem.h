@@ -78,15 +78,15 @@ struct Problem {
   Buffer block_bias;
   int64_t seed = 0;
 
-  Problem(int64_t most_queries, int64_t most_keys) {
+  Problem(int64_t most_queries, int64_t most_keys, int64_t most_channels = 70) {
     pycore::AttentionParams& p = params.forward;
     p.batch = draw(1, 3);
     p.kv_heads = draw(1, 2);
     p.heads = p.kv_heads * draw(1, 3);
     p.query_length = draw(1, draw(0, 1) ? 8 : most_queries);
     p.key_length = draw(0, most_keys);
-    p.head_dim = draw(1, 70);
-    p.value_dim = draw(1, 70);
+    p.head_dim = draw(1, most_channels);
+    p.value_dim = draw(1, most_channels);
     p.scale = draw(0, 9) == 0 ? -0.3 : 0.2;
     const DType dtypes[] = {DType::kFloat32, DType::kFloat32, DType::kFloat16, DType::kBFloat16};
     p.dtype = dtypes[draw(0, 3)];

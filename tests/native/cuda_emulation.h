@@ -98,7 +98,7 @@ struct Meeting {
 
 struct Emulation {
   bool reversed = false;
-  int64_t multiprocessors = 4;
+  int64_t multiprocessors = 4, shared_limit = 227 << 10;
 
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
@@ -289,7 +289,7 @@ namespace pycore {
 
 inline char* shared_memory() { return emulation::emulation.shared; }
 inline int64_t multiprocessors() { return emulation::emulation.multiprocessors; }
-inline int64_t shared_limit() { return 227 << 10; }
+inline int64_t shared_limit() { return emulation::emulation.shared_limit; }
 
 inline Status clear_memory(void* memory, int64_t bytes, void*) {
   if (bytes > 0) std::memset(memory, 0, bytes);
@@ -300,6 +300,7 @@ template <class... Params, class... Arguments>
 Status launch(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared, void*,
               const Arguments&... arguments) {
   emulation::Emulation& all = emulation::emulation;
+  if (shared > all.shared_limit) return {StatusCode::kCuda, "more shared memory than the device has"};
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = static_cast<unsigned>(threads);
   all.body = [&] { kernel(arguments...); };

@@ -11,65 +11,12 @@ import torch
 from pycore.ops import attention, pr_flash_attention
 from pycore.ops.attention_blocks import draw_blocks
 from pycore.reference.attention import attention as reference
-from pycore.schedules import (
-    Causal,
-    Full,
-    Geometric,
-    Harmonic,
-    KeySubset,
-    Lambda,
-    Prefix,
-    Probabilistic,
-    Schedule,
-    Segments,
-    Tree,
-)
+from pycore.schedules import Full, Geometric, Harmonic, Lambda, Probabilistic, Schedule, Tree
 from tests.attention_inputs import lengths, qkv, random_tree, tables
+from tests.cuda_inputs import DTYPES, SCHEDULES, doubled, on_device
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.cuda
-HALVES = [torch.float16, torch.bfloat16]
-DTYPES = [torch.float32, *HALVES]
-
-SCHEDULES = [
-    pytest.param(Causal(), id="causal"),
-    pytest.param(Full(), id="full"),
-    pytest.param(Lambda(4, 40), id="lambda"),
-    pytest.param(Lambda(70, 10), id="lambda-sink-tile"),
-    pytest.param(Prefix(lengths(5, 90)), id="prefix"),
-    pytest.param(Segments(lengths(0, 30, 100, 1100)), id="segments"),
-    pytest.param(KeySubset(torch.arange(1100) % 7 == 2), id="keys"),
-    pytest.param(KeySubset(torch.arange(0, 1100, 9), causal=False), id="keys-not-causal"),
-    pytest.param(Tree(lengths(-1)), id="tree"),
-]
-
-
-def on_device(value: Any) -> Any:
-    """Tensors, also those of a schedule or a pair of tables, on the GPU."""
-    if isinstance(value, torch.Tensor):
-        return value.cuda()
-    if isinstance(value, tuple):
-        return tuple(on_device(x) for x in value)
-    if isinstance(value, Prefix):
-        return Prefix(value.prefix_lengths.cuda())
-    if isinstance(value, Segments):
-        return Segments(value.boundaries.cuda(), value.causal)
-    if isinstance(value, KeySubset):
-        return KeySubset(value.keys.cuda(), value.causal)
-    if isinstance(value, Tree):
-        return Tree(value.parents.cuda())
-    return value
-
-
-def doubled(options: dict[str, Any]) -> dict[str, Any]:
-    """Tables in float64."""
-
-    def wide(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return tuple(wide(y) for y in x)
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-    return {name: wide(value) for name, value in options.items()}
 
 
 def assert_accurate(tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
@@ -92,8 +39,6 @@ def assert_accurate(tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) 
 def test_values(shape: tuple[int, int], head_dim: int, schedule: Schedule, rope: bool, dtype: torch.dtype) -> None:
     tensors = tuple(t.to(dtype) for t in qkv(2, 4, 2, *shape, head_dim))
     options: dict[str, Any] = {"schedule": schedule}
-    if rope and isinstance(schedule, Tree):
-        pytest.skip("the kernel does not rotate a tree by depth")
     if rope:
         options |= {"rope": tables(max(shape) + 64, head_dim), "distance_limit": 60}
     assert_accurate(tensors, options)
@@ -114,32 +59,6 @@ def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
     assert_accurate(tensors, {"schedule": Lambda(5, 60), **options})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [*OPTIONS, pytest.param({"rope": tables(300, 64)}, id="rope")])
-def test_gradients(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """As near to float64's as the CPU's are, twice over."""
-    tensors = [t.to(dtype) for t in qkv(2, 4, 2, 97, 203, 64)]
-    grad = torch.randn(2, 4, 97, 64).to(dtype)
-    extra = [name for name in ("sink_logits", "distance_bias") if name in options]
-
-    def gradients(move: Any, wide: bool) -> list[torch.Tensor]:
-        inputs = [move(t.double() if wide else t).requires_grad_() for t in tensors]
-        made = {k: move(v) if isinstance(v, (torch.Tensor, tuple)) else v
-                for k, v in (doubled(options) if wide else options).items()}  # fmt: skip
-        learned = [made[name].detach().clone().requires_grad_() for name in extra]
-        made |= dict(zip(extra, learned, strict=True))
-        out = attention(*inputs, schedule=Lambda(5, 60), **made)
-        return [g.cpu() for g in torch.autograd.grad(out, [*inputs, *learned], move(grad.double() if wide else grad))]
-
-    exact = gradients(lambda x: x, wide=True)
-    plain = gradients(lambda x: x, wide=False)
-    first = gradients(on_device, wide=False)
-    for ours, truth, cpu in zip(first, exact, plain, strict=True):
-        assert_as_accurate(ours, truth, cpu)
-    for ours, again in zip(first, gradients(on_device, wide=False), strict=True):
-        assert torch.equal(ours, again), "gradients are deterministic"
-
-
 def test_dropout_keeps_the_mean() -> None:
     query, key, _ = on_device(qkv(1, 2, 2, 256, 256, 64))
     ones = torch.ones_like(key)
@@ -148,15 +67,16 @@ def test_dropout_keeps_the_mean() -> None:
     assert out.std().item() > 0.01
 
 
-def test_trees() -> None:
-    """Of batch rows; with rotation they are refused."""
-    tensors = qkv(2, 4, 2, 90, 300, 64)
-    schedule = Tree(torch.stack([random_tree(80, 1), random_tree(80, 2)]))
-    out = attention(*on_device(tensors), schedule=on_device(schedule))
-    exact = reference(*(t.double() for t in tensors), schedule=schedule)[0]
-    assert_as_accurate(out.cpu(), exact, reference(*tensors, schedule=schedule)[0])
-    with pytest.raises(ValueError, match="^attention: rope, distance_bias and alibi_slopes with a tree"):
-        attention(*on_device(tensors), schedule=on_device(schedule), rope=on_device(tables(300, 64)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("far", [False, True], ids=lambda far: f"far={far}")
+def test_trees(far: bool, dtype: torch.dtype) -> None:
+    """Of batch rows, with places by depth: rotation, with and without far pairs, and biases."""
+    tensors = tuple(t.to(dtype) for t in qkv(2, 4, 2, 90, 300, 64))
+    options: dict[str, Any] = {
+        "schedule": Tree(torch.stack([random_tree(80, 1), random_tree(80, 2)])), "rope": tables(300, 64),
+        "distance_bias": torch.linspace(-2, 1, 4 * 50).reshape(4, 50),
+    }  # fmt: skip
+    assert_accurate(tensors, options | ({"distance_limit": 150} if far else {}))
 
 
 def test_lengths_and_eviction() -> None:
