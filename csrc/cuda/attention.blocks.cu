@@ -24,7 +24,9 @@ struct DrawnRow {
   // Adds 32 consecutive blocks, one a lane, that were chosen: 0, 1 or 2 words of the bitmap.
   __device__ void set(int64_t key_block, bool chosen) const {
     const int64_t column = key_block - column0;
-    for (uint32_t left = __ballot_sync(kAllLanes, chosen && column >= 0); left != 0; left &= left - 1) {
+    for (uint32_t left =
+             __ballot_sync(kAllLanes, chosen && column >= 0 && column < 64 * params.rows.schedule.block_words);
+         left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1, place = static_cast<int>(threadIdx.x);
       if (lane == place) words[column / 64] |= uint64_t{1} << (column % 64);
       __syncwarp();

@@ -10,7 +10,7 @@
 namespace pycore {
 namespace {
 
-constexpr int64_t kPartialBytes = int64_t{64} << 20;  // what splitting may take
+constexpr int64_t kPartialBytes = int64_t{256} << 20;  // what splitting may take
 constexpr int64_t kTileRows = 64, kWideRows = 128, kFewRows = 32;
 
 Status check(const AttentionParams& params) {
@@ -86,7 +86,13 @@ int64_t partial_bytes(const AttentionParams& params, const TilePlan& plan, int64
 // Blocks for each item: the most segments it can visit, on both sides of a gap, where items are fewer than the device
 // takes at a time.
 int64_t wanted_splits(const AttentionParams& params, const TilePlan& plan) {
-  const int64_t splits = params.key_length / (kKeyTile * kSegmentTiles) + 3;
+  constexpr int64_t kSegment = kKeyTile * kSegmentTiles;
+  int64_t keys = params.key_length;
+  if (params.schedule.kind == ScheduleKind::kLambda) {
+    const int64_t sinks = params.schedule.sink_size, reached = params.schedule.window_size + plan.rows;
+    if (sinks < keys && reached < keys - sinks) keys = sinks + reached;
+  }
+  const int64_t splits = keys / kSegment + 4;
   if (params.key_length <= kKeyTile * kSegmentTiles || plan.items >= 2 * multiprocessors()) return 1;
   return partial_bytes(params, plan, splits) <= kPartialBytes ? splits : 1;
 }

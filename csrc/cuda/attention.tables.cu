@@ -90,10 +90,13 @@ __global__ void grad_sink_kernel(const __grid_constant__ AttentionBackwardParams
   const double sink = static_cast<const float*>(forward.sink_logits)[h];
   const ChunkRows rows(forward, chunk, chunks);
   double sum = 0;
+  int64_t bound = -1, queries = 0;
   for (int64_t r = rows.first; r < rows.last; ++r) {
     const int64_t b = r / forward.query_length, i = r % forward.query_length;
     const int64_t index = row_index(forward, b, h, i);
-    if (i >= bounded_row_map(forward, b, h).queries) continue;
+    if (b != bound) queries = bounded_row_map(forward, b, h).queries;
+    bound = b;
+    if (i >= queries) continue;
     const T* grad_out = row_pointer<T>(params.grad_out, params.grad_out_strides, b, h, i);
     const T* out = static_cast<const T*>(forward.out) + index * forward.value_dim;
     double delta = 0;

@@ -36,6 +36,21 @@ struct BackwardShared {
   TileList<kBackwardThreads> list;
 };
 
+// A row's lse as weights need it: in base 2, in two floats where one would be the largest error of every weight.
+template <class T>
+struct Base2 {
+  float high, low;
+
+  __device__ explicit Base2(float lse)
+      : high(lse * kLog2E),
+        low(sizeof(T) == 4 && fabsf(high) < INFINITY ? fmaf(lse, kLog2ELow, fmaf(lse, kLog2E, -high)) : 0.0f) {}
+  // 2^(factor * logit) over the row's sum.
+  __device__ float weight(float logit, float factor) const {
+    const float power = fmaf(logit, factor, -high);
+    return exp2_approx(sizeof(T) == 4 ? power - low : power);
+  }
+};
+
 // Of a warp's 16 rows and a tile's 64 columns, one of them queries and the other keys, what a pair adds to gradients.
 struct TilePairs {
   const AttentionParams& params;
@@ -104,7 +119,7 @@ struct Backward {
   __device__ bool drops() const { return kOptions && forward.dropout_p > 0; }
   // Whether a logit takes no more than the score and a distance, in tile `tile` of keys.
   __device__ bool simple(int64_t tile) const {
-    return !kOptions || (!drops() && DistanceLogits::apply(forward, map.schedule, tile));
+    return !kOptions || (!drops() && DistanceLogits::apply<T>(forward, map.schedule, tile));
   }
   __device__ bool turns() const { return kOptions && forward.rope_cos != nullptr; }
   // Without options: a score times this is the base-2 logit, and a sum of scores' gradients times this the gradient.
@@ -171,6 +186,7 @@ struct Backward {
       grads[n] = grad_weights[0][n / 4][n % 4];
     }
     pairs.run(memory, grads);
+    __syncwarp();
     PYCORE_UNROLL
     for (int n = 0; n < 32; ++n) {
       scores[0][n / 4][n % 4] = memory[n];
@@ -240,17 +256,18 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
     for (int half = 0; half < 2; ++half) {
       const int r = row_of(half), column = 2 * (lane % 4);
       const RowBits kept(masked ? shared.kept[r] >> column : ~uint64_t{0});
-      const float lse = shared.lse[r] * kLog2E, delta = shared.delta[r], scale2 = this->scale2();
+      const Base2<T> lse(shared.lse[r]);
+      const float delta = shared.delta[r], scale2 = this->scale2();
       const DistanceLogits logits(forward, h, kOptions ? map.schedule.place(p_lo + r) - base : 0);
       PYCORE_UNROLL
       for (int n = 0; n < 8; ++n) {
         PYCORE_UNROLL
         for (int k = 0; k < 2; ++k) {
-          float& score = scores[0][n][2 * half + k];
-          const float weight = kOptions ? exp2_approx(logits.base2(column + 8 * n + k, score) - lse)
-                                        : exp2_approx(fmaf(score, scale2, -lse));
+          float &score = scores[0][n][2 * half + k], slope = 1;
+          const float weight =
+              kOptions ? lse.weight(logits.base2(column + 8 * n + k, score, &slope), 1.0f) : lse.weight(score, scale2);
           const float grad = weight * (grad_weights[0][n][2 * half + k] - delta);
-          score = masked && !kept.at(8 * n + k) ? 0.0f : kOptions && !kBias ? grad * logits.scale : grad;
+          score = masked && !kept.at(8 * n + k) ? 0.0f : kOptions && !kBias ? grad * slope : grad;
         }
       }
     }
@@ -291,7 +308,8 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
     for (int n = 0; n < 8; ++n) {
       PYCORE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const TwoFloats pair = {{any ? scores[0][n][2 * half] : 0.0f, any ? scores[0][n][2 * half + 1] : 0.0f}};
+        const bool valid = any && row_of(half) < count;
+        const TwoFloats pair = {{valid ? scores[0][n][2 * half] : 0.0f, valid ? scores[0][n][2 * half + 1] : 0.0f}};
         *reinterpret_cast<TwoFloats*>(grads + row_of(half) * row_stride<float>(kTile) + 8 * n + 2 * (lane % 4)) = pair;
       }
     }

@@ -32,8 +32,10 @@ struct QueryItems {
   }
   __device__ Item item(const RowMap& map, int64_t index) const {
     Item item;
-    item.h = first_head + index / tiles;
-    item.first = (first_tile + index % tiles) * kTile;
+    // Numbers of tiles; no memory holds the queries of 2^32.
+    const uint32_t head = static_cast<uint32_t>(index) / static_cast<uint32_t>(tiles);
+    item.h = first_head + head;
+    item.first = (first_tile + index - head * tiles) * kTile;
     item.count = map.queries - item.first < kTile ? map.queries - item.first : kTile;
     item.p_lo = map.query_position(item.first);
     return item;
@@ -60,25 +62,34 @@ struct QueryItems {
   }
 };
 
-// The first item >= index that is visited; all threads. A call: see next_key_tile.
+// next_item where the list has come to its end; see list_key_tiles.
 template <bool kOptions, int kThreads>
-__device__ __noinline__ VisitedTile next_item(TileList<kThreads>* list, const AttentionParams* params,
-                                              const RowMap* map, const QueryItems* items, int64_t b, bool far,
-                                              int64_t index) {
+__device__ __noinline__ VisitedTile list_items(TileList<kThreads>* list, const AttentionParams* params,
+                                               const RowMap* map, const QueryItems* items, int64_t b, bool far,
+                                               int64_t index) {
   for (;;) {
-    const VisitedTile tile = list->find(index);
-    if (tile.any()) return tile;
     if (index >= list->first && index < list->first + kThreads) index = list->first + kThreads;
     if (index >= items->heads * items->tiles) return VisitedTile();
     __syncthreads();
     list->fill(index, [&](int64_t at) { return items->look<kOptions>(*params, *map, b, far, at); });
     __syncthreads();
+    const VisitedTile tile = list->find(index);
+    if (tile.any()) return tile;
   }
+}
+
+// The first item >= index that is visited; all threads.
+template <bool kOptions, int kThreads>
+__device__ VisitedTile next_item(TileList<kThreads>* list, const AttentionParams* params, const RowMap* map,
+                                 const QueryItems* items, int64_t b, bool far, int64_t index) {
+  const VisitedTile tile = list->find(index);
+  return tile.any() ? tile : list_items<kOptions>(list, params, map, items, b, far, index);
 }
 
 template <class T, int kChannels, bool kOptions>
 struct KeyShared : BackwardShared<T, kChannels, kOptions> {
   QueryItems items;
+  QueryItems::Item item[2];  // the visited ones
 };
 
 template <class T, int kChannels, bool kOptions, bool kKey, bool kValue>
@@ -122,19 +133,20 @@ struct GradKey : Backward<T, kChannels, kOptions> {
       PYCORE_UNROLL
       for (int k = 0; k < 2; ++k) {
         const int q = 8 * n + 2 * (lane % 4) + k;
-        const float lse = shared.lse[q] * kLog2E, delta = shared.delta[q];
+        const Base2<T> lse(shared.lse[q]);
+        const float delta = shared.delta[q];
         const uint64_t kept = masked ? shared.kept[q] >> (warp_row + lane / 4) : ~uint64_t{0};
         PYCORE_UNROLL
         for (int half = 0; half < 2; ++half) {
-          float& score = scores[0][n][2 * half + k];
+          float &score = scores[0][n][2 * half + k], slope = 1;
           const bool left_out = masked && !(kept >> (8 * half) & 1);
           const float weight =
-              kOptions ? exp2_approx(logits.base2(8 * half - q, score) - lse) : exp2_approx(fmaf(score, scale2, -lse));
+              kOptions ? lse.weight(logits.base2(8 * half - q, score, &slope), 1.0f) : lse.weight(score, scale2);
           score = left_out ? 0.0f : weight;
           if (!kKey) continue;
           float& grad_weight = grad_weights[0][n][2 * half + k];
           const float grad = weight * (grad_weight - delta);
-          grad_weight = left_out ? 0.0f : kOptions ? grad * logits.scale : grad;
+          grad_weight = left_out ? 0.0f : kOptions ? grad * slope : grad;
         }
       }
     }
@@ -146,18 +158,24 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     take_not_finite<T, kChannels, kThreads>(queries);
   }
 
+  // Thread 0 leaves what was found.
+  __device__ void leave(const VisitedTile& found, int at) const {
+    if (threadIdx.x != 0) return;
+    shared.visited[at] = found;
+    if (found.any()) shared.item[at] = shared.items.item(map, found.index);
+  }
+
   // Everything of an item whose grad_out is under way; then that of the next one, which it finds, is.
-  __device__ void visit(const VisitedTile& visited, bool far, VisitedTile& next) {
-    const Item item = shared.items.item(map, visited.index);
+  __device__ void visit(int at, bool far) {
+    const VisitedTile& visited = shared.visited[at];
+    const Item& item = shared.item[at];
     if (threadIdx.x == 0) bind_head(forward, b, item.h, &shared.map);
     copy_async_wait<0>();
     __syncthreads();  // grad_out is here, and nobody needs the last queries
     this->load_query(item.h, item.first, item.count);
     this->load_softmax(item.h, item.first, item.count);
     copy_async_commit();
-    const VisitedTile found =
-        next_item<kOptions>(&shared.list, &forward, &map, &shared.items, b, far, visited.index + 1);
-    if (threadIdx.x == 0) next = found;
+    leave(next_item<kOptions>(&shared.list, &forward, &map, &shared.items, b, far, visited.index + 1), at ^ 1);
     const TurnPasses<kOptions> passes(forward, map, item.p_lo, item.p_lo + item.count - 1, shared.items.key_tile);
     const bool masked = visited.masked || (kOptions && ((passes.far && passes.near) || this->drops()));
     if (masked) mask(item, far);
@@ -184,16 +202,15 @@ struct GradKey : Backward<T, kChannels, kOptions> {
       WeightsTimesTile<T, kChannels, 1>::run(grad_value, scores, shared.grad_out);
     }
     __syncthreads();  // nobody needs grad_out
-    if (next.any()) load_next(next);
+    if (shared.visited[at ^ 1].any()) load_grad_out_of(at ^ 1);
     copy_async_commit();
     if constexpr (kKey) {
       if (masked && has_not_finite<T, kChannels, kThreads>(shared.query)) guard(shared.query, grad_key);
       WeightsTimesTile<T, kChannels, 1>::run(grad_key, grad_weights, shared.query);
     }
   }
-  __device__ void load_next(const VisitedTile& next) const {
-    const Item item = shared.items.item(map, next.index);
-    this->load_grad_out(item.h, item.first, item.count);
+  __device__ void load_grad_out_of(int at) const {
+    this->load_grad_out(shared.item[at].h, shared.item[at].first, shared.item[at].count);
   }
 
   // All queries, of pairs beyond the distance limit or within it.
@@ -201,12 +218,11 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     __syncthreads();
     if (threadIdx.x == 0) shared.list.open();
     __syncthreads();
-    const VisitedTile found = next_item<kOptions>(&shared.list, &forward, &map, &shared.items, b, far, 0);
-    if (threadIdx.x == 0) shared.visited[0] = found;
-    if (found.any()) load_next(found);
-    copy_async_commit();
+    leave(next_item<kOptions>(&shared.list, &forward, &map, &shared.items, b, far, 0), 0);
     __syncthreads();
-    for (int at = 0; shared.visited[at].any(); at ^= 1) visit(shared.visited[at], far, shared.visited[at ^ 1]);
+    if (shared.visited[0].any()) load_grad_out_of(0);
+    copy_async_commit();
+    for (int at = 0; shared.visited[at].any(); at ^= 1) visit(at, far);
     copy_async_wait<0>();
   }
 

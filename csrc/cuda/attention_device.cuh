@@ -33,12 +33,13 @@ __device__ inline int64_t clamped(int64_t x, int64_t lo, int64_t hi) { return x 
 
 // row_map with every number held within the arrays: the lengths lie in device memory, and no host has read them.
 __device__ inline RowMap bounded_row_map(const AttentionParams& params, int64_t b, int64_t h) {
-  RowMap map = row_map(params, b, h);
+  RowMap map = row_numbers(params, b);
   if (map.ring == 0) map.start = clamped(map.start, 0, params.key_length);
   map.keys = clamped(map.keys, 0, map.ring == 0 ? params.key_length - map.start : params.key_length);
   map.sinks = clamped(map.sinks, 0, map.keys);
   map.offset = clamped(map.offset, 0, kFar);
   map.queries = clamped(map.queries, 0, params.query_length);
+  bind_schedule(params, b, h, &map);
   return map;
 }
 
@@ -60,6 +61,7 @@ __device__ float rotated(const AttentionParams& params, const T* x, int64_t dist
   const int64_t other = params.rope_interleaved ? c ^ 1 : second ? c - half : c + half;
   int64_t row = distance < 0 ? -distance : distance;
   if (row >= params.rope_rows) row = params.rope_rows - 1;  // in bounds whatever the caller's lengths say
+  if (row < 0) row = 0;                                     // the distance was INT64_MIN
   const float cosine = static_cast<const float*>(params.rope_cos)[row * params.rope_stride + i];
   const float sine = static_cast<const float*>(params.rope_sin)[row * params.rope_stride + i];
   const float turned = to_float(x[other]) * sine;

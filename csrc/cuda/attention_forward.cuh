@@ -109,15 +109,18 @@ struct Forward {
 
   // Scores to base-2 logits, which where nothing else applies are `scale` times these.
   __device__ void logits_of(float (&scores)[8][4], int half, int r, uint64_t kept, int64_t key_tile) const {
-    const int64_t h = tile.head + r / tile.rows, p = position(r), base = key_tile * kKeyTile;
+    // Rows past the tile's heads read a table too, the last head's; what comes of it is masked, or not stored.
+    const int head = r / tile.rows < tile.heads ? r / tile.rows : tile.heads - 1;
+    const int64_t h = tile.head + head, p = position(r), base = key_tile * kKeyTile;
     const int first = 2 * (lane % 4);
-    if (DistanceLogits::apply(params, map.schedule, key_tile)) {
+    if (DistanceLogits::apply<T>(params, map.schedule, key_tile)) {
       const DistanceLogits logits(params, h, map.schedule.place(p) - base);
       PYCORE_UNROLL
       for (int n = 0; n < 8; ++n) {
         PYCORE_UNROLL
         for (int k = 0; k < 2; ++k) {
-          scores[n][2 * half + k] = logits.base2(first + 8 * n + k, scores[n][2 * half + k]);
+          float slope;
+          scores[n][2 * half + k] = logits.base2(first + 8 * n + k, scores[n][2 * half + k], &slope);
         }
       }
       return;
@@ -126,6 +129,7 @@ struct Forward {
     PYCORE_UNROLL
     for (int n = 0; n < 16; ++n) memory[n] = scores[n / 2][2 * half + n % 2];
     any_logits(params, map.schedule, h, p, base + first, kept, memory);
+    __syncwarp();
     PYCORE_UNROLL
     for (int n = 0; n < 16; ++n) scores[n / 2][2 * half + n % 2] = memory[n];
   }
@@ -243,7 +247,6 @@ struct Forward {
     for (int pass = turns.far ? 0 : 1; pass < (turns.near ? 2 : 1); ++pass) {
       const bool far = pass == 0, first = far || !turns.far, last = !far || !turns.near;
       if (rope && !far) {
-        if (!first) __syncthreads();  // the far pass is done with the keys
         turn_rows<T, kChannels>(params, shared.key, shared.key, threadIdx.x / kLanes, kTile, kWarps,
                                 [&](int c) { return key_turn(map.schedule, visited.index, c); });
         __syncthreads();
@@ -312,6 +315,7 @@ struct Forward {
     shared.map = bounded_row_map(params, tile.b, tile.head);
     shared.p_lo = map.query_position(tile.first);
     shared.p_hi = shared.p_lo + tile.valid_rows(map) - 1;
+    shared.segment = -1;
     shared.list.open();
   }
 
@@ -321,8 +325,10 @@ struct Forward {
     if (tile.valid_rows(map) <= 0) return VisitedTile();
     const int64_t start = split ? SegmentStart(map, shared.p_lo, shared.p_hi, tile.split).tile : 0;
     if (start == kNoTile) return VisitedTile();
-    if (threadIdx.x == 0) shared.segment = split ? start / kSegmentTiles : -1;
-    __syncthreads();
+    if (split) {
+      if (threadIdx.x == 0) shared.segment = start / kSegmentTiles;
+      __syncthreads();
+    }
     return next_key_tile(&shared.list, &map, shared.p_lo, shared.p_hi, start, shared.segment);
   }
 
@@ -330,6 +336,7 @@ struct Forward {
     if (threadIdx.x == 0) bind();
     __syncthreads();
     const VisitedTile found = find_first();
+    if (plan.splits > 1 && shared.segment < 0) return;  // a segment that nobody merges
     if (threadIdx.x == 0) shared.visited[0] = found;
     load_query();
     __syncthreads();

@@ -8,7 +8,7 @@
 namespace pycore {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f, kLog2ELow = 1.9259629911266175e-8f, kLn2 = 0.6931471805599453f;
 
 // A tile to visit: of keys, or, where a block holds keys, of queries.
 struct VisitedTile {
@@ -76,14 +76,12 @@ __device__ inline VisitedTile look_at_keys(const RowMap& map, int64_t p_lo, int6
   return tile;
 }
 
-// The first key tile >= index that rows p_lo..p_hi visit; all threads. With a `segment` >= 0, of that segment alone.
-// A call, as is all that is large and not the products: these hold most registers.
+// next_key_tile where the list has come to its end. A call, as is all that is large, rarely needed and not the
+// products: these hold most registers.
 template <int kThreads>
-__device__ __noinline__ VisitedTile next_key_tile(TileList<kThreads>* list, const RowMap* map, int64_t p_lo,
-                                                  int64_t p_hi, int64_t index, int64_t segment) {
+__device__ __noinline__ VisitedTile list_key_tiles(TileList<kThreads>* list, const RowMap* map, int64_t p_lo,
+                                                   int64_t p_hi, int64_t index, int64_t segment) {
   for (;;) {
-    const VisitedTile tile = list->find(index);
-    if (tile.any()) return tile;
     if (index >= list->first && index < list->first + kThreads) index = list->first + kThreads;
     index = map->next_tile(p_lo, p_hi, index);
     if (index == kNoTile || (segment >= 0 && index / kSegmentTiles != segment)) return VisitedTile();
@@ -92,7 +90,17 @@ __device__ __noinline__ VisitedTile next_key_tile(TileList<kThreads>* list, cons
       return segment >= 0 && at / kSegmentTiles != segment ? VisitedTile() : look_at_keys(*map, p_lo, p_hi, at);
     });
     __syncthreads();
+    const VisitedTile tile = list->find(index);
+    if (tile.any()) return tile;
   }
+}
+
+// The first key tile >= index that rows p_lo..p_hi visit; all threads. With a `segment` >= 0, of that segment alone.
+template <int kThreads>
+__device__ VisitedTile next_key_tile(TileList<kThreads>* list, const RowMap* map, int64_t p_lo, int64_t p_hi,
+                                     int64_t index, int64_t segment) {
+  const VisitedTile tile = list->find(index);
+  return tile.any() ? tile : list_key_tiles(list, map, p_lo, p_hi, index, segment);
 }
 
 // `rows` rows of kChannels elements; row_of(r) is where row r has its `channels` elements, or null: zeros.
@@ -132,37 +140,50 @@ __device__ void load_key_rows(T* shared, const void* data, const AttentionStride
   }
 }
 
-// The pair i of a row turned by `distance`, into `out`, which may be the row itself.
-template <class T>
-__device__ void turn_pair(const AttentionParams& params, const T* x, int64_t distance, int i, T* out) {
-  const int half = static_cast<int>(params.rope_dim / 2);
-  const int one = params.rope_interleaved ? 2 * i : i, two = params.rope_interleaved ? 2 * i + 1 : half + i;
-  int64_t row = distance < 0 ? -distance : distance;
-  if (row >= params.rope_rows) row = params.rope_rows - 1;  // in bounds whatever the caller's lengths say
-  float cosine = 1, sine = 0;
-  if (row >= 0) {
-    cosine = static_cast<const float*>(params.rope_cos)[row * params.rope_stride + i];
-    sine = static_cast<const float*>(params.rope_sin)[row * params.rope_stride + i];
-  }
-  if (distance < 0) sine = -sine;
-  const float a = to_float(x[one]), b = to_float(x[two]);
-  out[one] = from_float<T>(fmaf(a, cosine, -(b * sine)));
-  out[two] = from_float<T>(fmaf(b, cosine, a * sine));
-}
-
-// Rows first, first + step, … of `count`, one after another by one warp, turned by distance_of(r). Channels that do not
-// turn are copied.
+// Rows first, first + step, … of `count` (a multiple of four of them), by one warp, turned by distance_of(r). Channels
+// that do not turn are copied. Four rows at a time, whose loads do not wait for each other.
 template <class T, int kChannels, class DistanceOf>
 __device__ void turn_rows(const AttentionParams& params, const T* rows, T* turned, int first, int count, int step,
                           DistanceOf distance_of) {
+  constexpr int kStride = row_stride<T>(kChannels), kTogether = 4;
   const int half = static_cast<int>(params.rope_dim / 2), lane = threadIdx.x % kLanes;
-  for (int r = first; r < count; r += step) {
-    const int64_t distance = distance_of(r);
-    const T* row = rows + r * row_stride<T>(kChannels);
-    T* out = turned + r * row_stride<T>(kChannels);
-    for (int i = lane; i < half; i += kLanes) turn_pair(params, row, distance, i, out);
-    if (out == row) continue;
-    for (int c = 2 * half + lane; c < kChannels; c += kLanes) out[c] = row[c];
+  const auto* cosines = static_cast<const float*>(params.rope_cos);
+  const auto* sines = static_cast<const float*>(params.rope_sin);
+  PYCORE_UNROLL_BY(1)
+  for (int r = first; r < count; r += kTogether * step) {
+    int64_t place[kTogether];
+    bool back[kTogether];
+    PYCORE_UNROLL
+    for (int a = 0; a < kTogether; ++a) {
+      const int64_t distance = distance_of(r + a * step);
+      back[a] = distance < 0;
+      // In bounds whatever the caller's lengths say.
+      place[a] = clamped(distance < 0 ? -distance : distance, 0, params.rope_rows - 1) * params.rope_stride;
+    }
+    PYCORE_UNROLL_BY(1)
+    for (int i = lane; i < half && params.rope_rows > 0; i += kLanes) {
+      const int one = params.rope_interleaved ? 2 * i : i, two = params.rope_interleaved ? 2 * i + 1 : half + i;
+      float x[kTogether], y[kTogether], cosine[kTogether], sine[kTogether];
+      PYCORE_UNROLL
+      for (int a = 0; a < kTogether; ++a) {
+        x[a] = to_float(rows[(r + a * step) * kStride + one]);
+        y[a] = to_float(rows[(r + a * step) * kStride + two]);
+        cosine[a] = cosines[place[a] + i];
+        sine[a] = sines[place[a] + i];
+      }
+      PYCORE_UNROLL
+      for (int a = 0; a < kTogether; ++a) {
+        const float turn = back[a] ? -sine[a] : sine[a];
+        turned[(r + a * step) * kStride + one] = from_float<T>(fmaf(x[a], cosine[a], -(y[a] * turn)));
+        turned[(r + a * step) * kStride + two] = from_float<T>(fmaf(y[a], cosine[a], x[a] * turn));
+      }
+    }
+    if (turned == rows) continue;
+    for (int a = 0; a < kTogether; ++a) {
+      for (int c = 2 * half + lane; c < kChannels; c += kLanes) {
+        turned[(r + a * step) * kStride + c] = rows[(r + a * step) * kStride + c];
+      }
+    }
   }
 }
 
@@ -198,7 +219,7 @@ struct RowPlace {
   int64_t h, p;
 };
 
-// The keys of a tile that the row at position p keeps, and of them those that dropout takes. Calls: see next_key_tile.
+// The keys of a tile that the row at position p keeps, and of them those that dropout takes. Calls: see list_key_tiles.
 template <bool kOptions>
 __device__ __noinline__ uint64_t kept_keys(const AttentionParams& params, const RowMap& map, int64_t p,
                                            const VisitedTile& keys, Turned turned) {
@@ -302,7 +323,8 @@ __device__ __noinline__ void take_not_finite(T* tile) {
 }
 
 // Adds to the sums of a warp's rows what of the tile is not finite and stands in a row r that they keep: of row n,
-// kept[n] >> r & 1, or where the tile's rows keep the sums' own, kept[r] >> n & 1. By way of memory; see next_key_tile.
+// kept[n] >> r & 1, or where the tile's rows keep the sums' own, kept[r] >> n & 1. By way of memory; see
+// list_key_tiles.
 template <class T, int kChannels, int kBlocks>
 __device__ __noinline__ void add_not_finite_in(float* sums, const T* tile, const uint64_t* kept, int first_row,
                                                bool rows_keep) {
@@ -330,18 +352,21 @@ __device__ void add_not_finite(float (&sums)[kBlocks][kChannels / 8][4], const T
   for (int n = 0; n < kNumbers; ++n) sums[n / kRow][n % kRow / 4][n % 4] = memory[n];
 }
 
-// Base-2 logits where they take only a distance: a row's against a tile whose keys stand in place.
+// Base-2 logits where they take only the score and a distance: a row's against a tile whose keys stand in place.
 struct DistanceLogits {
   const float* table = nullptr;  // distance_bias of the head
-  float scale, alibi = 0;
+  float scale, cap, alibi = 0;
   int distance, limit, last = 0;  // to the tile's first key; the distance limit; the table's last entry
 
   static constexpr int64_t kMost = int64_t{1} << 30;
+  // float32 bends by the C library's tanh, one pair at a time.
+  template <class T>
   static __device__ bool apply(const AttentionParams& params, const TileSchedule& schedule, int64_t tile) {
-    return params.softcap == 0 && params.block_bias == nullptr && schedule.in_place(tile);
+    return (params.softcap == 0 || sizeof(T) == 2) && params.block_bias == nullptr && schedule.in_place(tile);
   }
   __device__ DistanceLogits(const AttentionParams& params, int64_t h, int64_t distance)
       : scale(static_cast<float>(params.scale)),
+        cap(static_cast<float>(params.softcap)),
         distance(static_cast<int>(clamped(distance, -kMost, kMost))),
         limit(static_cast<int>(clamped(params.distance_limit, 0, kMost))) {
     if (params.distance_bias) {
@@ -351,11 +376,20 @@ struct DistanceLogits {
       alibi = static_cast<const float*>(params.alibi_slopes)[h];
     }
   }
-  __device__ float base2(int column, float product) const {
+  // *slope is the natural logit's derivative.
+  __device__ float base2(int column, float product, float* slope) const {
     int seen = distance - column;
     seen = seen < 0 ? 0 : seen < limit ? seen : limit;
     const float bias = table ? table[seen < last ? seen : last] : -alibi * static_cast<float>(seen);
-    return fmaf(product, scale, bias) * kLog2E;
+    *slope = scale;
+    float logit = product * scale;
+    if (cap > 0) {
+      // tanh(x) = 1 - 2 / (e^2x + 1), within a few units of 2^-24 of 1.
+      const float bent = 1 - 2 * reciprocal_approx(exp2_approx(logit * (2 * kLog2E * (1 / cap))) + 1);
+      logit = cap * bent;
+      *slope *= 1 - bent * bent;
+    }
+    return (logit + bias) * kLog2E;
   }
 };
 

@@ -60,6 +60,13 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x within 1 ulp; 1 / inf is 0.
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Zero, which the compiler cannot know: an array indexed with it stays in memory.
 __device__ inline int opaque_zero() {
   int zero;

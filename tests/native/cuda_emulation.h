@@ -352,6 +352,7 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1 / x; }
 inline int opaque_zero() { return 0; }
 
 // c (16 x 8, float32) += a (16 x 16) b (16 x 8); fragments as in the PTX manual's mma.m16n8k16.

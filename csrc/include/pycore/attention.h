@@ -156,35 +156,46 @@ PYCORE_HOST_DEVICE inline void bind_head(const AttentionParams& params, int64_t 
   if (all.blocks) map->schedule.blocks = all.blocks + (b * params.heads + h) * all.block_rows * all.block_words;
 }
 
-PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t b, int64_t h = 0) {
+// A row map's numbers, from the four lengths.
+PYCORE_HOST_DEVICE inline RowMap row_numbers(const AttentionParams& params, int64_t b) {
   RowMap map;
-  map.schedule = params.schedule;
-  if (params.prefix_lengths) map.schedule.prefix = params.prefix_lengths[b];
   map.start = params.key_starts ? params.key_starts[b] : 0;
   const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
   map.keys = end > map.start ? end - map.start : 0;
   map.offset = params.key_offset ? params.key_offset[b] : 0;
-  map.sinks = params.schedule.sink_size < map.keys ? params.schedule.sink_size : map.keys;
   map.queries = params.query_lengths ? params.query_lengths[b] : params.query_length;
   if (params.key_ring > 0) {
     const int64_t held = params.schedule.sink_size + params.key_ring;
     map.offset = end > held ? end - held : 0;
     map.keys = end - map.offset;
-    map.sinks = params.schedule.sink_size < map.keys ? params.schedule.sink_size : map.keys;
     map.ring = params.key_ring;
     map.start = params.key_length - params.key_ring;
   }
-  if (params.schedule.kind == ScheduleKind::kBlocks) {
+  map.sinks = params.schedule.sink_size < map.keys ? params.schedule.sink_size : map.keys;
+  return map;
+}
+
+// The schedule of batch row b and head h, to a map with numbers.
+PYCORE_HOST_DEVICE inline void bind_schedule(const AttentionParams& params, int64_t b, int64_t h, RowMap* map) {
+  TileSchedule& schedule = map->schedule;
+  schedule = params.schedule;
+  if (params.prefix_lengths) schedule.prefix = params.prefix_lengths[b];
+  if (schedule.kind == ScheduleKind::kBlocks) {
     // Keys before an evicted gap are sinks, which need no block.
-    map.schedule.block_row0 = map.query_position(0) >> params.schedule.block_shift;
-    map.schedule.block_column0 = map.offset == 0 ? 0 : (map.sinks + map.offset) >> params.schedule.block_shift;
-    bind_head(params, b, h, &map);
+    schedule.block_row0 = map->query_position(0) >> schedule.block_shift;
+    schedule.block_column0 = map->offset == 0 ? 0 : (map->sinks + map->offset) >> schedule.block_shift;
+    bind_head(params, b, h, map);
   }
-  if (params.schedule.kind == ScheduleKind::kKeySubset) map.schedule.keys += b * params.bitmap_stride;
-  if (params.schedule.kind == ScheduleKind::kTree) {
-    map.schedule.tree += b * params.bitmap_stride;
-    map.schedule.tree_start = map.positions() - params.schedule.tree_nodes;
+  if (schedule.kind == ScheduleKind::kKeySubset) schedule.keys += b * params.bitmap_stride;
+  if (schedule.kind == ScheduleKind::kTree) {
+    schedule.tree += b * params.bitmap_stride;
+    schedule.tree_start = map->positions() - schedule.tree_nodes;
   }
+}
+
+PYCORE_HOST_DEVICE inline RowMap row_map(const AttentionParams& params, int64_t b, int64_t h = 0) {
+  RowMap map = row_numbers(params, b);
+  bind_schedule(params, b, h, &map);
   return map;
 }
 
