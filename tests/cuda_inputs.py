@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Segments, Tree
+from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
 from tests.attention_inputs import lengths, random_tree
 
-__all__ = ["DTYPES", "HALVES", "SCHEDULES", "doubled", "on_device"]
+__all__ = ["DTYPES", "HALVES", "SCHEDULES", "doubled", "fitting", "narrowed", "on_device"]
 
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, *HALVES]
@@ -56,3 +56,16 @@ def doubled(options: dict[str, Any]) -> dict[str, Any]:
         return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
     return {name: wide(value) for name, value in options.items()}
+
+
+def narrowed(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Biases and sinks in the dtype of query, for plain torch, which mixes none; rotations stay as they are."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in options.items()
+    }
+
+
+def fitting(schedule: Schedule, keys: int) -> Schedule:
+    """The same with no more nodes in a tree than there are keys: the first nodes of a tree are one."""
+    return Tree(schedule.parents[:keys]) if isinstance(schedule, Tree) else schedule

@@ -138,11 +138,12 @@ def test_without_a_disassembler_one_sentence(
 def expected(kernel: str) -> tuple[set[str], set[str]]:
     """The kinds that the kernel of this name must have, and those that it must not."""
     half = "float16" in kernel  # bfloat16, too
-    if half and kernel.startswith("mma_"):
+    in_tiles = kernel.startswith(("forward<", "grad_query<", "grad_key<", "grad_bias<"))
+    if half and in_tiles:
         return {"HMMA", "LDSM", "LDGSTS"}, {"ATOM"}
     if "<float" in kernel and not half:
-        # No matrix instruction at all: for float32 it would be TF32. Only the tile kernels have products.
-        return {"FFMA"} if kernel.startswith("plain_") else set(), {"ATOM", "HMMA", "HGMMA"}
+        # No matrix instruction at all: for float32 it would be TF32.
+        return {"FFMA", "LDGSTS"} if in_tiles else set(), {"ATOM", "HMMA", "HGMMA"}
     return set(), {"ATOM"}
 
 

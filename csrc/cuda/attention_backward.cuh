@@ -19,6 +19,9 @@ namespace pycore {
 namespace {
 
 constexpr int kBackwardWarps = 4, kBackwardThreads = kBackwardWarps * kLanes, kWarpRows = 16;
+// Blocks of a multiprocessor that registers are shared out for: narrow rows leave some for a third.
+template <int kChannels, bool kOptions>
+constexpr int kLeastBlocks = kChannels <= 64 && !kOptions ? 3 : 1;
 
 // A kernel's tiles in shared memory. Where pairs turn, a warp's sums pass through two tiles that lie side by side:
 // value and turned (grad_query), or query and grad_out (grad_key).
@@ -431,13 +434,13 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
 };
 
 template <class T, int kChannels, bool kOptions>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, kLeastBlocks<kChannels, kOptions>)
     grad_query_kernel(const __grid_constant__ AttentionBackwardParams params, const __grid_constant__ TilePlan plan) {
   GradQuery<T, kChannels, kOptions, false>(params, plan).run();
 }
 
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, kLeastBlocks<kChannels, true>)
     grad_bias_kernel(const __grid_constant__ AttentionBackwardParams params, const __grid_constant__ TilePlan plan,
                      double* sums, int64_t chunks) {
   GradQuery<T, kChannels, true, true>(params, plan).run_bias(sums, chunks);

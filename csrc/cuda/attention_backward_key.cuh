@@ -273,7 +273,7 @@ struct GradKey : Backward<T, kChannels, kOptions> {
 };
 
 template <class T, int kChannels, bool kOptions, bool kKey, bool kValue>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, kLeastBlocks<kChannels, kOptions>)
     grad_key_kernel(const __grid_constant__ AttentionBackwardParams params, const __grid_constant__ TilePlan plan) {
   GradKey<T, kChannels, kOptions, kKey, kValue>(params, plan).run();
 }

@@ -13,7 +13,7 @@ from pycore.ops.attention_blocks import draw_blocks
 from pycore.reference.attention import attention as reference
 from pycore.schedules import Full, Geometric, Harmonic, Lambda, Probabilistic, Schedule, Tree
 from tests.attention_inputs import lengths, qkv, random_tree, tables
-from tests.cuda_inputs import DTYPES, SCHEDULES, doubled, on_device
+from tests.cuda_inputs import DTYPES, SCHEDULES, doubled, fitting, narrowed, on_device
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.cuda
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cuda
 def assert_accurate(tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
     """The device's output and lse against the reference, on the CPU."""
     out, lse = attention(*on_device(tensors), return_lse=True, **{k: on_device(v) for k, v in options.items()})
-    plain = reference(*tensors, **options)
+    plain = reference(*tensors, **narrowed(options, tensors[0].dtype))
     exact = reference(*(t.double() for t in tensors), **doubled(options))
     assert_as_accurate(out.cpu(), exact[0], plain[0], "out")
     assert_as_accurate(lse.cpu(), exact[1], plain[1].to(lse.dtype), "lse")
@@ -38,7 +38,7 @@ def assert_accurate(tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) 
 )
 def test_values(shape: tuple[int, int], head_dim: int, schedule: Schedule, rope: bool, dtype: torch.dtype) -> None:
     tensors = tuple(t.to(dtype) for t in qkv(2, 4, 2, *shape, head_dim))
-    options: dict[str, Any] = {"schedule": schedule}
+    options: dict[str, Any] = {"schedule": fitting(schedule, shape[1])}
     if rope:
         options |= {"rope": tables(max(shape) + 64, head_dim), "distance_limit": 60}
     assert_accurate(tensors, options)
