@@ -140,12 +140,17 @@ __device__ void load_key_rows(T* shared, const void* data, const AttentionStride
   }
 }
 
-// Rows first, first + step, … of `count` (a multiple of four of them), by one warp, turned by distance_of(r). Channels
-// that do not turn are copied. Four rows at a time, whose loads do not wait for each other.
+template <class T>
+struct alignas(2 * sizeof(T)) TwoOf {
+  T x[2];
+};
+
+// Rows first, first + step, … of `count` (an even number of them), by one warp, turned by distance_of(r). Channels
+// that do not turn are copied. Two rows at a time, whose loads do not wait for each other.
 template <class T, int kChannels, class DistanceOf>
 __device__ void turn_rows(const AttentionParams& params, const T* rows, T* turned, int first, int count, int step,
                           DistanceOf distance_of) {
-  constexpr int kStride = row_stride<T>(kChannels), kTogether = 4;
+  constexpr int kStride = row_stride<T>(kChannels), kTogether = 2;
   const int half = static_cast<int>(params.rope_dim / 2), lane = threadIdx.x % kLanes;
   const auto* cosines = static_cast<const float*>(params.rope_cos);
   const auto* sines = static_cast<const float*>(params.rope_sin);
@@ -160,22 +165,50 @@ __device__ void turn_rows(const AttentionParams& params, const T* rows, T* turne
       // In bounds whatever the caller's lengths say.
       place[a] = clamped(distance < 0 ? -distance : distance, 0, params.rope_rows - 1) * params.rope_stride;
     }
+    // A lane takes two pairs of a row at a time, side by side in both halves or in one, where their number is even.
+    const bool two = half % 2 == 0, side_by_side = params.rope_interleaved;
     PYCORE_UNROLL_BY(1)
-    for (int i = lane; i < half && params.rope_rows > 0; i += kLanes) {
-      const int one = params.rope_interleaved ? 2 * i : i, two = params.rope_interleaved ? 2 * i + 1 : half + i;
-      float x[kTogether], y[kTogether], cosine[kTogether], sine[kTogether];
+    for (int i = two ? 2 * lane : lane; i < half && params.rope_rows > 0; i += two ? 2 * kLanes : kLanes) {
+      const int low = side_by_side ? 2 * i : i, high = !side_by_side ? half + i : two ? 2 * i + 2 : 2 * i + 1;
+      float x[kTogether][2], y[kTogether][2], cosine[kTogether][2], sine[kTogether][2];
       PYCORE_UNROLL
       for (int a = 0; a < kTogether; ++a) {
-        x[a] = to_float(rows[(r + a * step) * kStride + one]);
-        y[a] = to_float(rows[(r + a * step) * kStride + two]);
-        cosine[a] = cosines[place[a] + i];
-        sine[a] = sines[place[a] + i];
+        const T* row = rows + (r + a * step) * kStride;
+        if (two) {
+          const TwoOf<T> first = *reinterpret_cast<const TwoOf<T>*>(row + low);
+          const TwoOf<T> second = *reinterpret_cast<const TwoOf<T>*>(row + high);
+          x[a][0] = to_float(first.x[0]);
+          x[a][1] = to_float(side_by_side ? second.x[0] : first.x[1]);
+          y[a][0] = to_float(side_by_side ? first.x[1] : second.x[0]);
+          y[a][1] = to_float(second.x[1]);
+        } else {
+          x[a][0] = to_float(row[low]);
+          y[a][0] = to_float(row[high]);
+        }
+        PYCORE_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          if (k == 1 && !two) continue;
+          cosine[a][k] = cosines[place[a] + i + k];
+          sine[a][k] = back[a] ? -sines[place[a] + i + k] : sines[place[a] + i + k];
+        }
       }
       PYCORE_UNROLL
       for (int a = 0; a < kTogether; ++a) {
-        const float turn = back[a] ? -sine[a] : sine[a];
-        turned[(r + a * step) * kStride + one] = from_float<T>(fmaf(x[a], cosine[a], -(y[a] * turn)));
-        turned[(r + a * step) * kStride + two] = from_float<T>(fmaf(y[a], cosine[a], x[a] * turn));
+        T* row = turned + (r + a * step) * kStride;
+        T one[2], other[2];
+        PYCORE_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          if (k == 1 && !two) continue;
+          one[k] = from_float<T>(fmaf(x[a][k], cosine[a][k], -(y[a][k] * sine[a][k])));
+          other[k] = from_float<T>(fmaf(y[a][k], cosine[a][k], x[a][k] * sine[a][k]));
+        }
+        if (two) {
+          *reinterpret_cast<TwoOf<T>*>(row + low) = {{one[0], side_by_side ? other[0] : one[1]}};
+          *reinterpret_cast<TwoOf<T>*>(row + high) = {{side_by_side ? one[1] : other[0], other[1]}};
+        } else {
+          row[low] = one[0];
+          row[high] = other[0];
+        }
       }
     }
     if (turned == rows) continue;

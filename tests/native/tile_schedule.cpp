@@ -88,12 +88,24 @@ void check_places(const TileSchedule& schedule) {
   }
 }
 
+// Whether `cover` promises to know a tile that all rows keep whole, so that no mask is computed for it.
+bool covers_all(const TileSchedule& schedule) {
+  switch (schedule.kind) {
+    case pycore::ScheduleKind::kBlocks: return schedule.sink_size == 0;  // else a tile may be part sinks, part blocks
+    case pycore::ScheduleKind::kLambda:
+    case pycore::ScheduleKind::kTree: return false;
+    default: return true;
+  }
+}
+
 void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   for (int64_t tile = 0; tile < kTiles; ++tile) {
     const int64_t count = kept(schedule, p_lo, p_hi, tile), all = (p_hi - p_lo + 1) * kKeyTile;
     const Cover cover = schedule.cover(p_lo, p_hi, tile);
     expect(cover != Cover::kNone || count == 0, "cover says none", schedule, p_lo, p_hi, tile);
     expect(cover != Cover::kAll || count == all, "cover says all", schedule, p_lo, p_hi, tile);
+    expect(cover == Cover::kAll || count < all || !covers_all(schedule), "cover misses all", schedule, p_lo, p_hi,
+           tile);
     for (int64_t p = p_lo; p <= p_hi; ++p) {
       const uint64_t bits = schedule.keep_bits(p, tile);
       for (int64_t c = 0; c < kKeyTile; ++c) {
