@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward kernels for bfloat16.
-#include "attention_backward_key.cuh"
+#include "attention_backward_launch.cuh"
 
 namespace pycore {
 

@@ -2,8 +2,9 @@
 // How query rows are cut into tiles, and how the softmaxes of a row's segments merge.
 #pragma once
 
+#include "attention_finite.cuh"
 #include "attention_launch.h"
-#include "attention_tile.cuh"
+#include "attention_turn.cuh"
 
 namespace pycore {
 namespace {

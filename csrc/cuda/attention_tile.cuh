@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels that work in tiles share: which tiles a block visits, how rows come to shared memory and are turned
-// there, what is done about numbers that are not finite, and a logit.
+// Which tiles a block of threads visits, how their rows come to shared memory, and which pairs are kept.
 #pragma once
 
 #include "attention_fragments.cuh"
@@ -140,86 +139,6 @@ __device__ void load_key_rows(T* shared, const void* data, const AttentionStride
   }
 }
 
-template <class T>
-struct alignas(2 * sizeof(T)) TwoOf {
-  T x[2];
-};
-
-// Rows first, first + step, … of `count` (an even number of them), by one warp, turned by distance_of(r). Channels
-// that do not turn are copied. Two rows at a time, whose loads do not wait for each other.
-template <class T, int kChannels, class DistanceOf>
-__device__ void turn_rows(const AttentionParams& params, const T* rows, T* turned, int first, int count, int step,
-                          DistanceOf distance_of) {
-  constexpr int kStride = row_stride<T>(kChannels), kTogether = 2;
-  const int half = static_cast<int>(params.rope_dim / 2), lane = threadIdx.x % kLanes;
-  const auto* cosines = static_cast<const float*>(params.rope_cos);
-  const auto* sines = static_cast<const float*>(params.rope_sin);
-  PYCORE_UNROLL_BY(1)
-  for (int r = first; r < count; r += kTogether * step) {
-    int64_t place[kTogether];
-    bool back[kTogether];
-    PYCORE_UNROLL
-    for (int a = 0; a < kTogether; ++a) {
-      const int64_t distance = distance_of(r + a * step);
-      back[a] = distance < 0;
-      // In bounds whatever the caller's lengths say.
-      place[a] = clamped(distance < 0 ? -distance : distance, 0, params.rope_rows - 1) * params.rope_stride;
-    }
-    // A lane takes two pairs of a row at a time, side by side in both halves or in one, where their number is even.
-    const bool two = half % 2 == 0, side_by_side = params.rope_interleaved;
-    PYCORE_UNROLL_BY(1)
-    for (int i = two ? 2 * lane : lane; i < half && params.rope_rows > 0; i += two ? 2 * kLanes : kLanes) {
-      const int low = side_by_side ? 2 * i : i, high = !side_by_side ? half + i : two ? 2 * i + 2 : 2 * i + 1;
-      float x[kTogether][2], y[kTogether][2], cosine[kTogether][2], sine[kTogether][2];
-      PYCORE_UNROLL
-      for (int a = 0; a < kTogether; ++a) {
-        const T* row = rows + (r + a * step) * kStride;
-        if (two) {
-          const TwoOf<T> first = *reinterpret_cast<const TwoOf<T>*>(row + low);
-          const TwoOf<T> second = *reinterpret_cast<const TwoOf<T>*>(row + high);
-          x[a][0] = to_float(first.x[0]);
-          x[a][1] = to_float(side_by_side ? second.x[0] : first.x[1]);
-          y[a][0] = to_float(side_by_side ? first.x[1] : second.x[0]);
-          y[a][1] = to_float(second.x[1]);
-        } else {
-          x[a][0] = to_float(row[low]);
-          y[a][0] = to_float(row[high]);
-        }
-        PYCORE_UNROLL
-        for (int k = 0; k < 2; ++k) {
-          if (k == 1 && !two) continue;
-          cosine[a][k] = cosines[place[a] + i + k];
-          sine[a][k] = back[a] ? -sines[place[a] + i + k] : sines[place[a] + i + k];
-        }
-      }
-      PYCORE_UNROLL
-      for (int a = 0; a < kTogether; ++a) {
-        T* row = turned + (r + a * step) * kStride;
-        T one[2], other[2];
-        PYCORE_UNROLL
-        for (int k = 0; k < 2; ++k) {
-          if (k == 1 && !two) continue;
-          one[k] = from_float<T>(fmaf(x[a][k], cosine[a][k], -(y[a][k] * sine[a][k])));
-          other[k] = from_float<T>(fmaf(y[a][k], cosine[a][k], x[a][k] * sine[a][k]));
-        }
-        if (two) {
-          *reinterpret_cast<TwoOf<T>*>(row + low) = {{one[0], side_by_side ? other[0] : one[1]}};
-          *reinterpret_cast<TwoOf<T>*>(row + high) = {{side_by_side ? one[1] : other[0], other[1]}};
-        } else {
-          row[low] = one[0];
-          row[high] = other[0];
-        }
-      }
-    }
-    if (turned == rows) continue;
-    for (int a = 0; a < kTogether; ++a) {
-      for (int c = 2 * half + lane; c < kChannels; c += kLanes) {
-        turned[(r + a * step) * kStride + c] = rows[(r + a * step) * kStride + c];
-      }
-    }
-  }
-}
-
 // 64 bits in two registers, asked at places the compiler knows.
 struct RowBits {
   uint32_t low, high;
@@ -227,20 +146,6 @@ struct RowBits {
   __device__ explicit RowBits(uint64_t bits)
       : low(static_cast<uint32_t>(bits)), high(static_cast<uint32_t>(bits >> 32)) {}
   __device__ bool at(int place) const { return (place < 32 ? low >> place : high >> (place - 32)) & 1; }
-};
-
-// Which of two passes a tile takes, where pairs beyond the distance limit are turned otherwise than those within.
-template <bool kOptions>
-struct TurnPasses {
-  bool far = false, near = true;
-
-  __device__ TurnPasses(const AttentionParams& params, const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t tile) {
-    if (!kOptions || params.rope_cos == nullptr) return;
-    const bool tree = map.schedule.kind == ScheduleKind::kTree;  // whose places are in no order
-    const int64_t first = tile * kKeyTile, limit = params.distance_limit;
-    far = limit < kFar && (tree || p_hi - first > limit);
-    near = !far || tree || p_lo - (first + kKeyTile - 1) <= limit;
-  }
 };
 
 // Pairs on one side of the distance limit, or all.
@@ -288,143 +193,6 @@ __device__ bool mask_rows(const AttentionParams& params, const RowMap& map, int6
   __syncwarp();
   return __ballot_sync(kAllLanes, any) != 0;
 }
-
-// All ones in the exponents of a word: what an infinity or a NaN has.
-template <class T>
-struct WordOf {
-  static constexpr int kBits = 16;
-  static constexpr uint64_t kOnes = 0x0001000100010001u;
-};
-template <>
-struct WordOf<float> {
-  static constexpr int kBits = 32;
-  static constexpr uint64_t kOnes = 0x0000000100000001u;
-};
-template <class T>
-constexpr uint64_t kExponent = 0x7f800000u;
-template <>
-constexpr uint64_t kExponent<Float16> = 0x7c00;
-template <>
-constexpr uint64_t kExponent<BFloat16> = 0x7f80;
-
-// 0 times what is not finite would reach rows of a product that have nothing to do with it. So where pairs are left
-// out, such numbers are taken out of the tile before it is multiplied with weights, and the rows that do keep them get
-// them by hand.
-//
-// Zero where, and only where, a number of the word is not finite.
-template <class T>
-__device__ inline uint64_t missing_exponents(uint64_t word) {
-  constexpr uint64_t kAll = WordOf<T>::kOnes * kExponent<T>;
-  return (word & kAll) ^ kAll;
-}
-template <class T>
-__device__ inline bool any_zero(uint64_t word) {
-  constexpr uint64_t kOnes = WordOf<T>::kOnes;
-  return ((word - kOnes) & ~word & kOnes << (WordOf<T>::kBits - 1)) != 0;
-}
-
-// each(word, row, first channel) for the words of a tile; all threads.
-template <class T, int kChannels, int kThreads, class Each>
-__device__ void each_word(T* tile, Each each) {
-  constexpr int kNumbers = 64 / WordOf<T>::kBits, kWords = kChannels / kNumbers;
-  PYCORE_UNROLL_BY(1)
-  for (int n = threadIdx.x; n < kTile * kWords; n += kThreads) {
-    each(reinterpret_cast<uint64_t*>(tile + n / kWords * row_stride<T>(kChannels))[n % kWords]);
-  }
-}
-
-// Whether a tile has what is not finite. All threads, and a barrier.
-template <class T, int kChannels, int kThreads>
-__device__ bool has_not_finite(T* tile) {
-  bool found = false;
-  each_word<T, kChannels, kThreads>(tile, [&](uint64_t word) { found |= any_zero<T>(missing_exponents<T>(word)); });
-  return __syncthreads_or(found);
-}
-
-// Takes it out, with a barrier before and one after; all threads.
-template <class T, int kChannels, int kThreads>
-__device__ __noinline__ void take_not_finite(T* tile) {
-  constexpr uint64_t kNumber = ~uint64_t{0} >> (64 - WordOf<T>::kBits);
-  __syncthreads();
-  each_word<T, kChannels, kThreads>(tile, [&](uint64_t& word) {
-    const uint64_t missing = missing_exponents<T>(word);
-    for (int k = 0; k < 64; k += WordOf<T>::kBits) {
-      if ((missing >> k & kNumber) == 0) word &= ~(kNumber << k);
-    }
-  });
-  __syncthreads();
-}
-
-// Adds to the sums of a warp's rows what of the tile is not finite and stands in a row r that they keep: of row n,
-// kept[n] >> r & 1, or where the tile's rows keep the sums' own, kept[r] >> n & 1. By way of memory; see
-// list_key_tiles.
-template <class T, int kChannels, int kBlocks>
-__device__ __noinline__ void add_not_finite_in(float* sums, const T* tile, const uint64_t* kept, int first_row,
-                                               bool rows_keep) {
-  const int lane = threadIdx.x % kLanes;
-  PYCORE_UNROLL_BY(1)
-  for (int n = 0; n < kBlocks * kChannels / 2; ++n) {
-    const int row = first_row + n / (kChannels / 2) * 16 + n / 2 % 2 * 8 + lane / 4;
-    const int c = n / 4 % (kChannels / 8) * 8 + 2 * (lane % 4) + n % 2;
-    for (int r = 0; r < kTile; ++r) {
-      const float x = to_float(tile[r * row_stride<T>(kChannels) + c]);
-      if (fabsf(x) < INFINITY) continue;
-      if ((rows_keep ? kept[row] >> r : kept[r] >> row) & 1) sums[n] += x;
-    }
-  }
-}
-template <class T, int kChannels, int kBlocks>
-__device__ void add_not_finite(float (&sums)[kBlocks][kChannels / 8][4], const T* tile, const uint64_t* kept,
-                               int first_row, bool rows_keep) {
-  constexpr int kNumbers = kBlocks * kChannels / 2, kRow = kChannels / 2;
-  float memory[kNumbers];
-  PYCORE_UNROLL
-  for (int n = 0; n < kNumbers; ++n) memory[n] = sums[n / kRow][n % kRow / 4][n % 4];
-  add_not_finite_in<T, kChannels, kBlocks>(memory, tile, kept, first_row, rows_keep);
-  PYCORE_UNROLL
-  for (int n = 0; n < kNumbers; ++n) sums[n / kRow][n % kRow / 4][n % 4] = memory[n];
-}
-
-// Base-2 logits where they take only the score and a distance: a row's against a tile whose keys stand in place.
-struct DistanceLogits {
-  const float* table = nullptr;  // distance_bias of the head
-  float scale, cap, alibi = 0;
-  int distance, limit, last = 0;  // to the tile's first key; the distance limit; the table's last entry
-
-  static constexpr int64_t kMost = int64_t{1} << 30;
-  // float32 bends by the C library's tanh, one pair at a time.
-  template <class T>
-  static __device__ bool apply(const AttentionParams& params, const TileSchedule& schedule, int64_t tile) {
-    return (params.softcap == 0 || sizeof(T) == 2) && params.block_bias == nullptr && schedule.in_place(tile);
-  }
-  __device__ DistanceLogits(const AttentionParams& params, int64_t h, int64_t distance)
-      : scale(static_cast<float>(params.scale)),
-        cap(static_cast<float>(params.softcap)),
-        distance(static_cast<int>(clamped(distance, -kMost, kMost))),
-        limit(static_cast<int>(clamped(params.distance_limit, 0, kMost))) {
-    if (params.distance_bias) {
-      table = static_cast<const float*>(params.distance_bias) + h * params.bias_stride;
-      last = static_cast<int>(clamped(params.bias_length - 1, 0, kMost));
-    } else if (params.alibi_slopes) {
-      alibi = static_cast<const float*>(params.alibi_slopes)[h];
-    }
-  }
-  // *slope is the natural logit's derivative.
-  __device__ float base2(int column, float product, float* slope) const {
-    int seen = distance - column;
-    seen = seen < 0 ? 0 : seen < limit ? seen : limit;
-    const float bias = table ? table[seen < last ? seen : last] : -alibi * static_cast<float>(seen);
-    *slope = scale;
-    float logit = product * scale;
-    if (cap > 0) {
-      // tanh(x) = 1 - 2 / (e^2x + 1), within a few units of 2^-24 of 1.
-      const float bent = 1 - 2 * reciprocal_approx(exp2_approx(logit * (2 * kLog2E * (1 / cap))) + 1);
-      logit = cap * bent;
-      *slope *= 1 - bent * bent;
-    }
-    return (logit + bias) * kLog2E;
-  }
-};
 
 }  // namespace
 }  // namespace pycore
