@@ -3,7 +3,7 @@
 
 python -m bench.machine_code                        the built libpycore.so, its code for sm_90a
 python -m bench.machine_code LIBRARY --arch sm_80   another library, another architecture
-python -m bench.machine_code --only mma_forward     kernels whose name contains a text, which is much faster
+python -m bench.machine_code --only "forward<"      kernels whose name contains a text, which is much faster
 python -m bench.machine_code --json FILE            also as a file: a line per kernel, kinds that are 0 left out
 
 A source can say neither that an array stayed in registers, nor that a copy was one instruction, nor how much surrounds

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,25 @@ def test_built_kernels_are_made_of_what_they_should_be() -> None:
         wrong += [f"{kernel['name']} has {kind}" for kind in sorted(forbidden & has)]
     assert not wrong
     assert halves, "no kernel is named as `expected` thinks a tile kernel for half precision is"
+
+
+def docs_row(kernel: dict[str, Any]) -> str:
+    """A kernel as docs/ops/attention_cuda.md has it: the whole kernel's registers, and its shortest round."""
+    round_, work = kernel["round"], kernel["work"]
+    loads = sum(n for kind, n in round_["counts"].items() if kind.startswith("LDSM" if work == "HMMA" else "LDS"))
+    local = round_["counts"].get("LDL", 0) + round_["counts"].get("STL", 0)
+    cells = (kernel["registers"], f"{round_['counts'][work]} {work}", loads, round_["total"], local)
+    return f"| `{kernel['name']}` | {' | '.join(map(str, cells))} |"
+
+
+def test_the_docs_table_is_its_files() -> None:
+    """No figure of the page is anything but the file's."""
+    root = Path(__file__).resolve().parents[1]
+    page = (root / "docs/ops/attention_cuda.md").read_text()
+    rows = re.findall(
+        r"^\| `[a-z_]+<.*$", page.partition("<!-- machine code -->")[2].partition("<!-- end -->")[0], re.M
+    )
+    name = re.search(r"bench/results/\S+-machine-code\.json", page)
+    assert name and rows
+    found = json.loads((root / name[0]).read_text())
+    assert set(rows) <= {docs_row(kernel) for kernel in found["kernels"] if kernel["round"]}

@@ -125,7 +125,7 @@ struct Backward {
     return !kOptions || (!drops() && DistanceLogits::apply<T>(forward, map.schedule, tile));
   }
   __device__ bool turns() const { return kOptions && forward.rope_cos != nullptr; }
-  // Without options: a score times this is the base-2 logit, and a sum of scores' gradients times this the gradient.
+  // Without options: what a score is multiplied with to be a base-2 logit, and the sums of scores' gradients in the end.
   __device__ float scale2() const { return static_cast<float>(forward.scale) * kLog2E; }
   __device__ float factor() const { return kOptions ? 1.0f : static_cast<float>(forward.scale); }
   __device__ void load_key(const VisitedTile& keys) const {
@@ -180,7 +180,7 @@ struct Backward {
     __syncwarp();
   }
 
-  // The lane's scores and grad_weights, or sums, by way of memory; see TilePairs::run.
+  // The lane's scores and grad_weights, by way of memory; see TilePairs::run.
   __device__ static void run_pairs(const TilePairs& pairs, float (&scores)[1][8][4], float (&grad_weights)[1][8][4]) {
     float memory[32], grads[32];
     PYCORE_UNROLL
