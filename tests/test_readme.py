@@ -63,8 +63,9 @@ def named_paths(text: str) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_named_files_exist(path: Path) -> None:
-    """A name may be relative to the root, to its document, to csrc, or to the folder of shared headers."""
-    bases = (ROOT, path.parent, ROOT / "csrc", ROOT / "csrc" / "include" / "pycore", ROOT / "csrc" / "cpu")
+    """A name may be relative to the root, to its document, to csrc, or to a folder of kernels or shared headers."""
+    csrc = ROOT / "csrc"
+    bases = (ROOT, path.parent, csrc, csrc / "include" / "pycore", csrc / "cpu", csrc / "cuda")
     names = {name for name in named_paths(path.read_text()) if not name.startswith(GENERATED)}
     known = {"build.ninja", "libpycore.so", "torch/extension.h", "torch/all.h"}
     assert not [name for name in sorted(names - known) if not any((base / name).exists() for base in bases)]
