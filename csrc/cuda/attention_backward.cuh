@@ -125,7 +125,8 @@ struct Backward {
     return !kOptions || (!drops() && DistanceLogits::apply<T>(forward, map.schedule, tile));
   }
   __device__ bool turns() const { return kOptions && forward.rope_cos != nullptr; }
-  // Without options: what a score is multiplied with to be a base-2 logit, and the sums of scores' gradients in the end.
+  // Without options: what a score is multiplied with to be a base-2 logit, and the sums of scores' gradients in the
+  // end.
   __device__ float scale2() const { return static_cast<float>(forward.scale) * kLog2E; }
   __device__ float factor() const { return kOptions ? 1.0f : static_cast<float>(forward.scale); }
   __device__ void load_key(const VisitedTile& keys) const {
