@@ -198,6 +198,7 @@ def test_a_replayed_graph_trains_on_new_rounds(dtype: torch.dtype) -> None:
 
 
 def test_runs_on_the_current_stream() -> None:
+    """Both passes: inputs that a late kernel of the stream makes are waited for."""
     query, key, value = (t.half() for t in on_device(qkv(1, 2, 2, 300, 300, 64)))
     grad = torch.randn_like(query)
     expected = gradients(ours, (query, key, value), grad, {})
