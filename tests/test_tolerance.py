@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_as_accurate, ulp
+from tolerance import assert_as_accurate, assert_model_as_accurate, ulp
 
 INF, NAN = math.inf, math.nan
 
@@ -77,3 +77,36 @@ def test_empty_results_agree() -> None:
     assert_as_accurate(exact.float(), exact, exact.float())
     with pytest.raises(AssertionError, match="torch.Size"):
         assert_as_accurate(torch.zeros(0, 2), exact, exact.float())
+
+
+def noisy(seed: int, scale: float) -> torch.Tensor:
+    """Ones [8, 1000] in float32, each wrong by up to `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    return 1 + scale * (2 * torch.rand(8, 1000, generator=generator) - 1)
+
+
+def test_models_are_compared_by_their_mean_square() -> None:
+    exact, plain = torch.ones(8, 1000, dtype=torch.float64), noisy(0, 2**-12)
+    assert_model_as_accurate(noisy(1, 2**-12), exact, plain)
+    assert_model_as_accurate(noisy(1, 1.2 * 2**-12), exact, plain)
+    with pytest.raises(AssertionError, match=r"^logits: error .* 1.25"):
+        assert_model_as_accurate(noisy(1, 1.3 * 2**-12), exact, plain, "logits")
+
+
+def test_models_and_one_error_that_is_too_large() -> None:
+    exact, plain = torch.ones(8, 1000, dtype=torch.float64), noisy(0, 2**-12)
+    actual = noisy(1, 2**-12)
+    actual[3, 5] = 1 + 3.9 * 2**-12
+    assert_model_as_accurate(actual, exact, plain)
+    for bad in (1 + 4.1 * 2**-12, INF, NAN):
+        actual[3, 5] = bad
+        with pytest.raises(AssertionError, match="more than 1.25 and 4 times"):
+            assert_model_as_accurate(actual, exact, plain)
+
+
+def test_models_and_infinities() -> None:
+    exact = torch.tensor([[1.0, -INF]], dtype=torch.float64)
+    plain = torch.tensor([[1.5, -INF]])
+    assert_model_as_accurate(plain, exact, plain)
+    with pytest.raises(AssertionError, match="infinities differ"):
+        assert_model_as_accurate(torch.tensor([[1.0, 0.0]]), exact, plain)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import KINDS, PAD, SINKS, WINDOW, logits, reference, tiny, tokens, use
-from tolerance import assert_as_accurate
+from tolerance import assert_as_accurate, assert_model_as_accurate
 from transformers import DynamicCache, StaticCache
 
 from pycore.integrations import _transformers_rope
@@ -57,43 +57,43 @@ def rope_config(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", _transformers_rope.INTERLEAVED)
 def test_short_texts_are_the_models_own_attention(model_type: str) -> None:
     """With a window longer than the text: every model that is known, its rotation taken back and put on again."""
-    ids = tokens(2, LENGTH)
+    ids = tokens(8, LENGTH)
     exact, plain = logits(tiny(model_type, dtype=torch.float64), ids), logits(tiny(model_type), ids)
-    assert_as_accurate(logits(use(tiny(model_type), "lam_wide"), ids), exact, plain)
+    assert_model_as_accurate(logits(use(tiny(model_type), "lam_wide"), ids), exact, plain)
 
 
 @pytest.mark.parametrize("name, limit", [("lam", WINDOW), ("lam_farther", WINDOW + 5), ("lam_kept", None)])
 @pytest.mark.parametrize("model_type", KINDS)
 def test_values(model_type: str, name: str, limit: int | None) -> None:
-    ids = tokens(2, LENGTH)
+    ids = tokens(8, LENGTH)
     with reference(tiny(model_type, dtype=torch.float64), limit=limit) as model:
         exact = logits(model, ids)
     with reference(tiny(model_type), limit=limit) as model:
         plain = logits(model, ids)
-    assert_as_accurate(logits(use(tiny(model_type), name), ids), exact, plain)
+    assert_model_as_accurate(logits(use(tiny(model_type), name), ids), exact, plain)
 
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_scaled_frequencies(kind: str) -> None:
     """YaRN also scales the tables, which stays in query and key."""
-    ids = tokens(1, LENGTH)
+    ids = tokens(8, LENGTH)
     with reference(tiny("llama", dtype=torch.float64, **rope_config(kind))) as model:
         exact = logits(model, ids)
     with reference(tiny("llama", **rope_config(kind))) as model:
         plain = logits(model, ids)
-    assert_as_accurate(logits(use(tiny("llama", **rope_config(kind)), "lam"), ids), exact, plain)
+    assert_model_as_accurate(logits(use(tiny("llama", **rope_config(kind)), "lam"), ids), exact, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "olmo2", "gpt_oss"])
 def test_half_precision(model_type: str, dtype: torch.dtype) -> None:
     """As accurate as the model's own attention, whether it rounds its tables (Llama) or not (OLMo 2)."""
-    ids = tokens(2, LENGTH)
+    ids = tokens(8, LENGTH)
     half = tiny(model_type, dtype=dtype)
     double = tiny(model_type, dtype=torch.float64)
     double.load_state_dict(half.state_dict())
     exact, plain = logits(double, ids), logits(half, ids)
-    assert_as_accurate(logits(use(half, "lam_wide"), ids), exact, plain)
+    assert_model_as_accurate(logits(use(half, "lam_wide"), ids), exact, plain)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
@@ -110,12 +110,12 @@ def test_cast_models(model_type: str) -> None:
 
 
 def test_autocast() -> None:
-    ids = tokens(2, LENGTH)
+    ids = tokens(8, LENGTH)
     exact = logits(tiny("llama", dtype=torch.float64), ids)
     with torch.autocast("cpu", torch.bfloat16):
         plain = logits(tiny("llama"), ids)
         actual = logits(use(tiny("llama"), "lam_wide"), ids)
-    assert_as_accurate(actual, exact, plain)
+    assert_model_as_accurate(actual, exact, plain)
 
 
 def test_inference_mode() -> None:
@@ -159,13 +159,13 @@ def test_registering_anew_replaces_the_sizes() -> None:
 def test_unknown_models_say_how_they_rotate() -> None:
     """GPT-NeoX is not in the table; told how it rotates, it works."""
     register("lam_told", sink_size=SINKS, window_size=64, interleaved=False)
-    ids = tokens(2, LENGTH)
+    ids = tokens(8, LENGTH)
     changes = {"num_key_value_heads": 4, "use_parallel_residual": True}
     exact, plain = (
         logits(tiny("gpt_neox", dtype=torch.float64, **changes), ids),
         logits(tiny("gpt_neox", **changes), ids),
     )
-    assert_as_accurate(logits(use(tiny("gpt_neox", **changes), "lam_told"), ids), exact, plain)
+    assert_model_as_accurate(logits(use(tiny("gpt_neox", **changes), "lam_told"), ids), exact, plain)
 
 
 # ---- padding -------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_row_of_padding_alone() -> None:
 @pytest.mark.parametrize("model_type", KINDS)
 def test_own_caches(model_type: str, make: str) -> None:
     """Prefill in chunks, then steps: the sliding layers of the cache drop rows, a static cache has too many."""
-    ids, length = tokens(2, 100), 100
+    ids, length = tokens(8, 100), 100
     double, model = use(tiny(model_type, dtype=torch.float64), "lam"), use(tiny(model_type), "lam")
     cache = {
         "dynamic": lambda: DynamicCache(),
@@ -225,7 +225,7 @@ def test_own_caches(model_type: str, make: str) -> None:
     }[make]()
     parts = [slice(0, 17), slice(17, 50), *(slice(i, i + 1) for i in range(50, length))]
     actual = torch.cat([logits(model, ids[:, part], past_key_values=cache, use_cache=True) for part in parts], 1)
-    assert_as_accurate(actual, logits(double, ids), logits(model, ids))
+    assert_model_as_accurate(actual, logits(double, ids), logits(model, ids))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])

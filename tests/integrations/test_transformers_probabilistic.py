@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import logits, tiny, tokens, use
-from tolerance import assert_as_accurate
+from tolerance import assert_model_as_accurate
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -50,16 +50,16 @@ def in_plain_torch(model: Any, ids: Tensor, round: int) -> Tensor:
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "cohere", "gpt_neox"])
 def test_values(model_type: str) -> None:
     """Grouped heads, softcap, sliding layers, learned sinks, and a model whose rotation pycore does not know."""
-    ids = tokens(2, LENGTH)
+    ids = tokens(8, LENGTH)
     exact = in_plain_torch(tiny(model_type, dtype=torch.float64), ids, 0)
     plain = in_plain_torch(tiny(model_type), ids, 0)
-    assert_as_accurate(logits(use(tiny(model_type), "drawn"), ids), exact, plain)
+    assert_model_as_accurate(logits(use(tiny(model_type), "drawn"), ids), exact, plain)
 
 
 def test_all_blocks_are_the_models_own_attention() -> None:
-    ids = tokens(2, LENGTH)
+    ids = tokens(8, LENGTH)
     exact, plain = logits(tiny("llama", dtype=torch.float64), ids), logits(tiny("llama"), ids)
-    assert_as_accurate(logits(use(tiny("llama"), "everything"), ids), exact, plain)
+    assert_model_as_accurate(logits(use(tiny("llama"), "everything"), ids), exact, plain)
 
 
 def test_evaluation_keeps_its_round() -> None:
