@@ -19,10 +19,11 @@ ARGS ?=
 .PHONY: clean
 .DELETE_ON_ERROR:
 
-# The whole suite also runs its integration with the oldest transformers it supports, beside the one in the environment.
+# The whole suite also runs its integration with the oldest transformers it supports, beside the one in the environment;
+# of the compilations there the quick ones.
 test: build $(if $(ARGS),,$(VENV)/.transformers4)
 	$(VENV)/bin/python -m pytest -q tests $(ARGS)
-	$(if $(ARGS),,PYTHONPATH=$(VENV)/transformers4 $(VENV)/bin/python -m pytest -q tests/integrations)
+	$(if $(ARGS),,PYTHONPATH=$(VENV)/transformers4 $(VENV)/bin/python -m pytest -q tests/integrations -m 'not slow')
 
 bench: build
 	$(VENV)/bin/python -m bench.run --quick $(ARGS)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,14 @@ def run_native(tmp_path: Path) -> Callable[..., None]:
         root, program = Path(__file__).resolve().parents[1], tmp_path / name
         files = [root / "tests" / "native" / f"{name}.cpp", *(root / "csrc" / source for source in sources)]
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", f"-I{root / 'csrc' / 'include'}"]
-        subprocess.run([compiler, *flags, *map(str, files), "-o", str(program)], check=True)
+        objects = [tmp_path / f"{file.name}.o" for file in files]
+
+        def compile(file: Path, made: Path) -> None:
+            subprocess.run([compiler, *flags, "-c", str(file), "-o", str(made)], check=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile, files, objects))
+        subprocess.run([compiler, "-pthread", *map(str, objects), "-o", str(program)], check=True)
         done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -82,6 +82,7 @@ __device__ __noinline__ void add_not_finite_in(float* sums, const T* tile, const
   for (int n = 0; n < kBlocks * kChannels / 2; ++n) {
     const int row = first_row + n / (kChannels / 2) * 16 + n / 2 % 2 * 8 + lane / 4;
     const int c = n / 4 % (kChannels / 8) * 8 + 2 * (lane % 4) + n % 2;
+    PYCORE_UNROLL_BY(1)
     for (int r = 0; r < kTile; ++r) {
       const float x = to_float(tile[r * row_stride<T>(kChannels) + c]);
       if (fabsf(x) < INFINITY) continue;

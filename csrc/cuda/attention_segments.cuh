@@ -119,12 +119,14 @@ struct SegmentStart {
 
   __device__ __noinline__ SegmentStart(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t n) {
     const int lane = threadIdx.x % kLanes;
+    PYCORE_UNROLL_BY(1)
     for (int64_t at = map.next_tile(p_lo, p_hi, 0); at != kNoTile;) {
       const int64_t segment = at / kSegmentTiles + lane;
       const int64_t start = map.next_tile(p_lo, p_hi, lane == 0 ? at : segment * kSegmentTiles);
       uint32_t found = __ballot_sync(kAllLanes, start != kNoTile && start / kSegmentTiles == segment);
       const int here = __popc(found);
       if (n < count + here) {
+        PYCORE_UNROLL_BY(1)
         for (; count < n; ++count) found &= found - 1;
         tile = __shfl_sync(kAllLanes, start, __ffs(static_cast<int>(found)) - 1);
         return;

@@ -482,6 +482,8 @@ def test_chunks_and_single_rows_and_batch_rows(dtype: torch.dtype, name: str, is
 @pytest.mark.parametrize("queries", [1, 7, LENGTH])
 def test_threads_do_not_matter(queries: int, dtype: torch.dtype, name: str, isa: str, threads: None) -> None:
     """Nor for the gradients of the tables."""
+    if isa == "scalar" and dtype != torch.float32:
+        queries = min(queries, 300)  # these convert number by number; how work is divided does not depend on the dtype
     seen = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

@@ -38,6 +38,7 @@ PYCORE_HOST_DEVICE inline uint64_t far_bits(const AttentionParams& params, const
   const int64_t base = tile * kKeyTile, nearest = place - params.distance_limit;
   if (schedule.in_place(tile)) return tile_bits(base, 0, nearest);
   uint64_t bits = 0;
+  PYCORE_ROLLED
   for (int64_t c = 0; c < kKeyTile; ++c) bits |= static_cast<uint64_t>(schedule.place(base + c) < nearest) << c;
   return bits;
 }
@@ -96,6 +97,7 @@ PYCORE_HOST_DEVICE inline uint32_t dropped_bits(const AttentionParams& params, i
 PYCORE_HOST_DEVICE inline uint64_t dropped_keys(const AttentionParams& params, int64_t b, int64_t h, int64_t p,
                                                 int64_t tile, uint64_t kept) {
   uint64_t dropped = 0;
+  PYCORE_ROLLED
   for (int64_t quad = 0; quad < kKeyTile / 4; ++quad) {
     if (kept >> (4 * quad) & 15) {
       dropped |= static_cast<uint64_t>(dropped_bits(params, b, h, p, tile * (kKeyTile / 4) + quad)) << (4 * quad);

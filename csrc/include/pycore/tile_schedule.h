@@ -19,9 +19,12 @@
 
 #include <cstdint>
 
+// PYCORE_ROLLED stands before loops that are not worth nvcc's unrolling: its copies are most of what ptxas works on.
 #if defined(__CUDACC__)
 #define PYCORE_HOST_DEVICE __host__ __device__
+#define PYCORE_ROLLED _Pragma("unroll 1")
 #else
+#define PYCORE_ROLLED
 // Inlined always: a copy of its own would be a weak symbol, and in a file of wide instructions that crashes others.
 #define PYCORE_HOST_DEVICE [[gnu::always_inline]]
 #endif
@@ -88,6 +91,7 @@ struct TileSchedule {
     *lo = *hi = p;
     if (segments == 0 || p < boundaries[0] || p >= boundaries[segments]) return;
     int64_t first = 0, last = segments - 1;  // the last segment that starts at or before p
+    PYCORE_ROLLED
     while (first < last) {
       const int64_t middle = (first + last + 1) / 2;
       if (boundaries[middle] <= p) {
@@ -106,6 +110,7 @@ struct TileSchedule {
     first = first < 0 ? 0 : first;
     last = last < block_rows ? last : block_rows - 1;
     uint64_t any = 0;
+    PYCORE_ROLLED
     for (int64_t row = first; row <= last; ++row) any |= blocks[row * block_words + word];
     return any;
   }
@@ -114,6 +119,7 @@ struct TileSchedule {
   PYCORE_HOST_DEVICE uint64_t block_bits(int64_t p_lo, int64_t p_hi, int64_t tile) const {
     const int64_t base = tile * kKeyTile, size = int64_t{1} << block_shift;
     uint64_t bits = 0;
+    PYCORE_ROLLED
     for (int64_t k = 0; k < kKeyTile; k += size) {
       const int64_t column = ((base + k) >> block_shift) - block_column0;
       if (column < 0 || column >= 64 * block_words) continue;
@@ -128,7 +134,9 @@ struct TileSchedule {
     const int64_t first = (tile * kKeyTile >> block_shift) - block_column0;
     const int64_t last = (((tile + 1) * kKeyTile - 1) >> block_shift) - block_column0;
     if (first_row < 0 || last_row >= block_rows || first < 0 || last >= 64 * block_words) return false;
+    PYCORE_ROLLED
     for (int64_t row = first_row; row <= last_row; ++row) {
+      PYCORE_ROLLED
       for (int64_t column = first; column <= last; ++column) {
         if ((blocks[row * block_words + column / 64] >> (column % 64) & 1) == 0) return false;
       }
@@ -141,6 +149,7 @@ struct TileSchedule {
     int64_t column = (tile * kKeyTile >> block_shift) - block_column0;
     if (column < 0) column = 0;
     uint64_t wanted = ~uint64_t{0} << (column % 64);
+    PYCORE_ROLLED
     for (int64_t word = column / 64; word < block_words; ++word, wanted = ~uint64_t{0}) {
       const uint64_t any = block_word(p_lo, p_hi, word) & wanted;
       if (any == 0) continue;
@@ -258,6 +267,7 @@ struct TileSchedule {
     }
     if (kind == ScheduleKind::kKeySubset) {
       if (!causal || key_words * kKeyTile < end) end = key_words * kKeyTile;
+      PYCORE_ROLLED
       while (tile * kKeyTile < end && keys[tile] == 0) ++tile;
     }
     if (kind == ScheduleKind::kPrefix && prefix > end) end = prefix;
