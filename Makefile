@@ -16,14 +16,27 @@ PIP := $(VENV)/bin/python -m pip
 ARGS ?=
 
 .PHONY: test bench lint lint-ruff lint-format lint-mypy lint-clang-format format build wheel sanitize schemas setup
-.PHONY: clean
+.PHONY: clean test-parallel test-ops test-others test-transformers4
 .DELETE_ON_ERROR:
 
 # The whole suite also runs its integration with the oldest transformers it supports, beside the one in the environment;
 # of the compilations there the quick ones.
+PYTEST := $(VENV)/bin/python -m pytest -q
+WITH_TRANSFORMERS4 := PYTHONPATH=$(VENV)/transformers4 $(PYTEST) tests/integrations -m 'not slow'
+
 test: build $(if $(ARGS),,$(VENV)/.transformers4)
-	$(VENV)/bin/python -m pytest -q tests $(ARGS)
-	$(if $(ARGS),,PYTHONPATH=$(VENV)/transformers4 $(VENV)/bin/python -m pytest -q tests/integrations -m 'not slow')
+	$(PYTEST) tests $(ARGS)
+	$(if $(ARGS),,$(WITH_TRANSFORMERS4))
+
+# The same for `make -j2`, in two thirds of the time: most tests keep one core busy. Threads that wait must not spin then.
+test-parallel: export OMP_WAIT_POLICY := passive
+test-parallel: test-ops test-others test-transformers4
+test-ops: build
+	$(PYTEST) tests/ops
+test-others: build
+	$(PYTEST) tests --ignore=tests/ops
+test-transformers4: build $(VENV)/.transformers4
+	$(WITH_TRANSFORMERS4)
 
 bench: build
 	$(VENV)/bin/python -m bench.run --quick $(ARGS)
