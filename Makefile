@@ -28,7 +28,7 @@ test: build $(if $(ARGS),,$(VENV)/.transformers4)
 	$(PYTEST) tests $(ARGS)
 	$(if $(ARGS),,$(WITH_TRANSFORMERS4))
 
-# The same for `make -j2`, in two thirds of the time: most tests keep one core busy. Threads that wait must not spin then.
+# The same for `make -j2`: most tests keep one core busy. Threads that wait must not spin then.
 test-parallel: export OMP_WAIT_POLICY := passive
 test-parallel: test-ops test-others test-transformers4
 test-ops: build

@@ -59,14 +59,14 @@ def assert_as_accurate(actual: Tensor, exact: Tensor, plain: Tensor, what: str =
 def assert_model_as_accurate(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "result") -> None:
     """Asserts that `actual`, the logits of a model for several texts, is about as near to the truth as plain torch is.
 
-    Layers enlarge the rounding errors of the layers before them, at some positions a hundred times as much as at
-    others, so the largest error of a model is one draw from a wide distribution: from one text to the next its ratio
-    to plain torch's goes from a half to 2.7 where both are equally good. The root mean square is an average over all
+    Layers enlarge the rounding errors of the layers before them, at some positions far more than at others, so the
+    largest error of a model is one draw from a wide distribution: from one pair of texts to the next its ratio to
+    plain torch's goes from a half to 2.7 where both are equally good. The root mean square is an average over all
     positions: over eight texts of 40 tokens, its ratio stayed below 1.17 in every float32 model of the tests. It may be
     at most 1.25; attention with an added relative error of 2**-20 gives 1.3 and more. The largest error may be at most
     four times plain torch's, so that no single position is far off.
 
-    Arguments are those of `assert_as_accurate`; the first dimension is of texts.
+    Arguments are those of `assert_as_accurate`.
     """
     error, plain_error = _errors(actual, exact, plain, what)
     rms, plain_rms = (x.pow(2).mean().sqrt().item() for x in (error, plain_error))
