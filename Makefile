@@ -62,6 +62,8 @@ format: setup
 build: setup
 	$(VENV)/bin/python setup.py -q build_ext --inplace
 
+# A wheel is for other machines: with the CUDA kernels wherever they can be compiled.
+wheel: export PYCORE_CUDA := $(or $(PYCORE_CUDA),$(if $(shell command -v nvcc),on,auto))
 wheel: setup
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls -l dist

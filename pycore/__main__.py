@@ -20,7 +20,7 @@ def _libraries() -> str:
 
 def _build() -> str:
     info = pycore.build_info()
-    cuda = f"CUDA {info['cuda']} for {' '.join(info['cuda_arches'])}" if info["cuda"] else "CPU only"
+    cuda = f"CUDA {info['cuda']} for {' '.join(info['cuda_arches'])}" if info["cuda"] else f"CPU only ({info['no_cuda']})"
     return f"{info['compiler']}, {cuda}, torch {info['torch']}, Python {info['python']}, commit {info['commit']}"
 
 
