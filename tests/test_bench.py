@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench import bench_attention_cuda, case, flash_pair, measure, peers, report, sanitize_cuda, sweeps
+from bench import bench_attention_cuda, case, flash_pair, measure, peers, report, sweeps
+from tools import sanitize_cuda
 
 
 def small_run() -> dict[str, Any]:
@@ -211,5 +212,5 @@ def test_what_the_sanitizer_runs() -> None:
 
 
 def test_the_script_for_a_gpu_machine_parses() -> None:
-    script = pathlib.Path(bench_attention_cuda.__file__).with_name("device.sh")
+    script = pathlib.Path(sanitize_cuda.__file__).with_name("device.sh")
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
