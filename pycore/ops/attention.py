@@ -17,7 +17,7 @@ from pycore.ops.attention_bitmaps import key_words, tree_nodes
 from pycore.ops.attention_blocks import check_int as check_int
 from pycore.ops.attention_blocks import draw_blocks
 from pycore.ops.attention_middle import check_middle, gathered, merged, middle_tokens, rotated
-from pycore.schedules import Causal, Full, KeySubset, Lambda, Probabilistic, Schedule, Tree
+from pycore.schedules import Causal, Full, KeySubset, Lambda, Probabilistic, Schedule, Segments, Tree
 
 load_ops()
 
@@ -193,9 +193,11 @@ def call_attention(
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
-    if isinstance(schedule, Lambda):
+    if isinstance(schedule, Lambda | Segments):
         check_int(op, "sink_size", schedule.sink_size)
-        check_int(op, "window_size", schedule.window_size)
+        for name, size in (("window_size", schedule.window_size), ("right", schedule.right)):
+            if size is not None or (isinstance(schedule, Lambda) and name == "window_size"):
+                check_int(op, name, size)
     names = ("key_starts", "key_lengths", "key_offset", "query_lengths", "distance_bias", "alibi_slopes", "sink_logits")
     for name, option in zip(names, (*lengths, distance_bias, alibi_slopes, sink_logits), strict=True):
         if option is not None and not isinstance(option, Tensor):
@@ -339,7 +341,10 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], fir
     for place, (dim, arg) in enumerate(zip(in_dims, args, strict=True)):
         if arg is None or not isinstance(arg, Tensor):
             continue
-        if place == bitmap and kind in ("key_subset", "tree"):  # one for all rows, or one for each
+        if place == bitmap and kind == "segments" and arg.dim() == (1 if dim is None else 2):
+            arg, dim = (arg, dim) if dim is None else (arg.movedim(dim, 0), 0)
+            arg = arg.unsqueeze(-2)
+        if place == bitmap and kind in ("segments", "key_subset", "tree"):  # one for all rows, or one for each
             if dim is not None or arg.shape[0] != 1:
                 rows = arg[None] if dim is None else arg.movedim(dim, 0)
                 rows = rows.expand(info.batch_size, batch, *rows.shape[2:])
