@@ -26,18 +26,18 @@ using OptionalTensor = std::optional<Tensor>;
   "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, Tensor? block_bias, str op, "                \
   "str schedule, SymInt[] schedule_args, bool interleaved, SymInt distance_limit, float scale, float softcap, float " \
   "dropout_p, "                                                                                                       \
-  "SymInt key_ring=0"
+  "SymInt key_ring=0, bool symmetric_bias=False"
 #define PYCORE_PARAMETERS                                                                                             \
   Tensor query, Tensor key, Tensor value, OptionalTensor rope_cos, OptionalTensor rope_sin,                           \
       OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor sink_logits,                          \
       OptionalTensor key_starts, OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths, \
       OptionalTensor schedule_tensor, OptionalTensor dropout_seed, OptionalTensor block_bias, std::string op,         \
       std::string schedule, std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit,             \
-      double scale, double softcap, double dropout_p, int64_t key_ring
+      double scale, double softcap, double dropout_p, int64_t key_ring, bool symmetric_bias
 #define PYCORE_NAMES                                                                                                  \
   query, key, value, rope_cos, rope_sin, distance_bias, alibi_slopes, sink_logits, key_starts, key_lengths,           \
       key_offset, query_lengths, schedule_tensor, dropout_seed, block_bias, op, schedule, schedule_args, interleaved, \
-      distance_limit, scale, softcap, dropout_p, key_ring
+      distance_limit, scale, softcap, dropout_p, key_ring, symmetric_bias
 
 // The views borrow from the tensors, which the caller keeps.
 AttentionArgs attention_args(PYCORE_PARAMETERS) {
@@ -67,6 +67,7 @@ AttentionArgs attention_args(PYCORE_PARAMETERS) {
   args.scale = scale;
   args.softcap = softcap;
   args.dropout_p = dropout_p;
+  args.symmetric_bias = symmetric_bias;
   return args;
 }
 
