@@ -193,9 +193,10 @@ def call_attention(
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
-    if isinstance(schedule, Lambda | Segments):
+    if isinstance(schedule, Lambda | Segments | Tree):
         check_int(op, "sink_size", schedule.sink_size)
-        for name, size in (("window_size", schedule.window_size), ("right", schedule.right)):
+        right = None if isinstance(schedule, Tree) else schedule.right
+        for name, size in (("window_size", schedule.window_size), ("right", right)):
             if size is not None or (isinstance(schedule, Lambda) and name == "window_size"):
                 check_int(op, name, size)
     names = ("key_starts", "key_lengths", "key_offset", "query_lengths", "distance_bias", "alibi_slopes", "sink_logits")
