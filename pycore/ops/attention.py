@@ -211,9 +211,10 @@ def call_attention(
         check_tensor(op, name, tensor)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
-    if isinstance(schedule, Lambda | Segments):
+    if isinstance(schedule, Lambda | Segments | Tree):
         check_int(op, "sink_size", schedule.sink_size, 0)
-        for name, size, least in (("window_size", schedule.window_size, 1), ("right", schedule.right, 0)):
+        right = None if isinstance(schedule, Tree) else schedule.right
+        for name, size, least in (("window_size", schedule.window_size, 1), ("right", right, 0)):
             if size is not None or (isinstance(schedule, Lambda) and name == "window_size"):
                 check_int(op, name, size, least)
     if isinstance(schedule, Segments | KeySubset):

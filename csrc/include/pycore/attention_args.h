@@ -153,7 +153,7 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
       {"full", ScheduleKind::kFull, 0, 0, false},           {"causal", ScheduleKind::kCausal, 0, 0, false},
       {"lambda", ScheduleKind::kLambda, 2, 3, false},       {"prefix", ScheduleKind::kPrefix, 0, 0, true},
       {"segments", ScheduleKind::kSegments, 1, 4, true},    {"blocks", ScheduleKind::kBlocks, 3, 3, true},
-      {"key_subset", ScheduleKind::kKeySubset, 1, 1, true}, {"tree", ScheduleKind::kTree, 0, 0, true}};
+      {"key_subset", ScheduleKind::kKeySubset, 1, 1, true}, {"tree", ScheduleKind::kTree, 0, 2, true}};
   const Kind* found = nullptr;
   for (const Kind& kind : kKinds) {
     if (args.schedule == kind.name) found = &kind;
@@ -184,6 +184,11 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     schedule.causal = args.schedule_args[0] != 0;
   } else if (found->kind == ScheduleKind::kTree) {
     check_tree(args.op, tensor, args.query, params);
+    if (numbers == 2) {
+      check_window(args, args.schedule_args[0], args.schedule_args[1], 0);
+      schedule.sink_size = std::min(args.schedule_args[0], kFar);
+      schedule.window_size = std::min(args.schedule_args[1], kFar);
+    }
   } else if (found->kind == ScheduleKind::kPrefix) {
     check_index_tensor(args, "prefix_lengths", tensor);
     check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
@@ -296,8 +301,8 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   if (args.key_ring == 0) return;
   check_value(args.key_ring > 0 && args.key_ring % kKeyTile == 0, args.op, "key_ring is ", args.key_ring,
               " and must be a multiple of ", kKeyTile);
-  check_value(params->schedule.kind == ScheduleKind::kLambda, args.op, "key_ring is given with schedule \"",
-              args.schedule, "\" and must come with \"lambda\"");
+  check_value(params->schedule.kind == ScheduleKind::kLambda || params->schedule.kind == ScheduleKind::kTree, args.op,
+              "key_ring is given with schedule \"", args.schedule, "\" and must come with \"lambda\" or \"tree\"");
   check_value(args.key_ring <= params->key_length && params->schedule.sink_size <= params->key_length - args.key_ring,
               args.op, "key has length ", params->key_length, " and must have room for a ring of ", args.key_ring,
               " and ", params->schedule.sink_size, " sinks");
@@ -316,8 +321,10 @@ inline void check_length_values(const AttentionArgs& args, const AttentionParams
     if (params.key_ring > 0) {
       check_value(end >= 0 && end < kFar, args.op, "key_lengths[", b, "] is ", end, " and must be between 0 and ",
                   kFar - 1);
-      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - queries + 1,
-                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", queries,
+      // The first node of a tree sees as far back as the query of its position, though not itself a query.
+      const int64_t windows = std::max(queries, params.schedule.tree_nodes);
+      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - windows + 1,
+                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", windows,
                   " queries, each of ", params.schedule.window_size);
     } else {
       check_value(end >= 0 && end <= params.key_length, args.op, "key_lengths[", b, "] is ", end,
@@ -441,9 +448,10 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   params.scale = args.scale;
   check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
   params.distance_limit = args.distance_limit < 0 ? kFar : std::min(args.distance_limit, kFar);
-  check_value(params.schedule.kind != ScheduleKind::kLambda || params.distance_limit >= params.schedule.window_size, op,
-              "distance_limit is ", params.distance_limit, " and must be at least window_size, ",
-              params.schedule.window_size);
+  const bool windowed = params.schedule.kind == ScheduleKind::kLambda ||
+                        (params.schedule.kind == ScheduleKind::kTree && params.schedule.window_size < kFar);
+  check_value(!windowed || params.distance_limit >= params.schedule.window_size, op, "distance_limit is ",
+              params.distance_limit, " and must be at least window_size, ", params.schedule.window_size);
   const int64_t ahead = params.schedule.ahead();
   check_value(ahead >= kFar || params.distance_limit >= ahead, op, "distance_limit is ", params.distance_limit,
               " and must be at least right, ", ahead);
