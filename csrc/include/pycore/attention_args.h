@@ -7,6 +7,7 @@
 #include <pycore/attention_bitmap_args.h>
 #include <pycore/attention_blocks.h>
 #include <pycore/checks.h>
+#include <pycore/index_copies.h>
 
 #include <algorithm>
 #include <cmath>
@@ -36,6 +37,13 @@ struct AttentionArgs {
   double softcap = 0.0;
   double dropout_p = 0.0;
   bool symmetric_bias = false;
+  mutable IndexCopies copies;  // what was checked of the arrays of indices, and is then used
+
+  // A contiguous int64 array as kernels get it: on the CPU, where its values are checked, a copy.
+  const int64_t* kept(const TensorView& view) const {
+    return view.device == Device::kCpu ? copies.keep(op, view.as<const int64_t>(), view.count())
+                                       : view.as<const int64_t>();
+  }
 };
 
 namespace detail {
@@ -93,7 +101,7 @@ inline void check_blocks(const AttentionArgs& args, AttentionParams* params) {
               args.op, "schedule's tensor must be contiguous");
   check_value(blocks.device == args.query.device && blocks.device_index == args.query.device_index, args.op,
               "schedule's tensor is on another device than query");
-  schedule.blocks = blocks.as<const uint64_t>();
+  schedule.blocks = reinterpret_cast<const uint64_t*>(args.kept(blocks));
 }
 
 // The numbers that lambda and segments share.
@@ -118,7 +126,7 @@ inline void check_segments(const AttentionArgs& args, AttentionParams* params) {
   check_value(tensor.device == args.query.device && tensor.device_index == args.query.device_index, args.op,
               "boundaries is on another device than query");
   TileSchedule& schedule = params->schedule;
-  schedule.boundaries = tensor.as<const int64_t>();
+  schedule.boundaries = args.kept(tensor);
   schedule.segments = entries - 1;
   params->bitmap_stride = rows == 1 ? 0 : entries;
   schedule.right = numbers[0] != 0 ? 0 : kFar;
@@ -181,9 +189,12 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     check_blocks(args, params);
   } else if (found->kind == ScheduleKind::kKeySubset) {
     check_key_subset(args.op, tensor, args.query, params);
+    schedule.keys = reinterpret_cast<const uint64_t*>(args.kept(tensor));
     schedule.causal = args.schedule_args[0] != 0;
   } else if (found->kind == ScheduleKind::kTree) {
-    check_tree(args.op, tensor, args.query, params);
+    check_tree_shape(args.op, tensor, args.query, params);
+    schedule.tree = args.kept(tensor);
+    if (readable) check_tree(args.op, tensor, schedule);
     if (numbers == 2) {
       check_window(args, args.schedule_args[0], args.schedule_args[1], 0);
       schedule.sink_size = std::min(args.schedule_args[0], kFar);
@@ -193,7 +204,7 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     check_index_tensor(args, "prefix_lengths", tensor);
     check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
                 " entries and must have one for each of ", params->batch, " batch rows");
-    params->prefix_lengths = tensor.as<const int64_t>();
+    params->prefix_lengths = args.kept(tensor);
     for (int64_t b = 0; b < params->batch && readable; ++b) {
       check_value(params->prefix_lengths[b] >= 0, args.op, "prefix_lengths[", b, "] is ", params->prefix_lengths[b],
                   " and must be at least 0");
@@ -282,7 +293,7 @@ inline void check_options(const AttentionArgs& args, AttentionParams* params) {
               "dropout_seed must be one int64 number");
   check_value(seed.device == args.query.device && seed.device_index == args.query.device_index, args.op,
               "dropout_seed is on another device than query");
-  params->dropout_seed = seed.as<const int64_t>();
+  params->dropout_seed = args.kept(seed);
 }
 
 inline const int64_t* check_lengths(const AttentionArgs& args, const char* name, const TensorView& view,
@@ -294,7 +305,7 @@ inline const int64_t* check_lengths(const AttentionArgs& args, const char* name,
   check_value(view.strides[0] == 1 || batch <= 1, args.op, name, " must be contiguous");
   check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
               " is on another device than query");
-  return view.as<const int64_t>();
+  return args.kept(view);
 }
 
 inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
@@ -313,7 +324,9 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
 
 // Values of the length arguments; on the CPU, where reading them costs nothing.
 inline void check_length_values(const AttentionArgs& args, const AttentionParams& params) {
-  for (int64_t b = 0; b < params.batch; ++b) {
+  // Without an array all rows are like the first.
+  const bool differ = params.key_starts || params.key_lengths || params.key_offset || params.query_lengths;
+  for (int64_t b = 0; b < (differ ? params.batch : std::min<int64_t>(params.batch, 1)); ++b) {
     const int64_t start = params.key_starts ? params.key_starts[b] : 0;
     const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
     const int64_t offset = params.key_offset ? params.key_offset[b] : 0;
