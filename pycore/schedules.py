@@ -63,25 +63,36 @@ class Causal(Schedule):
     kind: ClassVar[str] = "causal"
 
 
+_NO_BOUND = 2**62  # of a window
+
+
+def _bound(size: int | None) -> int:
+    return _NO_BOUND if size is None else size
+
+
 @dataclass(frozen=True)
 class Lambda(Schedule):
-    """d >= 0 and (d < window_size or j < sink_size): the Λ mask of LM-Infinite.
+    """d >= -right and (d < window_size or j < sink_size): a window and sinks, the Λ mask of LM-Infinite.
 
     Args:
         sink_size: tokens kept from the start of the sequence, at least 0.
         window_size: newest tokens kept, the query's own among them, at least 1.
+        right: tokens kept after the query's own, for encoders: 0 for none, None for all. FlashAttention's window
+            (left, right) is window_size = left + 1 and right.
 
     Source: Han et al., "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", section 3.
     """
 
     sink_size: int
     window_size: int
+    right: int | None = 0
 
     kind: ClassVar[str] = "lambda"
 
     @property
     def args(self) -> list[int]:
-        return [self.sink_size, self.window_size]
+        sizes = [self.sink_size, self.window_size]
+        return sizes if self.right == 0 else [*sizes, _bound(self.right)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,19 +117,30 @@ class Segments(Schedule):
     """Positions fall into segments, and a query attends to its own segment (packed sequences, block-diagonal).
 
     Args:
-        boundaries: int64 [S + 1], ascending positions; segment s is boundaries[s] <= j < boundaries[s + 1], as in the
-            cu_seqlens of variable-length attention. Positions outside all segments keep nothing.
+        boundaries: int64 [S + 1], or [B, S + 1] for each batch row its own: ascending positions; segment s is
+            boundaries[s] <= j < boundaries[s + 1], as in the cu_seqlens of variable-length attention. A segment may be
+            empty, so rows with fewer segments repeat their last boundary. Positions outside all segments keep nothing.
         causal: d >= 0 as well.
+        window_size: newest tokens of the segment kept, the query's own among them, at least 1; None for all.
+        sink_size: tokens kept from the start of the segment whatever the window, at least 0.
+        right: without causal, tokens kept after the query's own, at least 0; None for all.
     """
 
     boundaries: Tensor
     causal: bool = True
+    window_size: int | None = None
+    sink_size: int = 0
+    right: int | None = None
 
     kind: ClassVar[str] = "segments"
 
     @property
     def args(self) -> list[int]:
-        return [int(self.causal)]
+        causal = int(self.causal)
+        if self.window_size is None and self.right is None and self.sink_size == 0:
+            return [causal]
+        right = 0 if causal and self.right is None else _bound(self.right)
+        return [causal, _bound(self.window_size), self.sink_size, right]
 
     @property
     def tensor(self) -> Tensor | None:

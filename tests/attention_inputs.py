@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycore.schedules import Full, KeySubset, Prefix, Schedule, Segments, Tree
+from pycore.schedules import Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
 
 __all__ = ["Case", "lengths", "qkv", "random_tree", "tables"]
 
@@ -48,6 +48,15 @@ def qkv(
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
+def ahead(schedule: Schedule) -> int | None:
+    """By how much a key that a query keeps may stand after it; None for any number of positions."""
+    if isinstance(schedule, Segments | KeySubset) and schedule.causal:
+        return 0
+    if isinstance(schedule, Lambda | Segments):
+        return schedule.right
+    return None if isinstance(schedule, Full | Prefix | KeySubset) else 0
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem. Its inputs follow from its fields, so that results can be kept between tests."""
@@ -75,7 +84,7 @@ class Case:
 
     def __str__(self) -> str:
         """The test's id."""
-        numbers = [] if self.schedule.tensor is None else self.schedule.tensor.tolist()
+        numbers = [] if self.schedule.tensor is None else self.schedule.tensor.flatten().tolist()
         text = self.schedule.kind + "".join(f"-{number}" for number in (*self.schedule.args, *numbers))
         if isinstance(self.schedule, KeySubset):
             text += f"-{int(self.schedule.keys.sum())}of{'x'.join(str(n) for n in self.schedule.keys.shape)}"
@@ -119,8 +128,7 @@ class Case:
             # A table reaches the largest distance, or the limit and a tile.
             rows = max(self.key_length + max(self.key_offset or [0]), self.query_length)
             s = self.schedule
-            causal = not isinstance(s, Full | Prefix) and not (isinstance(s, Segments | KeySubset) and not s.causal)
-            if self.distance_limit is not None and causal:
+            if self.distance_limit is not None and ahead(s) is not None:
                 nodes = s.parents.shape[-1] if isinstance(s, Tree) else 0
                 rows = min(rows, max(self.distance_limit + 64, nodes))
             cos, sin = tables(rows, self.rope_dim, table_dtype)

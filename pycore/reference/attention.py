@@ -52,13 +52,19 @@ def keep_mask(
     if isinstance(schedule, Causal):
         return d >= 0
     if isinstance(schedule, Lambda):
-        return (d >= 0) & ((d < schedule.window_size) | (j < schedule.sink_size))
+        ahead = torch.ones_like(d, dtype=torch.bool) if schedule.right is None else d >= -schedule.right
+        return ahead & ((d < schedule.window_size) | (j < schedule.sink_size))
     if isinstance(schedule, Prefix):
         return (d >= 0) | (j < schedule.prefix_lengths[batch_row])
     if isinstance(schedule, Segments):
-        segment_p, segment_j = (torch.searchsorted(schedule.boundaries, x.contiguous(), right=True) for x in (p, j))
-        inside = (segment_p > 0) & (segment_p < len(schedule.boundaries))
-        return inside & (segment_p == segment_j) & ((d >= 0) | (not schedule.causal))
+        boundaries = _row(schedule.boundaries, batch_row)
+        segment_p, segment_j = (torch.searchsorted(boundaries, x.contiguous(), right=True) for x in (p, j))
+        keep = (segment_p > 0) & (segment_p < len(boundaries)) & (segment_p == segment_j)
+        if schedule.window_size is not None:
+            first = boundaries[segment_j.clamp(1, len(boundaries)) - 1]
+            keep = keep & ((d < schedule.window_size) | (j - first < schedule.sink_size))
+        right = 0 if schedule.causal else schedule.right
+        return keep if right is None else keep & (d >= -right)
     if isinstance(schedule, Probabilistic):
         i, i_row = (p // schedule.block_size).unique(return_inverse=True)
         k, k_column = (j // schedule.block_size).unique(return_inverse=True)

@@ -54,7 +54,7 @@ struct AttentionParams {
   TileSchedule schedule;
   const int64_t* prefix_lengths = nullptr;  // [batch]: schedule.prefix by batch row, for the prefix schedule
   // For the blocks schedule, schedule.blocks is [batch, heads, block_rows, block_words]; row_map binds a row and head.
-  // For key_subset and tree, schedule.keys and schedule.tree are the first batch row's.
+  // For segments, key_subset and tree, schedule.boundaries, .keys and .tree are the first batch row's.
   int64_t bitmap_stride = 0;  // from one batch row's to the next; 0: one for all
   double scale = 1.0;
 
@@ -186,6 +186,7 @@ PYCORE_HOST_DEVICE inline void bind_schedule(const AttentionParams& params, int6
     schedule.block_column0 = map->offset == 0 ? 0 : (map->sinks + map->offset) >> schedule.block_shift;
     bind_head(params, b, h, map);
   }
+  if (schedule.kind == ScheduleKind::kSegments) schedule.boundaries += b * params.bitmap_stride;
   if (schedule.kind == ScheduleKind::kKeySubset) schedule.keys += b * params.bitmap_stride;
   if (schedule.kind == ScheduleKind::kTree) {
     schedule.tree += b * params.bitmap_stride;

@@ -24,10 +24,11 @@ struct AttentionArgs {
   TensorView dropout_seed;                                        // int64, one number; read if dropout_p > 0
   TensorView block_bias;                                          // not defined(): none
   std::string schedule;  // "full", "causal", "lambda", "prefix", "segments", "blocks", "key_subset" or "tree"
-  std::vector<int64_t> schedule_args;  // lambda: sink_size, window_size; segments, key_subset: 1 if causal; blocks:
-                                       // block_size, sink_size, window_blocks
-  TensorView schedule_tensor;  // prefix: lengths [batch]; segments: boundaries [S + 1]; blocks, key_subset: the bitmap;
-                               // tree: its nodes
+  // lambda: sink_size, window_size and, if not 0, right; segments: 1 if causal and, if there is a window, window_size,
+  // sink_size, right; key_subset: 1 if causal; blocks: block_size, sink_size, window_blocks
+  std::vector<int64_t> schedule_args;
+  TensorView schedule_tensor;  // prefix: lengths [batch]; segments: boundaries [S + 1] or [1 or batch, S + 1]; blocks,
+                               // key_subset: the bitmap; tree: its nodes
   bool interleaved = false;
   int64_t distance_limit = -1;  // -1: none
   int64_t key_ring = 0;
@@ -94,19 +95,64 @@ inline void check_blocks(const AttentionArgs& args, AttentionParams* params) {
   schedule.blocks = blocks.as<const uint64_t>();
 }
 
+// The numbers that lambda and segments share.
+inline void check_window(const AttentionArgs& args, int64_t sink_size, int64_t window_size, int64_t right) {
+  check_value(sink_size >= 0, args.op, "sink_size is ", sink_size, " and must be at least 0");
+  check_value(window_size >= 1, args.op, "window_size is ", window_size, " and must be at least 1");
+  check_value(right >= 0, args.op, "right is ", right, " and must be at least 0");
+}
+
+// int64 [S + 1] or [1 or batch, S + 1]; each row ascends.
+inline void check_segments(const AttentionArgs& args, AttentionParams* params) {
+  const TensorView& tensor = args.schedule_tensor;
+  const std::vector<int64_t>& numbers = args.schedule_args;
+  check_value((tensor.dims == 1 || tensor.dims == 2) && tensor.dtype == DType::kInt64, args.op,
+              "boundaries must be an int64 tensor of one or two dimensions, [S + 1] or [batch, S + 1]");
+  const int64_t rows = tensor.dims == 2 ? tensor.shape[0] : 1, entries = tensor.shape[tensor.dims - 1];
+  check_value(rows == params->batch || rows == 1, args.op, "boundaries has ", rows,
+              " rows and must have one, or one for each of ", params->batch, " batch rows");
+  check_value(entries >= 1, args.op, "boundaries is empty and must have at least one entry");
+  check_value((entries == 1 || tensor.strides[tensor.dims - 1] == 1) && (rows <= 1 || tensor.strides[0] == entries),
+              args.op, "boundaries must be contiguous");
+  check_value(tensor.device == args.query.device && tensor.device_index == args.query.device_index, args.op,
+              "boundaries is on another device than query");
+  TileSchedule& schedule = params->schedule;
+  schedule.boundaries = tensor.as<const int64_t>();
+  schedule.segments = entries - 1;
+  params->bitmap_stride = rows == 1 ? 0 : entries;
+  schedule.right = numbers[0] != 0 ? 0 : kFar;
+  if (numbers.size() == 4) {
+    check_window(args, numbers[2], numbers[1], numbers[3]);
+    check_value(numbers[0] == 0 || numbers[3] == 0, args.op, "right is ", numbers[3],
+                " and must be 0 where the schedule is causal");
+    schedule.window_size = std::min(numbers[1], kFar);
+    schedule.segment_sinks = std::min(numbers[2], kFar);
+    schedule.right = std::min(numbers[3], kFar);
+  }
+  if (args.query.device != Device::kCpu) return;
+  for (int64_t b = 0; b < rows; ++b) {
+    const std::string row = tensor.dims == 2 ? std::to_string(b) + ", " : "";
+    const int64_t* boundaries = schedule.boundaries + b * params->bitmap_stride;
+    for (int64_t s = 0; s < schedule.segments; ++s) {
+      check_value(boundaries[s] <= boundaries[s + 1], args.op, "boundaries[", row, s + 1, "] is ", boundaries[s + 1],
+                  " and must not be less than the one before it, ", boundaries[s]);
+    }
+  }
+}
+
 // Sets params->schedule, and prefix_lengths.
 inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
   struct Kind {
     const char* name;
     ScheduleKind kind;
-    size_t numbers;
+    size_t numbers, at_most;
     bool tensor;
   };
   constexpr Kind kKinds[] = {
-      {"full", ScheduleKind::kFull, 0, false},           {"causal", ScheduleKind::kCausal, 0, false},
-      {"lambda", ScheduleKind::kLambda, 2, false},       {"prefix", ScheduleKind::kPrefix, 0, true},
-      {"segments", ScheduleKind::kSegments, 1, true},    {"blocks", ScheduleKind::kBlocks, 3, true},
-      {"key_subset", ScheduleKind::kKeySubset, 1, true}, {"tree", ScheduleKind::kTree, 0, true}};
+      {"full", ScheduleKind::kFull, 0, 0, false},           {"causal", ScheduleKind::kCausal, 0, 0, false},
+      {"lambda", ScheduleKind::kLambda, 2, 3, false},       {"prefix", ScheduleKind::kPrefix, 0, 0, true},
+      {"segments", ScheduleKind::kSegments, 1, 4, true},    {"blocks", ScheduleKind::kBlocks, 3, 3, true},
+      {"key_subset", ScheduleKind::kKeySubset, 1, 1, true}, {"tree", ScheduleKind::kTree, 0, 0, true}};
   const Kind* found = nullptr;
   for (const Kind& kind : kKinds) {
     if (args.schedule == kind.name) found = &kind;
@@ -114,8 +160,10 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
   check_value(found != nullptr, args.op, "schedule is \"", args.schedule,
               "\" and must be \"full\", \"causal\", \"lambda\", \"prefix\", \"segments\", \"blocks\", \"key_subset\" "
               "or \"tree\"");
-  check_value(args.schedule_args.size() == found->numbers, args.op, "schedule \"", args.schedule, "\" has ",
-              args.schedule_args.size(), " numbers and takes ", found->numbers);
+  const size_t numbers = args.schedule_args.size();
+  check_value(numbers == found->numbers || numbers == found->at_most, args.op, "schedule \"", args.schedule, "\" has ",
+              numbers, " numbers and takes ", found->numbers,
+              found->at_most > found->numbers ? " or " + std::to_string(found->at_most) : "");
   check_value(args.schedule_tensor.defined() == found->tensor, args.op, "schedule \"", args.schedule, "\" takes ",
               found->tensor ? "one tensor" : "no tensor");
   TileSchedule& schedule = params->schedule;
@@ -123,11 +171,11 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
   const TensorView& tensor = args.schedule_tensor;
   const bool readable = args.query.device == Device::kCpu;
   if (found->kind == ScheduleKind::kLambda) {
-    check_value(args.schedule_args[0] >= 0, args.op, "sink_size is ", args.schedule_args[0], " and must be at least 0");
-    check_value(args.schedule_args[1] >= 1, args.op, "window_size is ", args.schedule_args[1],
-                " and must be at least 1");
+    const int64_t right = numbers == 3 ? args.schedule_args[2] : 0;
+    check_window(args, args.schedule_args[0], args.schedule_args[1], right);
     schedule.sink_size = std::min(args.schedule_args[0], kFar);
     schedule.window_size = std::min(args.schedule_args[1], kFar);
+    schedule.right = std::min(right, kFar);
   } else if (found->kind == ScheduleKind::kBlocks) {
     check_blocks(args, params);
   } else if (found->kind == ScheduleKind::kKeySubset) {
@@ -145,15 +193,7 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
                   " and must be at least 0");
     }
   } else if (found->kind == ScheduleKind::kSegments) {
-    check_index_tensor(args, "boundaries", tensor);
-    check_value(tensor.shape[0] >= 1, args.op, "boundaries is empty and must have at least one entry");
-    schedule.boundaries = tensor.as<const int64_t>();
-    schedule.segments = tensor.shape[0] - 1;
-    schedule.causal = args.schedule_args[0] != 0;
-    for (int64_t s = 0; s < schedule.segments && readable; ++s) {
-      check_value(schedule.boundaries[s] <= schedule.boundaries[s + 1], args.op, "boundaries[", s + 1, "] is ",
-                  schedule.boundaries[s + 1], " and must not be less than the one before it, ", schedule.boundaries[s]);
-    }
+    check_segments(args, params);
   }
 }
 
@@ -167,11 +207,26 @@ inline const void* check_table(const AttentionArgs& args, const AttentionParams&
               " has shape ", shape_text(view), " and must be ", dims == 1 ? "[heads]" : "[heads, n]", ", with ",
               params.heads, " heads");
   check_value(dims == 1 || view.shape[1] >= 1, args.op, name, " has no entries and must have at least one a head");
-  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1, args.op, name,
+  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1 || view.count() == 0, args.op, name,
               "'s last dimension must be contiguous");
   check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
               " is on another device than query");
   return view.data;
+}
+
+// Logits are float32, in powers of two, unless query is float64: what is not finite there makes every row NaN.
+inline void check_logit_factors(const AttentionArgs& args) {
+  if (args.query.dtype == DType::kFloat64) return;
+  const float log2e = 1.44269504f, scale = static_cast<float>(args.scale), cap = static_cast<float>(args.softcap);
+  check_value(std::isfinite(scale * log2e), args.op, "scale is ", args.scale,
+              " and must be at most 2.35e+38 in size, as logits are float32");
+  if (!(args.softcap > 0) || !std::isfinite(args.softcap)) return;
+  check_value(std::isfinite(cap * log2e), args.op, "softcap is ", args.softcap,
+              " and must be at most 2.35e+38, as logits are float32");
+  check_value(cap > 0 && std::isfinite(1 / cap), args.op, "softcap is ", args.softcap,
+              " and must be 0 or at least 2.94e-39, as logits are float32");
+  check_value(std::isfinite(scale * (1 / cap)), args.op, "softcap is ", args.softcap, " and scale is ", args.scale,
+              "; scale / softcap must be finite in float32");
 }
 
 inline void check_options(const AttentionArgs& args, AttentionParams* params) {
@@ -268,12 +323,13 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
     check_value(view->dims == 2, args.op, name, " has ", view->dims, " dimensions and must have 2: [n, R / 2]");
     check_value(view->dtype == table, args.op, name, " is ", dtype_name(view->dtype), " and must be ",
                 dtype_name(table));
-    check_value(view->strides[1] == 1 || view->shape[1] <= 1, args.op, name, "'s last dimension must be contiguous");
+    check_value(view->strides[1] == 1 || view->shape[1] <= 1 || view->count() == 0, args.op, name,
+                "'s last dimension must be contiguous");
     check_value(view->device == args.query.device && view->device_index == args.query.device_index, args.op, name,
                 " is on another device than query");
   }
   check_value(cosine.shape[0] == sine.shape[0] && cosine.shape[1] == sine.shape[1] &&
-                  (cosine.strides[0] == sine.strides[0] || cosine.shape[0] <= 1),
+                  (cosine.strides[0] == sine.strides[0] || cosine.shape[0] <= 1 || cosine.count() == 0),
               args.op, "rope's cos has shape ", shape_text(cosine), " and sin ", shape_text(sine),
               "; both must have the same shape and strides");
   check_value(2 * cosine.shape[1] <= params->head_dim, args.op, "rope rotates ", 2 * cosine.shape[1],
@@ -292,16 +348,15 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
     positions = params->key_length;
   }
   if (params->batch * params->heads * params->query_length == 0) return;
-  // Without a causal bound a query may also stand before its keys, at any distance.
-  const bool causal = params->schedule.kind != ScheduleKind::kFull && params->schedule.kind != ScheduleKind::kPrefix &&
-                      params->schedule.causal;
   // A node of a tree may stand before its key tile, by as much as the tree has nodes.
   const int64_t reach = std::max(params->distance_limit + kKeyTile, params->schedule.tree_nodes);
-  if (!causal) {
-    const int64_t needed = std::max(positions, params->query_length);
+  // Without a causal bound a query may also stand before its keys, at any distance or within a window.
+  const int64_t ahead = params->schedule.ahead();
+  const int64_t needed = std::max(positions, params->query_length);
+  if (ahead > 0 && (ahead >= kFar || needed <= reach)) {
     check_value(params->rope_rows >= needed, args.op, "rope has ", params->rope_rows, " rows and must have ", needed,
                 ", one for every distance up to ", needed - 1);
-  } else if (positions <= reach) {
+  } else if (ahead == 0 && positions <= reach) {
     check_value(params->rope_rows >= positions, args.op, "rope has ", params->rope_rows, " rows and must have ",
                 positions, ", one for every distance up to ", positions - 1);
   } else if (reach > params->distance_limit + kKeyTile) {
@@ -362,12 +417,16 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
 
   detail::check_schedule(args, &params);
   check_value(std::isfinite(args.scale), op, "scale is ", args.scale, " and must be finite");
+  detail::check_logit_factors(args);
   params.scale = args.scale;
   check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
   params.distance_limit = args.distance_limit < 0 ? kFar : std::min(args.distance_limit, kFar);
   check_value(params.schedule.kind != ScheduleKind::kLambda || params.distance_limit >= params.schedule.window_size, op,
               "distance_limit is ", params.distance_limit, " and must be at least window_size, ",
               params.schedule.window_size);
+  const int64_t ahead = params.schedule.ahead();
+  check_value(ahead >= kFar || params.distance_limit >= ahead, op, "distance_limit is ", params.distance_limit,
+              " and must be at least right, ", ahead);
 
   params.key_starts = detail::check_lengths(args, "key_starts", args.key_starts, params.batch);
   params.key_lengths = detail::check_lengths(args, "key_lengths", args.key_lengths, params.batch);
