@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pycore._checks import check_bool, check_number
 from pycore.ops import attention
 from pycore.schedules import Causal, Full, Lambda, Schedule
 
@@ -58,9 +57,10 @@ def scaled_dot_product_attention(
         raise _RefusedError(
             f"{_OP}: attn_mask is given and must be None; pycore.ops.attention has schedules and lengths in its place"
         )
+    check_bool(_OP, "enable_gqa", enable_gqa)
     _check_tensors(query, key, value, enable_gqa)
-    if isinstance(dropout_p, (str, bytes)) or not hasattr(dropout_p, "__float__"):
-        raise TypeError(f"{_OP}: dropout_p is a {type(dropout_p).__name__} and must be a number")
+    check_bool(_OP, "is_causal", is_causal)
+    dropout_p = check_number(_OP, "dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
         raise _RefusedError(f"{_OP}: dropout_p is {dropout_p} and must be from 0 to 1")
     query, key, value, leading = _four_dimensions(query, key, value, enable_gqa)
@@ -118,21 +118,22 @@ def _four_dimensions(
     counts = [x.shape[-3] if x.dim() > 2 else 1 for x in tensors]
     if enable_gqa:
         heads = counts[0]
-        for name, count in zip(("key", "value"), counts[1:], strict=True):
-            if count == 0 and heads != 0 or count != 0 and heads % count != 0:
-                raise _RefusedError(f"{_OP}: {name} has {count} heads, which does not divide query's {heads}")
-        kv_heads = math.lcm(*counts[1:]) if heads else 0
+        for name, own in zip(("key", "value"), counts[1:], strict=True):
+            if own == 0 and heads != 0 or own != 0 and heads % own != 0:
+                raise _RefusedError(f"{_OP}: {name} has {own} heads, which does not divide query's {heads}")
+        least, most = min(counts[1:]), max(counts[1:])
+        kv_heads = 0 if heads == 0 else most if most % least == 0 else heads
         tensors[1:] = (_repeated(x, kv_heads) for x in tensors[1:])
     else:
         heads = _broadcast("heads", counts)
         kv_heads = 1 if counts[1] == counts[2] == 1 else heads  # a key head that all share is kept as one
     batch = [x.shape[:-3] for x in tensors]
-    most = max(len(shape) for shape in batch)
-    padded = [(1,) * (most - len(shape)) + tuple(shape) for shape in batch]
-    leading = tuple(_broadcast(f"batch dimension {d}", [shape[d] for shape in padded]) for d in range(most))
+    count = max(len(shape) for shape in batch)
+    padded = [(1,) * (count - len(shape)) + tuple(shape) for shape in batch]
+    leading = tuple(_broadcast(f"batch dimension {d}", [shape[d] for shape in padded]) for d in range(count))
     for place, x in enumerate(tensors):
         x = x.expand(*leading, heads if place == 0 else kv_heads, *x.shape[-2:])
-        tensors[place] = x[None] if most == 0 else x if most == 1 else x.flatten(0, -4)
+        tensors[place] = x[None] if count == 0 else x if count == 1 else x.flatten(0, -4)
     shape = leading if max(x.dim() for x in (query, key, value)) == 2 else (*leading, heads)
     return tensors[0], tensors[1], tensors[2], shape
 

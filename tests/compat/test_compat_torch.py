@@ -68,10 +68,25 @@ def test_scale_and_dropout() -> None:
     assert ((dropped.mean(0) - full).abs() < 6 * spread + 1e-6).all()
 
 
-def test_compiles_fullgraph() -> None:
-    tensors = inputs((2, 3), (2, 3), 33, 20, torch.float32)
-    call = torch.compile(lambda *x: scaled_dot_product_attention(*x, is_causal=True), fullgraph=True)
-    assert torch.equal(call(*tensors), scaled_dot_product_attention(*tensors, is_causal=True))
+COMPILED = {
+    "gqa": lambda q, k, v: ((q, k, v[:, :2]), {"enable_gqa": True}),
+    "shared": lambda q, k, v: ((q, k[0, :1], v[0, 0]), {"is_causal": True}),
+    "no-channels": lambda q, k, v: ((q[..., :0], k[:, :1, :, :0], v[:, :1]), {}),
+    "all-dropped": lambda q, k, v: ((q, k, v), {"dropout_p": 1.0, "enable_gqa": True}),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiles_fullgraph(kind: str, dynamic: bool) -> None:
+    """With batches, lengths and a scale that change."""
+    torch._dynamo.reset()
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch, length, keys, scale in ((2, 33, 20, 0.3), (3, 40, 21, 0.5), (4, 41, 37, 0.25)):
+        query, key, value = inputs((batch, 6), (1, 3), length, keys, torch.float32)
+        tensors, options = COMPILED[kind](query, key, value)
+        out = compiled(*tensors, **options, scale=scale)
+        assert torch.equal(out, scaled_dot_product_attention(*tensors, **options, scale=scale))
 
 
 BROADCASTS = [  # query, key, value, options
