@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pycore._checks import check_bool, check_number
+from pycore._tensors import check_tensor
 from pycore.ops import attention
 from pycore.schedules import Causal, Full, Lambda, Schedule
 
@@ -86,10 +87,7 @@ def scaled_dot_product_attention(
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     cast = isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{_OP}: {name} is a {type(tensor).__name__} and must be a Tensor")
-        if tensor.is_nested or tensor.layout != torch.strided:
-            raise _RefusedError(f"{_OP}: {name} is nested or sparse and must be a dense Tensor")
+        check_tensor(_OP, name, tensor)
         least = 3 if enable_gqa else 2
         if tensor.dim() < least:
             needed = "[..., heads, length, head_dim] for enable_gqa" if enable_gqa else "[..., length, head_dim]"

@@ -55,7 +55,7 @@ def register_derivatives(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            ctx.needs_input_grad = ctx.needs_input_grad[:-1]  # without the keyset
+            ctx.needs_input_grad = ctx.needs_input_grad[: len(defaults)]  # without the keyset
             given = backward(ctx, *grads)
             return (*given, None) if isinstance(given, tuple) else (given, None)
 

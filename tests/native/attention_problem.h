@@ -222,9 +222,12 @@ struct Problem {
       grad_bias.resize(p.heads * p.bias_length);
       if (draw(0, 3)) params.grad_bias = grad_bias.data();
     } else if (which == 1) {
-      for (int64_t h = 0; h < p.heads; ++h) slopes.push_back(draw(0, 20) * 0.01f);
+      p.slopes_stride = draw(0, 1) ? p.heads + draw(0, 2) : 0;
+      slopes.resize(p.slopes_stride * (p.batch - 1) + p.heads);
+      for (float& slope : slopes) slope = draw(0, 20) * 0.01f;
       p.alibi_slopes = slopes.data();
     }
+    p.symmetric_bias = draw(0, 1);
     if (draw(0, 1)) {
       sinks = normal(p.heads);
       p.sink_logits = sinks.data();

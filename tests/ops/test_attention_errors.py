@@ -188,8 +188,19 @@ def test_bad_value(name: str) -> None:
 # And of `lambda_attention`, which has alibi_slopes.
 ALIBI: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"alibi_slopes": zeros(H).double()}, "alibi_slopes is float64 and must be float32"),
-    "dims": ({"alibi_slopes": zeros(1, H)}, "alibi_slopes has shape [1, 4] and must be [heads], with 4 heads"),
-    "heads": ({"alibi_slopes": zeros(3)}, "alibi_slopes has shape [3] and must be [heads], with 4 heads"),
+    "dims": (
+        {"alibi_slopes": zeros(1, 1, H)},
+        "alibi_slopes has shape [1, 1, 4] and must be [heads] or [batch, heads], with 4 heads",
+    ),
+    "heads": (
+        {"alibi_slopes": zeros(3)},
+        "alibi_slopes has shape [3] and must be [heads] or [batch, heads], with 4 heads",
+    ),
+    "rows": (
+        {"alibi_slopes": zeros(3, H)},
+        "alibi_slopes has 3 rows and must have one, or one for each of 2 batch rows",
+    ),
+    "row-stride": ({"alibi_slopes": zeros(B, 2 * H)[:, ::2]}, "alibi_slopes's last dimension must be contiguous"),
     "stride": ({"alibi_slopes": zeros(2 * H)[::2]}, "alibi_slopes's last dimension must be contiguous"),
     "and-bias": (
         {"alibi_slopes": zeros(H), "distance_bias": zeros(H, 3)},

@@ -35,6 +35,7 @@ struct AttentionArgs {
   double scale = 1.0;
   double softcap = 0.0;
   double dropout_p = 0.0;
+  bool symmetric_bias = false;
 };
 
 namespace detail {
@@ -229,18 +230,37 @@ inline void check_logit_factors(const AttentionArgs& args) {
               "; scale / softcap must be finite in float32");
 }
 
+// A float table [heads], or [1 or batch, heads].
+inline void check_slopes(const AttentionArgs& args, AttentionParams* params) {
+  const TensorView& slopes = args.alibi_slopes;
+  if (!slopes.defined()) return;
+  const int last = slopes.dims - 1;
+  const bool rows = last == 1;
+  check_value((last == 0 || rows) && slopes.shape[last] == params->heads, args.op, "alibi_slopes has shape ",
+              shape_text(slopes), " and must be [heads] or [batch, heads], with ", params->heads, " heads");
+  check_value(!rows || slopes.shape[0] == 1 || slopes.shape[0] == params->batch, args.op, "alibi_slopes has ",
+              slopes.shape[0], " rows and must have one, or one for each of ", params->batch, " batch rows");
+  TensorView first = slopes;
+  first.dims = 1;
+  first.shape[0] = slopes.shape[last];
+  first.strides[0] = slopes.strides[last];
+  params->alibi_slopes = check_table(args, *params, "alibi_slopes", first, 1);
+  params->slopes_stride = rows && slopes.shape[0] > 1 ? slopes.strides[0] : 0;
+}
+
 inline void check_options(const AttentionArgs& args, AttentionParams* params) {
   check_value(!(args.distance_bias.defined() && args.alibi_slopes.defined()), args.op,
               "distance_bias and alibi_slopes are both given; only one may be");
   params->distance_bias = check_table(args, *params, "distance_bias", args.distance_bias, 2);
-  if (params->distance_bias) {
+  if (args.distance_bias.defined()) {  // without heads it has no memory, but a length
     params->bias_length = args.distance_bias.shape[1];
     params->bias_stride = args.distance_bias.strides[0];
   }
-  params->alibi_slopes = check_table(args, *params, "alibi_slopes", args.alibi_slopes, 1);
+  check_slopes(args, params);
+  params->symmetric_bias = args.symmetric_bias;
   params->sink_logits = check_table(args, *params, "sink_logits", args.sink_logits, 1);
   params->block_bias = check_table(args, *params, "block_bias", args.block_bias, 2, true);
-  if (params->block_bias) {
+  if (args.block_bias.defined()) {
     check_value(params->schedule.kind == ScheduleKind::kBlocks, args.op, "block_bias comes with schedule \"blocks\"");
     params->block_bias_length = args.block_bias.shape[1];
     params->block_bias_stride = args.block_bias.shape[0] == 1 ? 0 : args.block_bias.strides[0];
@@ -281,7 +301,7 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   check_value(args.key_ring <= params->key_length && params->schedule.sink_size <= params->key_length - args.key_ring,
               args.op, "key has length ", params->key_length, " and must have room for a ring of ", args.key_ring,
               " and ", params->schedule.sink_size, " sinks");
-  check_value(params->key_lengths && !params->key_starts && !params->key_offset, args.op,
+  check_value(args.key_lengths.defined() && !args.key_starts.defined() && !args.key_offset.defined(), args.op,
               "key_ring comes with key_lengths, and without key_starts and key_offset");
   params->key_ring = args.key_ring;
 }
