@@ -2,15 +2,18 @@
 // What every op of the torch face needs: torch's tensors as views, torch's threads, and a Status as an exception.
 #pragma once
 
+#include <pycore/checks.h>
 #include <pycore/parallel.h>
 #include <pycore/status.h>
 #include <pycore/tensor_view.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace pycore {
 
@@ -71,6 +74,54 @@ inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x) {
 
 inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x) {
   return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x)) : std::nullopt;
+}
+
+// A small table or list of lengths as the kernels read it; copied where its strides are not those of a plain array.
+inline torch::stable::Tensor dense(const torch::stable::Tensor& x) { return torch::stable::contiguous(x); }
+
+inline std::optional<torch::stable::Tensor> dense(const std::optional<torch::stable::Tensor>& x) {
+  return x.has_value() ? std::optional<torch::stable::Tensor>(dense(*x)) : std::nullopt;
+}
+
+// A number that a graph computes: compiled code cannot change a float of the schema without being compiled again.
+// `numbers`, where given, holds `count` of them in float64 on the CPU, whatever the device of the rest.
+inline const double* graph_numbers(const std::optional<torch::stable::Tensor>& numbers, int64_t count, const char* op,
+                                   const char* argument) {
+  if (!numbers.has_value()) return nullptr;
+  const TensorView given = view(*numbers, op, argument);
+  check_value(given.dtype == DType::kFloat64 && given.device == Device::kCpu && given.dims == 1 &&
+                  given.shape[0] == count && (count == 1 || given.strides[0] == 1),
+              op, argument, " must be a contiguous float64 tensor of ", count, " numbers on the CPU");
+  return given.as<const double>();
+}
+
+// MemoryError in Python.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(const std::string& text) : text_(text) {}
+  const char* what() const noexcept override { return text_.what(); }
+
+ private:
+  std::runtime_error text_;  // a string whose copies throw nothing
+};
+
+// What `make` allocates, or one sentence where there is no room for it; torch's own error names its source files.
+template <class Make>
+torch::stable::Tensor allocated(const std::string& op, const char* argument, const std::vector<int64_t>& sizes,
+                                const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    throw OutOfMemory(op + ": " + argument + " has shape [" + shape +
+                      "] and must fit into memory, where it could not be allocated");
+  }
+}
+
+inline torch::stable::Tensor new_tensor(const std::string& op, const char* argument, const torch::stable::Tensor& like,
+                                        const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
+  return allocated(op, argument, sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
 // torch's own thread pool, with as many slots as torch.set_num_threads allows. Inside one of torch's parallel regions

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycore._checks import check_bool, check_int, check_number
 from pycore._load import load_ops
+from pycore.ops._tensors import as_index, as_table, check_devices, check_tensor, graph_numbers
 from pycore.ops.attention_bitmaps import key_words, tree_nodes
-from pycore.ops.attention_blocks import check_int as check_int
 from pycore.ops.attention_blocks import draw_blocks
 from pycore.ops.attention_middle import check_middle, gathered, merged, middle_tokens, rotated
 from pycore.schedules import Causal, Full, KeySubset, Lambda, Probabilistic, Schedule, Segments, Tree
@@ -207,8 +208,7 @@ def call_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` under the name `op`; key_ring is how a cache keeps its keys (csrc/include/pycore/attention.h)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
+        check_tensor(op, name, tensor)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
     if isinstance(schedule, Lambda | Segments):
@@ -216,32 +216,40 @@ def call_attention(
         for name, size in (("window_size", schedule.window_size), ("right", schedule.right)):
             if size is not None or (isinstance(schedule, Lambda) and name == "window_size"):
                 check_int(op, name, size)
+    if isinstance(schedule, Segments | KeySubset):
+        check_bool(op, "causal", schedule.causal)
     names = ("key_starts", "key_lengths", "key_offset", "query_lengths", "distance_bias", "alibi_slopes", "sink_logits")
     for name, option in zip(names, (*lengths, distance_bias, alibi_slopes, sink_logits), strict=True):
-        if option is not None and not isinstance(option, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(option).__name__} and must be a Tensor")
-    if schedule.tensor is not None and not isinstance(schedule.tensor, Tensor):
-        name = "prefix_lengths" if schedule.kind == "prefix" else "boundaries"
-        raise TypeError(f"{op}: {name} is a {type(schedule.tensor).__name__} and must be a Tensor")
-    if not isinstance(symmetric_bias, bool):
-        raise TypeError(f"{op}: symmetric_bias is a {type(symmetric_bias).__name__} and must be a bool")
+        if option is not None:
+            check_tensor(op, name, option)
+    schedule_tensor, block_bias = schedule.tensor, None
+    if schedule_tensor is not None:
+        check_tensor(op, "prefix_lengths" if schedule.kind == "prefix" else "boundaries", schedule_tensor)
+        schedule_tensor = as_index(schedule_tensor)
+    check_bool(op, "symmetric_bias", symmetric_bias)
     cos, sin = _rope_tables(op, rope)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5 if query.dim() and query.shape[-1] else 1.0
-    for name, number in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
-        if isinstance(number, (str, bytes)) or not hasattr(number, "__float__"):
-            raise TypeError(f"{op}: {name} is a {type(number).__name__} and must be a number")
+    check_bool(op, "interleaved", interleaved)
+    check_bool(op, "return_lse", return_lse)
+    if scale is not None:
+        scale = check_number(op, "scale", scale)
+    softcap, dropout_p = check_number(op, "softcap", softcap), check_number(op, "dropout_p", dropout_p)
     limit = _NO_LIMIT
     if distance_limit is not None:
-        check_int(op, "distance_limit", distance_limit)
-        if distance_limit < 0:
-            raise ValueError(f"{op}: distance_limit is {distance_limit} and must be at least 0")
+        check_int(op, "distance_limit", distance_limit, 0)
         limit = distance_limit
     query, key, value = _autocast(query, key, value)
+    cos, sin, distance_bias, alibi_slopes, sink_logits = (
+        x if x is None else as_table(x, query) for x in (cos, sin, distance_bias, alibi_slopes, sink_logits)
+    )
+    starts, ends, offsets, queries = (x if x is None else as_index(x) for x in lengths)
+    lengths = (starts, ends, offsets, queries)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    schedule_tensor, block_bias = schedule.tensor, None
+    numbers = None
+    if torch.compiler.is_compiling() and (scale is not None or softcap != 0 or dropout_p != 0):
+        numbers = graph_numbers(1.0 if scale is None else scale, softcap, dropout_p)
+        scale, softcap, dropout_p = scale if scale is None else 1.0, 0.0, 0.0
     if isinstance(schedule, Probabilistic) and query.dim() == 4 and key.dim() == 4:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         wide = query.dtype == torch.float64
@@ -252,19 +260,19 @@ def call_attention(
         schedule_tensor = tree_nodes(op, schedule)
     out, lse = torch.ops.pycore.attention(
         query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule_tensor, seed,
-        block_bias, op, schedule.kind, schedule.args, interleaved, limit, scale, softcap, dropout_p, key_ring,
-        symmetric_bias,
+        block_bias, op, schedule.kind, schedule.args, bool(interleaved), limit, scale, softcap, dropout_p, key_ring,
+        symmetric_bias, numbers,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value in the dtype autocast asks for; float64 stays."""
+    """Query, key and value in the dtype autocast asks for; float64 stays, and so does what is no floating point."""
     device = tensors[0].device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def _rope_tables(op: str, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -272,10 +280,12 @@ def _rope_tables(op: str, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | 
         return None, None
     if not isinstance(rope, (tuple, list)) or len(rope) != 2 or not all(isinstance(t, Tensor) for t in rope):
         raise TypeError(f"{op}: rope must be a pair of Tensors, (cos, sin)")
+    check_tensor(op, "rope's cos", rope[0])
+    check_tensor(op, "rope's sin", rope[1])
     return rope[0], rope[1]
 
 
-# The tensors of an attention call, in schema order; what follows them is `options`.
+# The tensors of an attention call, in schema order; what follows them, up to `numbers` at the end, is `options`.
 _TENSORS = (
     "query", "key", "value", "rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits", "key_starts",
     "key_lengths", "key_offset", "query_lengths", "schedule_tensor", "dropout_seed", "block_bias",
@@ -288,8 +298,20 @@ def _sum_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def _check_fakes(*args: Any, **others: Any) -> None:
+    count = len(_TENSORS)
+    tensors, op = dict(zip(_TENSORS, args[:count], strict=True)), args[count]
+    for name in ("query", "key", "value"):
+        if tensors[name].dim() != 4:
+            raise ValueError(
+                f"{op}: {name} has {tensors[name].dim()} dimensions and must have 4: [batch, heads, length, head_dim]"
+            )
+    check_devices(op, **tensors, **others)
+
+
 @torch.library.register_fake("pycore::attention")
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _check_fakes(query, key, value, *args)
     batch, heads, length, _ = query.shape
     return (
         query.new_empty(batch, heads, length, value.shape[3]),
@@ -302,6 +324,7 @@ def _attention_backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_gradient: bool, sink_gradient: bool,
     *args: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_fakes(*args, grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse)
     query, key, value = args[:3]
     bias = args[_BIAS].shape if bias_gradient else (0, 0)
     sink = args[_SINK].shape if sink_gradient else (0,)
@@ -312,20 +335,20 @@ def _attention_backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     count = len(_TENSORS)
-    ctx.options = inputs[count:]
-    ctx.save_for_backward(*output, *inputs[:count])
+    ctx.options = inputs[count:-1]
+    ctx.save_for_backward(*output, *inputs[:count], inputs[-1])
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options))
+    out, lse, *tensors, numbers = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options) + 1)
     if grad_out is None and grad_lse is None:
         return tuple(grads)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     wants_bias, wants_sink = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINK]
     query, key, value, bias, sink = torch.ops.pycore.attention_backward(
-        grad_out, grad_lse, out, lse, wants_bias, wants_sink, *tensors, *ctx.options
+        grad_out, grad_lse, out, lse, wants_bias, wants_sink, *tensors, *ctx.options, numbers
     )
     grads[:3] = (query.to(out.dtype), key.to(out.dtype), value.to(out.dtype))
     grads[_BIAS] = bias if wants_bias else None
@@ -353,13 +376,9 @@ torch.library.register_autograd(
 def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], first: int = 0) -> list[Any]:
     """The arguments with vmap's dimension folded into the batch. `first` is query's place; all before it are folded."""
     folded = list(args)
+    batched, bitmap = _mapped(args, first)
+    batch = _batch(in_dims, args, first)
     kind = args[first + len(_TENSORS) + 1]
-    batched = {*range(first), *(first + place for place in _PER_ROW)}
-    bitmap = first + _TENSORS.index("schedule_tensor")
-    if kind in ("prefix", "blocks"):
-        batched.add(bitmap)
-    query, dim = args[first], in_dims[first]
-    batch = query.shape[0] if dim is None else query.movedim(dim, 0).shape[1]
     for place, (dim, arg) in enumerate(zip(in_dims, args, strict=True)):
         if arg is None or not isinstance(arg, Tensor):
             continue
@@ -369,7 +388,7 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], fir
         if place == first + _SLOPES and dim is not None and arg.dim() == 2:  # [H] of each sample
             arg, dim = arg.movedim(dim, 0).unsqueeze(1), 0
         per_row = place == first + _SLOPES and arg.dim() > 1
-        if per_row or (place == bitmap and kind in ("segments", "key_subset", "tree")):  # one for all, or one for each
+        if place == bitmap or per_row:  # one for all rows, or one for each
             if dim is not None or arg.shape[0] != 1:
                 rows = arg[None] if dim is None else arg.movedim(dim, 0)
                 rows = rows.expand(info.batch_size, batch, *rows.shape[2:])
@@ -378,24 +397,68 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], fir
             arg = arg.unsqueeze(0).expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             folded[place] = arg.flatten(0, 1)
         elif dim is not None:
-            raise NotImplementedError("attention: vmap may run over query, key, value and the lengths, not over tables")
+            raise NotImplementedError(_NOT_OVER_TABLES)
     return folded
 
 
+_NOT_OVER_TABLES = "attention: vmap may run over query, key, value and the lengths, not over tables"
 _PER_ROW = {_TENSORS.index(name) for name in _TENSORS if name in ("query", "key", "value") or name.endswith("_lengths")}
 _PER_ROW |= {_TENSORS.index("key_starts"), _TENSORS.index("key_offset")}
 
 
+def _mapped(args: tuple[Any, ...], first: int) -> tuple[set[int], int | None]:
+    """The places of what has a row for each of the batch, and of a bitmap that may have one for all."""
+    kind, schedule_tensor = args[first + len(_TENSORS) + 1], first + _TENSORS.index("schedule_tensor")
+    places = {*range(first), *(first + place for place in _PER_ROW)}
+    if kind in ("prefix", "blocks"):
+        places.add(schedule_tensor)
+    return places, schedule_tensor if kind in ("segments", "key_subset", "tree") else None
+
+
+def _batch(in_dims: tuple[int | None, ...], args: tuple[Any, ...], first: int) -> int:
+    """The batch of one sample."""
+    query, dim = args[first], in_dims[first]
+    batch: int = query.shape[0] if dim is None else query.movedim(dim, 0).shape[1]
+    return batch
+
+
+def _one_by_one(
+    op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], first: int = 0
+) -> tuple[Tensor, ...]:
+    """Samples one after another, for dropout: what a row drops depends on its place in the batch of its own sample.
+
+    vmap's randomness then does to masks what it does to torch's: a seed for all samples where it is "same", one for
+    each where it is "different"; where it is "error", drawing the seed has raised.
+    """
+    places, bitmap = _mapped(args, first)
+    places |= {first + _SEED} if bitmap is None else {first + _SEED, bitmap}
+    if any(dim is not None and place not in places for place, dim in enumerate(in_dims)):
+        raise NotImplementedError(_NOT_OVER_TABLES)
+    samples = [
+        op(*(arg if dim is None else arg.select(dim, n) for arg, dim in zip(args, in_dims, strict=True)))
+        for n in range(info.batch_size)
+    ]
+    return tuple(torch.stack(results) for results in zip(*samples, strict=True))
+
+
+_SEED = _TENSORS.index("dropout_seed")
+
+
 @torch.library.register_vmap("pycore::attention")
 def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    if args[_SEED] is not None and info.batch_size > 0:
+        return _one_by_one(torch.ops.pycore.attention, info, in_dims, args), (0, 0)
     outputs = torch.ops.pycore.attention(*_fold(info, in_dims, args))
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
+    return tuple(x.unflatten(0, (info.batch_size, _batch(in_dims, args, 0))) for x in outputs), (0, 0)
 
 
 @torch.library.register_vmap("pycore::attention_backward")
 def _attention_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
     if args[4] or args[5]:
         raise NotImplementedError("attention: under vmap distance_bias and sink_logits have no gradient")
+    if args[6 + _SEED] is not None and info.batch_size > 0:
+        grads = _one_by_one(torch.ops.pycore.attention_backward, info, in_dims, args, first=6)
+        return grads, (0,) * 5
     outputs = torch.ops.pycore.attention_backward(*_fold(info, in_dims, args, first=6))
-    grads = tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs[:3])
+    grads = tuple(x.unflatten(0, (info.batch_size, _batch(in_dims, args, 6))) for x in outputs[:3])
     return (*grads, *outputs[3:]), (0, 0, 0, None, None)

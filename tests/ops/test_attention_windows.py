@@ -387,7 +387,6 @@ BAD: dict[str, tuple[Schedule, dict[str, Any], str]] = {
         Segments(lengths(0, 9).expand(3, 2)), {},
         "boundaries has 3 rows and must have one, or one for each of 2 batch rows",
     ),
-    "expanded": (Segments(lengths(0, 9).expand(2, 2)), {}, "boundaries must be contiguous"),
     "empty": (
         Segments(torch.zeros(2, 0, dtype=torch.int64)), {}, "boundaries is empty and must have at least one entry",
     ),
@@ -462,3 +461,10 @@ def test_boundaries_of_any_number(isa: str) -> None:
         for window in ({}, {"window_size": 7, "sink_size": 2**62}, {"causal": False, "right": 2**62}):
             out = attention(*inputs, schedule=Segments(boundaries, **window), return_lse=True)
             assert out[0].count_nonzero() == 0 and bool((out[1] == -torch.inf).all())
+
+
+def test_expanded_boundaries_are_copied() -> None:
+    query, key, value = torch.randn(3, 2, 2, 9, 8).unbind()
+    one = attention(query, key, value, schedule=Segments(lengths(0, 4, 9)))
+    each = attention(query, key, value, schedule=Segments(lengths(0, 4, 9).expand(2, 3)))
+    assert torch.equal(one, each)

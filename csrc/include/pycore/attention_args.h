@@ -208,11 +208,26 @@ inline const void* check_table(const AttentionArgs& args, const AttentionParams&
               " has shape ", shape_text(view), " and must be ", dims == 1 ? "[heads]" : "[heads, n]", ", with ",
               params.heads, " heads");
   check_value(dims == 1 || view.shape[1] >= 1, args.op, name, " has no entries and must have at least one a head");
-  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1, args.op, name,
+  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1 || view.count() == 0, args.op, name,
               "'s last dimension must be contiguous");
   check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
               " is on another device than query");
   return view.data;
+}
+
+// Logits are float32, in powers of two, unless query is float64: what is not finite there makes every row NaN.
+inline void check_logit_factors(const AttentionArgs& args) {
+  if (args.query.dtype == DType::kFloat64) return;
+  const float log2e = 1.44269504f, scale = static_cast<float>(args.scale), cap = static_cast<float>(args.softcap);
+  check_value(std::isfinite(scale * log2e), args.op, "scale is ", args.scale,
+              " and must be at most 2.35e+38 in size, as logits are float32");
+  if (!(args.softcap > 0) || !std::isfinite(args.softcap)) return;
+  check_value(std::isfinite(cap * log2e), args.op, "softcap is ", args.softcap,
+              " and must be at most 2.35e+38, as logits are float32");
+  check_value(cap > 0 && std::isfinite(1 / cap), args.op, "softcap is ", args.softcap,
+              " and must be 0 or at least 2.94e-39, as logits are float32");
+  check_value(std::isfinite(scale * (1 / cap)), args.op, "softcap is ", args.softcap, " and scale is ", args.scale,
+              "; scale / softcap must be finite in float32");
 }
 
 // A float table [heads], or [1 or batch, heads].
@@ -328,12 +343,13 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
     check_value(view->dims == 2, args.op, name, " has ", view->dims, " dimensions and must have 2: [n, R / 2]");
     check_value(view->dtype == table, args.op, name, " is ", dtype_name(view->dtype), " and must be ",
                 dtype_name(table));
-    check_value(view->strides[1] == 1 || view->shape[1] <= 1, args.op, name, "'s last dimension must be contiguous");
+    check_value(view->strides[1] == 1 || view->shape[1] <= 1 || view->count() == 0, args.op, name,
+                "'s last dimension must be contiguous");
     check_value(view->device == args.query.device && view->device_index == args.query.device_index, args.op, name,
                 " is on another device than query");
   }
   check_value(cosine.shape[0] == sine.shape[0] && cosine.shape[1] == sine.shape[1] &&
-                  (cosine.strides[0] == sine.strides[0] || cosine.shape[0] <= 1),
+                  (cosine.strides[0] == sine.strides[0] || cosine.shape[0] <= 1 || cosine.count() == 0),
               args.op, "rope's cos has shape ", shape_text(cosine), " and sin ", shape_text(sine),
               "; both must have the same shape and strides");
   check_value(2 * cosine.shape[1] <= params->head_dim, args.op, "rope rotates ", 2 * cosine.shape[1],
@@ -421,6 +437,7 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
 
   detail::check_schedule(args, &params);
   check_value(std::isfinite(args.scale), op, "scale is ", args.scale, " and must be finite");
+  detail::check_logit_factors(args);
   params.scale = args.scale;
   check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
   params.distance_limit = args.distance_limit < 0 ? kFar : std::min(args.distance_limit, kFar);
