@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pycore.ops.attention import call_attention, check_int, lambda_attention
+from pycore._checks import check_int
+from pycore._tensors import as_index, check_devices, check_tensor
+from pycore.ops.attention import call_attention, lambda_attention
 from pycore.schedules import Lambda
 
 __all__ = ["LambdaKVCache"]
@@ -22,7 +24,10 @@ def _append_fake(
     key_cache: Tensor, value_cache: Tensor, lengths: Tensor, key: Tensor, value: Tensor, starts: Tensor | None,
     sink_size: int,
 ) -> None:  # fmt: skip
-    return None
+    check_devices(
+        "lambda_cache_append", key=key, key_cache=key_cache, value_cache=value_cache, lengths=lengths, value=value,
+        starts=starts,
+    )  # fmt: skip
 
 
 class _Chunk(NamedTuple):
@@ -65,9 +70,7 @@ class LambdaKVCache:
     def __init__(self, sink_size: int, window_size: int, rollback: int = 0) -> None:
         for name, number, least in (("sink_size", sink_size, 0), ("window_size", window_size, 1),
                                     ("rollback", rollback, 0)):  # fmt: skip
-            check_int("LambdaKVCache", name, number)
-            if number < least:
-                raise ValueError(f"LambdaKVCache: {name} is {number} and must be at least {least}")
+            check_int("LambdaKVCache", name, number, least)
         self.sink_size = sink_size
         self.window_size = window_size
         self.rollback = rollback
@@ -121,15 +124,15 @@ class LambdaKVCache:
             ValueError, TypeError: something does not fit what the cache holds; nothing is appended.
         """
         for name, tensor in (("key", key), ("value", value)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"LambdaKVCache.append: {name} is a {type(tensor).__name__} and must be a Tensor")
+            check_tensor("LambdaKVCache.append", name, tensor)
             if tensor.dim() != 4:
                 raise ValueError(
                     f"LambdaKVCache.append: {name} has {tensor.dim()} dimensions and must have 4: "
                     "[batch, kv_heads, tokens, head_dim]"
                 )
-        if starts is not None and not isinstance(starts, Tensor):
-            raise TypeError(f"LambdaKVCache.append: starts is a {type(starts).__name__} and must be a Tensor")
+        if starts is not None:
+            check_tensor("LambdaKVCache.append", "starts", starts)
+            starts = as_index(starts)
         key, value = key.detach(), value.detach()
         first = self._lengths is None
         if first:
@@ -174,8 +177,8 @@ class LambdaKVCache:
         """
         op = "LambdaKVCache.attend"
         held_key, held_value, lengths = self._held("attend")
-        if not isinstance(query, Tensor):
-            raise TypeError(f"{op}: query is a {type(query).__name__} and must be a Tensor")
+        check_tensor(op, "query", query)
+        check_int(op, "middle_topk", middle_topk, 0)
         chunk, self._chunk = self._chunk, None
         limit = self.window_size if distance_limit is None else distance_limit
         options = (interleaved, limit, distance_bias, alibi_slopes, sink_logits, softcap, 0.0, scale)
@@ -230,9 +233,7 @@ class LambdaKVCache:
         Raises:
             ValueError: more than `rollback` since the longest the cache has been, or more than a row has.
         """
-        check_int("LambdaKVCache.crop", "tokens", tokens)
-        if tokens < 0:
-            raise ValueError(f"LambdaKVCache.crop: tokens is {tokens} and must be at least 0")
+        check_int("LambdaKVCache.crop", "tokens", tokens, 0)
         lengths = self._held("crop")[2]
         if self._cropped + tokens > self.rollback:
             already = f" with {self._cropped} taken back before" if self._cropped else ""
@@ -259,9 +260,7 @@ class LambdaKVCache:
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies side by side, as for parallel samples of one prompt."""
-        check_int("LambdaKVCache.repeat_interleave", "repeats", repeats)
-        if repeats < 1:
-            raise ValueError(f"LambdaKVCache.repeat_interleave: repeats is {repeats} and must be at least 1")
+        check_int("LambdaKVCache.repeat_interleave", "repeats", repeats, 1)
         lengths = self._held("repeat_interleave")[2]
         self._choose("repeat_interleave", torch.arange(len(lengths), device=lengths.device).repeat_interleave(repeats))
 

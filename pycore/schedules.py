@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from pycore._checks import check_int
 from pycore._distances import (
     Constant,
     DistanceFamily,
@@ -22,6 +23,7 @@ from pycore._distances import (
     PowerLaw,
     expected_density,
 )
+from pycore._tensors import as_index
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -240,8 +242,20 @@ class Probabilistic(Schedule):
         return [self.block_size, self.sink_size, self.window_blocks]
 
     def for_layer(self, layer: int) -> Probabilistic:
-        """The same round with blocks of its own for a layer: the index is folded into the seed."""
-        return replace(self, seed=(self.seed + layer * _LAYER_STEP) % 2**63)
+        """The same round with blocks of its own for a layer: the index is folded into the seed.
+
+        A tensor of seeds gives what each of them would as an int. A negative one stays, for the op to refuse.
+
+        Raises:
+            ValueError, TypeError: layer or an int seed is no int or negative.
+        """
+        check_int("Probabilistic.for_layer", "layer", layer, 0)
+        step = layer * _LAYER_STEP % 2**63
+        if isinstance(self.seed, Tensor):  # sums of int64 wrap at 2**64; what is below 2**63 of them is the same
+            seed = as_index(self.seed)
+            return replace(self, seed=torch.where(seed < 0, seed, (seed + step) & (2**63 - 1)))
+        check_int("Probabilistic.for_layer", "seed", self.seed, 0)
+        return replace(self, seed=(self.seed + step) % 2**63)
 
 
 def to_flex_block_mask(

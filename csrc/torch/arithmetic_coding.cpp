@@ -17,11 +17,15 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+Tensor empty_cpu(const char* op, const char* name, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return allocated(op, name, shape, [&] {
+    return torch::stable::empty(shape, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  });
 }
 
-Tensor scratch_tensor(int64_t bytes) { return empty_cpu({bytes}, ScalarType::Byte); }
+Tensor bytes_cpu(const char* op, const char* name, int64_t bytes) {
+  return empty_cpu(op, name, {bytes}, ScalarType::Byte);
+}
 
 Tensor quantize_cdf_cpu(const Tensor& values, bool logits, int64_t precision) {
   constexpr const char* kOp = "quantize_cdf";
@@ -29,12 +33,12 @@ Tensor quantize_cdf_cpu(const Tensor& values, bool logits, int64_t precision) {
   const auto sizes = values.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape.back() += 1;
-  const Tensor cdf = empty_cpu(shape, ScalarType::Int);
+  const Tensor cdf = empty_cpu(kOp, "cdf", shape, ScalarType::Int);
   int64_t fault = kNoFault;
   params.cdf = static_cast<int32_t*>(cdf.mutable_data_ptr());
   params.fault = &fault;
   const Parallel parallel = torch_parallel();
-  const Tensor scratch = scratch_tensor(quantize_cdf_scratch(params, parallel.threads));
+  const Tensor scratch = bytes_cpu(kOp, "scratch", quantize_cdf_scratch(params, parallel.threads));
   throw_if(quantize_cdf(params, parallel, scratch.mutable_data_ptr()), kOp);
   check_quantized(kOp, params);
   return cdf;
@@ -44,16 +48,16 @@ std::tuple<Tensor, Tensor> encoded(const char* op, EncodeParams params, const ch
   std::vector<StreamResult> results(static_cast<size_t>(params.streams));
   params.results = results.data();
   const Parallel parallel = torch_parallel();
-  const Tensor memory = scratch_tensor(params.streams * encode_capacity(params));
+  const Tensor memory = bytes_cpu(op, "memory", params.streams * encode_capacity(params));
   params.memory = static_cast<uint8_t*>(memory.mutable_data_ptr());
-  const Tensor scratch = scratch_tensor(encode_scratch(params, parallel.threads));
+  const Tensor scratch = bytes_cpu(op, "scratch", encode_scratch(params, parallel.threads));
   throw_if(encode(params, parallel, scratch.mutable_data_ptr()), op);
   check_results(op, results, argument, params.model);
-  const Tensor offsets = empty_cpu({params.streams + 1}, ScalarType::Long);
+  const Tensor offsets = empty_cpu(op, "offsets", {params.streams + 1}, ScalarType::Long);
   int64_t* ends = static_cast<int64_t*>(offsets.mutable_data_ptr());
   ends[0] = 0;
   for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
-  const Tensor data = scratch_tensor(ends[params.streams]);
+  const Tensor data = bytes_cpu(op, "data", ends[params.streams]);
   throw_if(pack_streams(params, ends, static_cast<uint8_t*>(data.mutable_data_ptr()), parallel), op);
   return {data, offsets};
 }
@@ -78,9 +82,9 @@ Tensor decode_with(const char* op, const Tensor& data_any, const Tensor& offsets
   params.length = common_length(op, results);
   params.model =
       coder_model(op, argument, view(model, op, argument), precision, params.streams, params.length, model_id);
-  const Tensor symbols = empty_cpu({params.streams, params.length}, ScalarType::Long);
+  const Tensor symbols = empty_cpu(op, "symbols", {params.streams, params.length}, ScalarType::Long);
   params.symbols = static_cast<int64_t*>(symbols.mutable_data_ptr());
-  const Tensor scratch = scratch_tensor(decode_scratch(params, parallel.threads));
+  const Tensor scratch = bytes_cpu(op, "scratch", decode_scratch(params, parallel.threads));
   throw_if(decode(params, parallel, scratch.mutable_data_ptr()), op);
   check_results(op, results, argument, params.model);
   return symbols;
@@ -121,9 +125,9 @@ Tensor ac_decode_bytes_cpu(const Tensor& data_any, const Tensor& offsets_any) {
   throw_if(open_streams(params, parallel), kOp);
   check_results(kOp, results, "data", params.model);
   params.length = common_length(kOp, results);
-  const Tensor bytes = empty_cpu({params.streams, params.length}, ScalarType::Byte);
+  const Tensor bytes = empty_cpu(kOp, "bytes", {params.streams, params.length}, ScalarType::Byte);
   params.bytes = static_cast<uint8_t*>(bytes.mutable_data_ptr());
-  const Tensor scratch = scratch_tensor(decode_scratch(params, parallel.threads));
+  const Tensor scratch = bytes_cpu(kOp, "scratch", decode_scratch(params, parallel.threads));
   throw_if(decode(params, parallel, scratch.mutable_data_ptr()), kOp);
   check_results(kOp, results, "data", params.model);
   return bytes;
@@ -134,13 +138,13 @@ Tensor torchac_encode_cpu(const Tensor& cdf, const Tensor& sym) {
   const TensorView cdf_view = view(cdf, kOp, "cdf");
   BitwiseParams params = bitwise_params(kOp, cdf_view);
   check_bitwise_symbols(kOp, view(sym, kOp, "sym"), cdf_view, &params);
-  const Tensor memory = scratch_tensor(bitwise_capacity(params));
+  const Tensor memory = bytes_cpu(kOp, "memory", bitwise_capacity(params));
   StreamResult result;
   params.data = static_cast<uint8_t*>(memory.mutable_data_ptr());
   params.result = &result;
   throw_if(bitwise_encode(params), kOp);
   check_bitwise_result(kOp, result);
-  const Tensor data = scratch_tensor(result.bytes);
+  const Tensor data = bytes_cpu(kOp, "data", result.bytes);
   std::memcpy(data.mutable_data_ptr(), params.data, static_cast<size_t>(result.bytes));
   return data;
 }
@@ -150,7 +154,7 @@ Tensor torchac_decode_cpu(const Tensor& cdf, const Tensor& byte_stream) {
   BitwiseParams params = bitwise_params(kOp, view(cdf, kOp, "cdf"));
   check_bitwise_data(kOp, view(byte_stream, kOp, "byte_stream"), &params);
   const auto sizes = cdf.sizes();
-  const Tensor sym = empty_cpu({sizes.begin(), sizes.end() - 1}, ScalarType::Short);
+  const Tensor sym = empty_cpu(kOp, "sym", {sizes.begin(), sizes.end() - 1}, ScalarType::Short);
   StreamResult result;
   params.out = static_cast<int16_t*>(sym.mutable_data_ptr());
   params.result = &result;

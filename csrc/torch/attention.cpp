@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
       attention_backward_params(args, view(grad_out, name, "grad_out"), view(grad_lse, name, "grad_lse"),
                                 view(out, name, "out"), view(lse, name, "lse"));
   const AttentionParams& shape = params.forward;
-  check_value(!bias_gradient || shape.distance_bias, op, "distance_bias has no gradient where there is none");
-  check_value(!sink_gradient || shape.sink_logits, op, "sink_logits has no gradient where there is none");
+  check_value(!bias_gradient || args.distance_bias.defined(), op, "distance_bias has no gradient where there is none");
+  check_value(!sink_gradient || args.sink_logits.defined(), op, "sink_logits has no gradient where there is none");
   const auto empty = [&](const char* gradient, const std::vector<int64_t>& sizes) {
     return new_tensor(op, gradient, query, sizes, sum_type(shape));
   };

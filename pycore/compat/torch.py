@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pycore._checks import check_bool
+from pycore._tensors import check_tensor
 from pycore.ops import attention
 from pycore.schedules import Full, Lambda
 
@@ -47,8 +49,7 @@ def scaled_dot_product_attention(
             f"{op}: attn_mask is given and must be None; pycore.ops.attention has schedules and lengths in its place"
         )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
+        check_tensor(op, name, tensor)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{op}: {name} has {tensor.dim()} dimensions and must have at least 2: [..., length, head_dim]"
@@ -57,6 +58,8 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"{op}: {name} has {tensor.dim()} dimensions and query has {query.dim()}; they must be equal"
             )
+    check_bool(op, "is_causal", is_causal)
+    check_bool(op, "enable_gqa", enable_gqa)
     heads, kv_heads = (x.shape[-3] if x.dim() > 2 else 1 for x in (query, key))
     if not enable_gqa and heads != kv_heads:
         raise ValueError(f"{op}: key has {kv_heads} heads and query has {heads}; they must be equal without enable_gqa")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycore import ops
+from pycore._checks import check_bool, check_int, check_number
 from pycore.cache import LambdaKVCache
 from pycore.nn.linear import Projection
 from pycore.positions import alibi_slopes, rope_alibi_harmonic, rope_tables, t5_bias
@@ -59,6 +60,10 @@ class PositionScheme(nn.Module):
         super().__init__()
         if name not in POSITIONS:
             raise ValueError(f"PositionScheme: name is {name!r} and must be one of {', '.join(POSITIONS)}")
+        for argument, number in (("heads", heads), ("head_dim", head_dim), ("buckets", buckets)):
+            check_int("PositionScheme", argument, number, 1)
+        for argument, number in (("max_distance", max_distance), ("bucket_distance", bucket_distance)):
+            check_int("PositionScheme", argument, number, 0)
         self.name = name
         self.bucket_distance = bucket_distance
         # Buffers are functions of the configuration, so not part of a checkpoint.
@@ -117,8 +122,9 @@ class SelfAttention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         name = type(self).__name__
         for argument, number in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: {argument} is {number} and must be at least 1")
+            if number is not None:
+                check_int(name, argument, number, 1)
+        check_bool(name, "bias", bias)
         if heads % kv_heads != 0:
             raise ValueError(f"{name}: kv_heads is {kv_heads} and must divide heads, {heads}")
         if head_dim is None and dim % heads != 0:
@@ -155,6 +161,16 @@ class SelfAttention(nn.Module):
             cache.append(key, value, starts=starts)
             mixed = cache.attend(query, **{name: x for name, x in attend.items() if name != "schedule"})
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def check_factors(op: str, softcap: float, dropout_p: float) -> tuple[float, float]:
+    """Softcap and dropout_p as the attention op takes them, or what is wrong with them."""
+    softcap, dropout_p = check_number(op, "softcap", softcap), check_number(op, "dropout_p", dropout_p)
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"{op}: softcap is {softcap} and must be finite and at least 0")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p} and must be at least 0 and less than 1")
+    return softcap, dropout_p
 
 
 class LambdaAttention(SelfAttention):
@@ -210,14 +226,15 @@ class LambdaAttention(SelfAttention):
         super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, bias=bias)
         LambdaKVCache(sink_size, window_size)  # says what is wrong with either
         self.sink_size, self.window_size = sink_size, window_size
+        if distance_limit is not None:
+            check_int("LambdaAttention", "distance_limit", distance_limit)
         self.distance_limit = window_size if distance_limit is None else distance_limit
         if self.distance_limit < window_size:
             raise ValueError(
                 f"LambdaAttention: distance_limit is {distance_limit} and must be at least window_size, {window_size}"
             )
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"LambdaAttention: dropout_p is {dropout_p} and must be at least 0 and less than 1")
-        self.softcap, self.dropout_p = softcap, dropout_p
+        check_bool("LambdaAttention", "sink_logits", sink_logits)
+        self.softcap, self.dropout_p = check_factors("LambdaAttention", softcap, dropout_p)
         self.positions = PositionScheme(position, heads, self.head_dim, max_distance=self.distance_limit, theta=theta)
         self.sink_logits = nn.Parameter(torch.zeros(heads)) if sink_logits else None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pycore._checks import check_bool, check_int, check_number
 from pycore._load import load_ops
-from pycore.ops._tensors import as_index, as_table, check_devices, check_tensor, graph_numbers
+from pycore._tensors import as_index, as_table, check_devices, check_tensor, graph_numbers
 from pycore.ops.attention_bitmaps import key_words, tree_nodes
 from pycore.ops.attention_blocks import draw_blocks
 from pycore.ops.attention_middle import check_middle, gathered, merged, middle_tokens, rotated
@@ -154,7 +154,7 @@ def lambda_attention(
     if limit is None:
         limit = window_size if right is None or right <= 0 else max(window_size, right)
     lengths = (key_starts, key_lengths, key_offset, query_lengths)
-    check_int(op, "middle_topk", middle_topk)
+    check_int(op, "middle_topk", middle_topk, 0)
     if middle_topk and isinstance(query, Tensor):
         placed = rope is not None or distance_bias is not None or alibi_slopes is not None
         check_middle(op, middle_topk, query, placed, limit, window_size)
@@ -212,10 +212,10 @@ def call_attention(
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
     if isinstance(schedule, Lambda | Segments):
-        check_int(op, "sink_size", schedule.sink_size)
-        for name, size in (("window_size", schedule.window_size), ("right", schedule.right)):
+        check_int(op, "sink_size", schedule.sink_size, 0)
+        for name, size, least in (("window_size", schedule.window_size, 1), ("right", schedule.right, 0)):
             if size is not None or (isinstance(schedule, Lambda) and name == "window_size"):
-                check_int(op, name, size)
+                check_int(op, name, size, least)
     if isinstance(schedule, Segments | KeySubset):
         check_bool(op, "causal", schedule.causal)
     names = ("key_starts", "key_lengths", "key_offset", "query_lengths", "distance_bias", "alibi_slopes", "sink_logits")
@@ -396,6 +396,8 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], fir
         elif place in batched:
             arg = arg.unsqueeze(0).expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             folded[place] = arg.flatten(0, 1)
+        elif place == first + _SEED:  # of no samples
+            folded[place] = arg.new_zeros(1)
         elif dim is not None:
             raise NotImplementedError(_NOT_OVER_TABLES)
     return folded
@@ -432,10 +434,11 @@ def _one_by_one(
     """
     places, bitmap = _mapped(args, first)
     places |= {first + _SEED} if bitmap is None else {first + _SEED, bitmap}
-    if any(dim is not None and place not in places for place, dim in enumerate(in_dims)):
+    mapped = [place for place, dim in enumerate(in_dims) if isinstance(args[place], Tensor) and dim is not None]
+    if not places.issuperset(mapped):
         raise NotImplementedError(_NOT_OVER_TABLES)
     samples = [
-        op(*(arg if dim is None else arg.select(dim, n) for arg, dim in zip(args, in_dims, strict=True)))
+        op(*(arg.select(in_dims[place], n) if place in mapped else arg for place, arg in enumerate(args)))
         for n in range(info.batch_size)
     ]
     return tuple(torch.stack(results) for results in zip(*samples, strict=True))

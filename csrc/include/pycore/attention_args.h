@@ -252,7 +252,7 @@ inline void check_options(const AttentionArgs& args, AttentionParams* params) {
   check_value(!(args.distance_bias.defined() && args.alibi_slopes.defined()), args.op,
               "distance_bias and alibi_slopes are both given; only one may be");
   params->distance_bias = check_table(args, *params, "distance_bias", args.distance_bias, 2);
-  if (params->distance_bias) {
+  if (args.distance_bias.defined()) {  // without heads it has no memory, but a length
     params->bias_length = args.distance_bias.shape[1];
     params->bias_stride = args.distance_bias.strides[0];
   }
@@ -260,7 +260,7 @@ inline void check_options(const AttentionArgs& args, AttentionParams* params) {
   params->symmetric_bias = args.symmetric_bias;
   params->sink_logits = check_table(args, *params, "sink_logits", args.sink_logits, 1);
   params->block_bias = check_table(args, *params, "block_bias", args.block_bias, 2, true);
-  if (params->block_bias) {
+  if (args.block_bias.defined()) {
     check_value(params->schedule.kind == ScheduleKind::kBlocks, args.op, "block_bias comes with schedule \"blocks\"");
     params->block_bias_length = args.block_bias.shape[1];
     params->block_bias_stride = args.block_bias.shape[0] == 1 ? 0 : args.block_bias.strides[0];
@@ -301,7 +301,7 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   check_value(args.key_ring <= params->key_length && params->schedule.sink_size <= params->key_length - args.key_ring,
               args.op, "key has length ", params->key_length, " and must have room for a ring of ", args.key_ring,
               " and ", params->schedule.sink_size, " sinks");
-  check_value(params->key_lengths && !params->key_starts && !params->key_offset, args.op,
+  check_value(args.key_lengths.defined() && !args.key_starts.defined() && !args.key_offset.defined(), args.op,
               "key_ring comes with key_lengths, and without key_starts and key_offset");
   params->key_ring = args.key_ring;
 }
