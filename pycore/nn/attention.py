@@ -189,8 +189,8 @@ class LambdaAttention(SelfAttention):
         head_dim: channels of a head, ``dim / heads`` by default; even for ``rope``.
         position: ``"rope"``, ``"alibi"``, ``"t5"``, ``"harmonic"`` or ``"none"``, see :class:`PositionScheme`.
         theta: base of the rotary frequencies.
-        distance_limit: the largest distance positions see; the larger of ``window_size`` and ``right`` by default, and at
-            least that.
+        distance_limit: the largest distance positions see; by default, and at least, the larger of ``window_size`` and
+            ``right``.
         sink_logits: whether a learned logit for each head joins the softmax and carries no value.
         softcap: logits become ``softcap * tanh(logit / softcap)``; 0 for none.
         dropout_p: share of the attention weights set to zero in training.
