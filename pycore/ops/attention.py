@@ -175,7 +175,7 @@ def lambda_attention(
     if distance_bias is not None:
         bias = distance_bias[:, min(window_size, distance_bias.shape[1] - 1), None].contiguous()
     elif alibi_slopes is not None and alibi_slopes.dim() == 1:
-        bias = -alibi_slopes[:, None] * window_size
+        bias = -alibi_slopes.to(seen.dtype)[:, None] * window_size
     middle_key, middle_value = (gathered(x, index).to(seen.dtype) for x in (key, value))
     middle = call_attention(
         op, seen, middle_key, middle_value, Full(), None, False, None, bias, None, None, softcap,
@@ -183,7 +183,7 @@ def lambda_attention(
     )  # fmt: skip
     assert isinstance(kept, tuple) and isinstance(middle, tuple)
     if alibi_slopes is not None and alibi_slopes.dim() == 2:  # one number for all keys of a row moves its lse alone
-        middle = (middle[0], middle[1] - (alibi_slopes * window_size)[..., None])
+        middle = (middle[0], middle[1] - (alibi_slopes.to(seen.dtype) * window_size)[..., None])
     out, lse = merged(kept, middle)
     return (out, lse) if return_lse else out
 
@@ -264,7 +264,7 @@ def call_attention(
     out, lse = torch.ops.pycore.attention(
         query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule_tensor, seed,
         block_bias, op, schedule.kind, schedule.args, bool(interleaved), limit, scale, softcap, dropout_p, key_ring,
-        symmetric_bias, numbers,
+        bool(symmetric_bias), numbers,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
