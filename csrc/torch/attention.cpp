@@ -84,16 +84,20 @@ ScalarType sum_type(const AttentionParams& params) {
   return params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS) {
+// With lse_pair, lse is [2, batch, heads, query length]: rounded, and what that left out.
+std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair) {
   query = last_contiguous(query);
   key = last_contiguous(key);
   value = last_contiguous(value);
   const AttentionArgs args = attention_args(PYCORE_NAMES);
   AttentionParams params = attention_params(args);
   Tensor out = torch::stable::new_empty(query, {params.batch, params.heads, params.query_length, params.value_dim});
-  Tensor lse = torch::stable::new_empty(query, {params.batch, params.heads, params.query_length}, sum_type(params));
+  std::vector<int64_t> lse_shape = {params.batch, params.heads, params.query_length};
+  if (lse_pair) lse_shape.insert(lse_shape.begin(), 2);
+  Tensor lse = torch::stable::new_empty(query, lse_shape, sum_type(params));
   params.out = out.data_ptr();
   params.lse = lse.data_ptr();
+  if (lse_pair) params.lse_low = second_lse(params, lse.data_ptr());
   if (args.query.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.query.device_index);
     const Scratch scratch(query, launch_attention_forward_scratch(params));
@@ -154,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
 }  // namespace pycore
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
-  m.def("attention(" PYCORE_SCHEMA ") -> (Tensor out, Tensor lse)");
+  m.def("attention(" PYCORE_SCHEMA ", bool lse_pair=False) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_gradient, "
       "bool sink_gradient, " PYCORE_SCHEMA
