@@ -101,7 +101,7 @@ struct TurnPasses {
   }
 };
 
-// Base-2 logits where they take only the score and a distance: a row's against a tile whose keys stand in place.
+// Logits where they take only the score and a distance: a row's against a tile whose keys stand in place.
 struct DistanceLogits {
   const float* table = nullptr;  // distance_bias of the head
   float scale, cap, alibi = 0;
@@ -125,8 +125,8 @@ struct DistanceLogits {
       alibi = static_cast<const float*>(params.alibi_slopes)[h];
     }
   }
-  // *slope is the natural logit's derivative.
-  __device__ float base2(int column, float product, float* slope) const {
+  // *slope is the logit's derivative.
+  __device__ float natural(int column, float product, float* slope) const {
     int seen = distance - column;
     seen = seen < 0 ? 0 : seen < limit ? seen : limit;
     const float bias = table ? table[seen < last ? seen : last] : -alibi * static_cast<float>(seen);
@@ -138,7 +138,7 @@ struct DistanceLogits {
       logit = cap * bent;
       *slope *= 1 - bent * bent;
     }
-    return (logit + bias) * kLog2E;
+    return logit + bias;
   }
 };
 
