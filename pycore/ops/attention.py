@@ -144,6 +144,15 @@ def lambda_attention(
     if middle_topk and isinstance(query, Tensor):
         placed = rope is not None or distance_bias is not None or alibi_slopes is not None
         check_middle(op, middle_topk, query, placed, limit, window_size)
+    if middle_topk and isinstance(query, Tensor) and isinstance(key, Tensor):
+        distance_bias, alibi_slopes = (
+            as_table(x, _autocast(query)[0]) if isinstance(x, Tensor) else x for x in (distance_bias, alibi_slopes)
+        )
+        if isinstance(alibi_slopes, Tensor) and alibi_slopes.requires_grad and distance_bias is None:
+            # As a table, which has a gradient: distances end at the window, where the middle tokens stand.
+            reach = min(window_size, key.shape[2]) if key_offset is None and key.dim() == 4 else window_size
+            distance_bias = -alibi_slopes[..., None] * torch.arange(reach + 1, device=alibi_slopes.device)
+            alibi_slopes = None
     kept = call_attention(
         op, query, key, value, Lambda(sink_size, window_size), rope, interleaved, limit, distance_bias, alibi_slopes,
         sink_logits, softcap, dropout_p, scale, lengths, return_lse or middle_topk != 0,
