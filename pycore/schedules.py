@@ -65,25 +65,36 @@ class Causal(Schedule):
     kind: ClassVar[str] = "causal"
 
 
+_NO_BOUND = 2**62  # of a window
+
+
+def _bound(size: int | None) -> int:
+    return _NO_BOUND if size is None else size
+
+
 @dataclass(frozen=True)
 class Lambda(Schedule):
-    """d >= 0 and (d < window_size or j < sink_size): the Λ mask of LM-Infinite.
+    """d >= -right and (d < window_size or j < sink_size): a window and sinks, the Λ mask of LM-Infinite.
 
     Args:
         sink_size: tokens kept from the start of the sequence, at least 0.
         window_size: newest tokens kept, the query's own among them, at least 1.
+        right: tokens kept after the query's own, for encoders: 0 for none, None for all. FlashAttention's window
+            (left, right) is window_size = left + 1 and right.
 
     Source: Han et al., "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", section 3.
     """
 
     sink_size: int
     window_size: int
+    right: int | None = 0
 
     kind: ClassVar[str] = "lambda"
 
     @property
     def args(self) -> list[int]:
-        return [self.sink_size, self.window_size]
+        sizes = [self.sink_size, self.window_size]
+        return sizes if self.right == 0 else [*sizes, _bound(self.right)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,19 +119,30 @@ class Segments(Schedule):
     """Positions fall into segments, and a query attends to its own segment (packed sequences, block-diagonal).
 
     Args:
-        boundaries: int64 [S + 1], ascending positions; segment s is boundaries[s] <= j < boundaries[s + 1], as in the
-            cu_seqlens of variable-length attention. Positions outside all segments keep nothing.
+        boundaries: int64 [S + 1], or [B, S + 1] for each batch row its own: ascending positions; segment s is
+            boundaries[s] <= j < boundaries[s + 1], as in the cu_seqlens of variable-length attention. A segment may be
+            empty, so rows with fewer segments repeat their last boundary. Positions outside all segments keep nothing.
         causal: d >= 0 as well.
+        window_size: newest tokens of the segment kept, the query's own among them, at least 1; None for all.
+        sink_size: tokens kept from the start of the segment whatever the window, at least 0.
+        right: without causal, tokens kept after the query's own, at least 0; None for all.
     """
 
     boundaries: Tensor
     causal: bool = True
+    window_size: int | None = None
+    sink_size: int = 0
+    right: int | None = None
 
     kind: ClassVar[str] = "segments"
 
     @property
     def args(self) -> list[int]:
-        return [int(self.causal)]
+        causal = int(self.causal)
+        if self.window_size is None and self.right is None and self.sink_size == 0:
+            return [causal]
+        right = 0 if causal and self.right is None else _bound(self.right)
+        return [causal, _bound(self.window_size), self.sink_size, right]
 
     @property
     def tensor(self) -> Tensor | None:
@@ -158,20 +180,29 @@ class Tree(Schedule):
     """The last T positions are the nodes of a tree of drafts: each keeps its ancestors and what came before the tree.
 
     One call then scores all branches: the row of a node is that of plain causal attention on the context followed by
-    the path from the root to the node. For this, distances go by depth: a node of depth t stands t positions behind the
-    first that follows the context. Positions before the tree are causal, also where they are queries.
+    the path from the root to the node; with a window, that of Λ attention. For this, distances, windows and sinks go by
+    depth: a node of depth t stands t positions behind the first that follows the context. Positions before the tree are
+    causal, also where they are queries.
 
     Args:
         parents: int64 [T] or [B, T], the parent of each node, which comes before it: -1 <= parents[t] < t, with -1 for
             a root. Roots hang on the last token of the context, and there may be several. Rows with fewer nodes than T
             begin with a chain (-1, 0, 1, ...) of the last tokens of their context. On the device of the query.
+        sink_size: tokens kept from the start whatever the window, at least 0.
+        window_size: newest tokens kept, the query's own among them, at least 1; None for all.
 
     Source: Miao et al., "SpecInfer" (arXiv 2305.09781); Cai et al., "Medusa" (arXiv 2401.10774): tree attention.
     """
 
     parents: Tensor
+    sink_size: int = 0
+    window_size: int | None = None
 
     kind: ClassVar[str] = "tree"
+
+    @property
+    def args(self) -> list[int]:
+        return [] if self.window_size is None else [self.sink_size, self.window_size]
 
 
 _LAYER_STEP = 0x1E3779B97F4A7C15  # odd, so that no two layers below 2**63 share a seed

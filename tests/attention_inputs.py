@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycore.schedules import Full, KeySubset, Prefix, Schedule, Segments, Tree
+from pycore.schedules import Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
 
 __all__ = ["Case", "lengths", "qkv", "random_tree", "tables"]
 
@@ -48,6 +48,15 @@ def qkv(
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
+def ahead(schedule: Schedule) -> int | None:
+    """By how much a key that a query keeps may stand after it; None for any number of positions."""
+    if isinstance(schedule, Segments | KeySubset) and schedule.causal:
+        return 0
+    if isinstance(schedule, Lambda | Segments):
+        return schedule.right
+    return None if isinstance(schedule, Full | Prefix | KeySubset) else 0
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem. Its inputs follow from its fields, so that results can be kept between tests."""
@@ -69,13 +78,14 @@ class Case:
     key_offset: tuple[int, ...] | None = None
     query_lengths: tuple[int, ...] | None = None
     bias: int | None = None  # entries a head of distance_bias
-    alibi: bool = False
+    alibi: bool | str = False  # "rows": slopes of each batch row
+    symmetric: bool = False
     sinks: bool = False
     softcap: float = 0.0
 
     def __str__(self) -> str:
         """The test's id."""
-        numbers = [] if self.schedule.tensor is None else self.schedule.tensor.tolist()
+        numbers = [] if self.schedule.tensor is None else self.schedule.tensor.flatten().tolist()
         text = self.schedule.kind + "".join(f"-{number}" for number in (*self.schedule.args, *numbers))
         if isinstance(self.schedule, KeySubset):
             text += f"-{int(self.schedule.keys.sum())}of{'x'.join(str(n) for n in self.schedule.keys.shape)}"
@@ -89,7 +99,17 @@ class Case:
         text += "" if self.distance_limit is None else f"-limit{self.distance_limit}"
         text += "" if self.scale is None else f"-scale{self.scale}"
         text += "" if self.bias is None else f"-bias{self.bias}"
-        for name in ("alibi", "sinks", "softcap", "key_starts", "key_lengths", "key_offset", "query_lengths"):
+        text += "-of-rows" if self.alibi == "rows" else ""
+        for name in (
+            "alibi",
+            "symmetric",
+            "sinks",
+            "softcap",
+            "key_starts",
+            "key_lengths",
+            "key_offset",
+            "query_lengths",
+        ):
             text += f"-{name}" if getattr(self, name) else ""
         return text
 
@@ -119,8 +139,7 @@ class Case:
             # A table reaches the largest distance, or the limit and a tile.
             rows = max(self.key_length + max(self.key_offset or [0]), self.query_length)
             s = self.schedule
-            causal = not isinstance(s, Full | Prefix) and not (isinstance(s, Segments | KeySubset) and not s.causal)
-            if self.distance_limit is not None and causal:
+            if self.distance_limit is not None and ahead(s) is not None:
                 nodes = s.parents.shape[-1] if isinstance(s, Tree) else 0
                 rows = min(rows, max(self.distance_limit + 64, nodes))
             cos, sin = tables(rows, self.rope_dim, table_dtype)
@@ -133,7 +152,10 @@ class Case:
         if self.bias is not None:
             options["distance_bias"] = torch.randn(self.heads, self.bias, generator=generator).to(dtype)
         if self.alibi:
-            options["alibi_slopes"] = (torch.rand(self.heads, generator=generator) / 16).to(dtype)
+            shape = (self.batch, self.heads) if self.alibi == "rows" else (self.heads,)
+            options["alibi_slopes"] = (torch.rand(shape, generator=generator) / 16).to(dtype)
+        if self.symmetric:
+            options["symmetric_bias"] = True
         if self.sinks:
             options["sink_logits"] = (2 * torch.randn(self.heads, generator=generator)).to(dtype)
         if self.softcap:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ SCHEDULES = [
     pytest.param(Lambda(70, 10), id="lambda-sink-tile"),
     pytest.param(Prefix(lengths(5, 90)), id="prefix"),
     pytest.param(Segments(lengths(0, 30, 100, 1100)), id="segments"),
+    pytest.param(Segments(lengths(0, 30, 1100), window_size=70, sink_size=3), id="segments-window"),
+    pytest.param(Segments(lengths(0, 30, 1100), False, window_size=70, right=20), id="segments-both-sides"),
+    pytest.param(Lambda(4, 40, right=30), id="lambda-both-sides"),
     pytest.param(KeySubset(torch.arange(1100) % 7 == 2), id="keys"),
     pytest.param(KeySubset(torch.arange(0, 1100, 9), causal=False), id="keys-not-causal"),
     pytest.param(Tree(random_tree(17)), id="tree"),
@@ -39,7 +43,7 @@ def on_device(value: Any) -> Any:
     if isinstance(value, Prefix):
         return Prefix(value.prefix_lengths.cuda())
     if isinstance(value, Segments):
-        return Segments(value.boundaries.cuda(), value.causal)
+        return replace(value, boundaries=value.boundaries.cuda())
     if isinstance(value, KeySubset):
         return KeySubset(value.keys.cuda(), value.causal)
     if isinstance(value, Tree):

@@ -15,7 +15,10 @@ from pycore.ops import attention
 from pycore.reference.attention import keep_mask
 from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
 
-ALL = [Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 100), Lambda(2**62, 2**62)]
+ALL = [
+    Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 100), Lambda(2**62, 2**62), Lambda(4, 8, 2),
+    Lambda(0, 8, 70),
+]  # fmt: skip
 
 
 def test_public_names() -> None:
@@ -46,6 +49,8 @@ def test_schedules_of_tensors_are_themselves_alone() -> None:
     assert (Prefix(numbers).kind, Prefix(numbers).args) == ("prefix", []) and Prefix(numbers).tensor is numbers
     assert (Segments(numbers).kind, Segments(numbers).args) == ("segments", [1]) and Segments(numbers).causal
     assert Segments(numbers, False).args == [0] and Segments(numbers).tensor is numbers
+    assert Segments(numbers, True, 8, 2).args == [1, 8, 2, 0] and Segments(numbers, False, 8).args == [0, 8, 0, 2**62]
+    assert Segments(numbers, False, right=5).args == [0, 2**62, 0, 5]
     assert all(schedule.tensor is None for schedule in ALL)
     for schedule in (KeySubset(numbers), KeySubset(numbers, False), Tree(numbers - 1)):
         assert schedule == schedule and schedule != dataclasses.replace(schedule) and schedule.tensor is None
@@ -60,11 +65,32 @@ def test_schedules_of_tensors_are_themselves_alone() -> None:
         (Prefix(torch.tensor([3])), ["###...", "###...", "###...", "####..", "#####.", "######"]),
         (Segments(torch.tensor([1, 3, 3, 5])), ["......", ".#....", ".##...", "...#..", "...##.", "......"]),
         (Segments(torch.tensor([1, 3, 5]), False), ["......", ".##...", ".##...", "...##.", "...##.", "......"]),
+        (Segments(torch.tensor([0, 0, 5, 6]), True, 2), ["#.....", "##....", ".##...", "..##..", "...##.", ".....#"]),
+        (Segments(torch.tensor([1, 6]), True, 2, 1), ["......", ".#....", ".##...", ".###..", ".#.##.", ".#..##"]),
+        (Segments(torch.tensor([1, 6]), False, 2), ["......", ".#####", ".#####", "..####", "...###", "....##"]),
+        (Segments(torch.tensor([0, 6]), False, 2, 1, 1), ["##....", "###...", "####..", "#.###.", "#..###", "#...##"]),
+        (Lambda(0, 2, 1), ["##....", "###...", ".###..", "..###.", "...###", "....##"]),
+        (Lambda(3, 1, 1), ["##....", "###...", "####..", "#####.", "###.##", "###..#"]),
+        (Lambda(1, 2, None), ["######", "######", "######", "#.####", "#..###", "#...##"]),
         (KeySubset(torch.tensor([4, 1])), ["......", ".#....", ".#....", ".#....", ".#..#.", ".#..#."]),
         (KeySubset(torch.arange(6) % 3 == 1, False), [".#..#."] * 6),
         (Tree(torch.tensor([-1, 0, 0, -1])), ["#.....", "##....", "###...", "####..", "###.#.", "##...#"]),
     ],
-    ids=["prefix", "segments", "segments-not-causal", "keys", "keys-not-causal", "tree"],
+    ids=[
+        "prefix",
+        "segments",
+        "segments-not-causal",
+        "segments-window",
+        "segments-sink",
+        "segments-window-left",
+        "segments-both-sides",
+        "lambda-right",
+        "lambda-sinks-right",
+        "lambda-all-right",
+        "keys",
+        "keys-not-causal",
+        "tree",
+    ],
 )
 def test_masks_by_hand(schedule: Schedule, rows: list[str], isa: str) -> None:
     """The reference's, and what the kernels keep."""
@@ -80,6 +106,7 @@ def test_what_the_kernels_see() -> None:
     assert (Causal().kind, Causal().args) == ("causal", [])
     assert (Lambda(4, 8).kind, Lambda(4, 8).args) == ("lambda", [4, 8])
     assert Lambda(sink_size=4, window_size=8) == Lambda(4, 8)
+    assert Lambda(4, 8, right=3).args == [4, 8, 3] and Lambda(4, 8, right=None).args == [4, 8, 2**62]
 
 
 def test_lambda_by_hand() -> None:

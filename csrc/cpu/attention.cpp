@@ -92,8 +92,10 @@ constexpr int64_t kSerialWork = 1 << 16;
 
 int64_t forward_work(const AttentionParams& params) {
   int64_t keys = params.key_length;
-  if (params.schedule.kind == ScheduleKind::kLambda) {
-    keys = std::min(keys, params.schedule.sink_size + params.schedule.window_size + params.query_length);
+  const TileSchedule& schedule = params.schedule;
+  if (schedule.kind == ScheduleKind::kLambda || schedule.kind == ScheduleKind::kSegments) {
+    const int64_t sinks = std::max(schedule.sink_size, schedule.segment_sinks);
+    keys = std::min(keys, sinks + schedule.window_size + schedule.right + params.query_length);
   }
   return params.batch * params.heads * params.query_length * keys * (params.head_dim + params.value_dim);
 }

@@ -163,7 +163,7 @@ struct RowTile {
       s = cap * bent;
       *slope *= 1 - bent * bent;
     }
-    if (has_bias(params)) s += bias_of<T>(params, h, distance(c));
+    if (has_bias(params)) s += bias_of<T>(params, b, h, distance(c));
     return params.block_bias ? s + block_bias_of<T>(params, h, p, tile * kKeyTile + c) : s;
   }
 };

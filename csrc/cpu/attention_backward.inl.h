@@ -203,7 +203,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   const Vec scale2 = Vec::broadcast(static_cast<float>(forward.scale) * kLog2E);
   const Vec scale = Vec::broadcast(static_cast<float>(forward.scale));
   const bool plain = plain_logits(forward);
-  if (buffers.strip && in_place) fill_strip(forward, h, span, tile, buffers.strip);
+  if (buffers.strip && in_place) fill_strip(forward, b, h, span, tile, buffers.strip);
   if (parts.bias) zero_rows(buffers.grad_strip, round_up(strip_length(span.count()), Vec::kWidth));
 
   for (int64_t row = 0; row < count; row += kProductRows) {
@@ -248,7 +248,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
       float biases[kKeyTile];
       const float* row_biases = buffers.strip ? buffers.strip + behind : nullptr;
       if (buffers.strip && !in_place) {
-        fill_biases(forward, map.schedule, h, places[row + m], tile, biases);
+        fill_biases(forward, map.schedule, b, h, places[row + m], tile, biases);
         row_biases = biases;
       }
       // Columns that are not kept may hold anything here; accumulate_kept never reads them.

@@ -294,7 +294,7 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
     if (buffers.strips && map.schedule.in_place(loaded.tile)) {
       strip = buffers.strips + head * strip_length(span.count()) + span.hi - places[m];
     } else if (buffers.strips) {
-      fill_biases(params, map.schedule, queries.head + head, places[m], loaded.tile, biases);
+      fill_biases(params, map.schedule, queries.batch, queries.head + head, places[m], loaded.tile, biases);
       strip = biases;
     }
     logits_of(params, buffers.scores + m * kKeyTile, begin, end, strip, nullptr);
@@ -399,7 +399,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     loaded.far = reaches_far && (!in_place || span.hi - base > params.distance_limit);
     loaded.near = !loaded.far || !in_place || span.lo - (base + kKeyTile - 1) <= params.distance_limit;
     for (int64_t h = 0; h < queries.heads && buffers.strips && in_place; ++h) {
-      fill_strip(params, queries.head + h, span, tile, buffers.strips + h * strip_length(span.count()));
+      fill_strip(params, queries.batch, queries.head + h, span, tile, buffers.strips + h * strip_length(span.count()));
     }
     load_tile(params, map, queries, buffers, rows <= kProductRows, &loaded);
     const int64_t next = map.next_tile(p_lo, p_hi, tile + 1);

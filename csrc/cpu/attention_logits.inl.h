@@ -50,20 +50,20 @@ PYCORE_INLINE int64_t most_places(const AttentionParams& params, int64_t count) 
 // a query reads strip[places.hi - its place + c] for key c.
 PYCORE_INLINE int64_t strip_length(int64_t count) { return count + kKeyTile - 1; }
 
-PYCORE_INLINE void fill_strip(const AttentionParams& params, int64_t h, const Places& places, int64_t tile,
+PYCORE_INLINE void fill_strip(const AttentionParams& params, int64_t b, int64_t h, const Places& places, int64_t tile,
                               float* strip) {
   const int64_t distance = places.hi - tile * kKeyTile;
   for (int64_t t = 0; t < strip_length(places.count()); ++t) {
-    strip[t] = bias_of<float>(params, h, distance - t) * kLog2E;
+    strip[t] = bias_of<float>(params, b, h, distance - t) * kLog2E;
   }
 }
 
 // The biases of one query against a tile with nodes of a tree, whose keys stand in no order.
-PYCORE_INLINE void fill_biases(const AttentionParams& params, const TileSchedule& schedule, int64_t h, int64_t place,
-                               int64_t tile, float* biases) {
+PYCORE_INLINE void fill_biases(const AttentionParams& params, const TileSchedule& schedule, int64_t b, int64_t h,
+                               int64_t place, int64_t tile, float* biases) {
   const int64_t distance = place - tile * kKeyTile;
   for (int64_t c = 0; c < kKeyTile; ++c) {
-    biases[c] = bias_of<float>(params, h, distance - key_turn(schedule, tile, c)) * kLog2E;
+    biases[c] = bias_of<float>(params, b, h, distance - key_turn(schedule, tile, c)) * kLog2E;
   }
 }
 

@@ -43,7 +43,8 @@ __global__ void plain_forward_kernel(const __grid_constant__ AttentionParams par
     }
     const bool kept = bits >> lane & 1;
     float logit = -INFINITY, slope;
-    if (kept) logit = logit_of(params, row.map.schedule, row.h, row.p, first + lane, row.product(first + lane), &slope);
+    if (kept)
+      logit = logit_of(params, row.map.schedule, row.b, row.h, row.p, first + lane, row.product(first + lane), &slope);
     const float largest = fmaxf(segment.max, warp_max(logit));
     if (largest != segment.max) segment.rescale(largest);
     const float weight = kept ? expf(logit - (largest == -INFINITY ? 0.0f : largest)) : 0.0f;

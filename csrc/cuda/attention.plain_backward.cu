@@ -144,7 +144,7 @@ __global__ void plain_grad_key_kernel(const __grid_constant__ AttentionBackwardP
           keep_factor = dropped ? 0.0f : static_cast<float>(1 / (1 - forward.dropout_p));
         }
         const int64_t index = row_index(forward, b, h, i);
-        mine = pair_gradient(params, map.schedule, h, p, j, product, static_cast<const float*>(forward.lse)[index],
+        mine = pair_gradient(params, map.schedule, b, h, p, j, product, static_cast<const float*>(forward.lse)[index],
                              static_cast<const float*>(params.delta)[index], keep_factor,
                              row_pointer<T>(params.grad_out, params.grad_out_strides, b, h, i), value);
       }

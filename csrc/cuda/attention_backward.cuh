@@ -58,7 +58,7 @@ struct Base2 {
 struct TilePairs {
   const AttentionParams& params;
   const TileSchedule& schedule;
-  int64_t h, p_lo, base;           // the first query and the first key
+  int64_t b, h, p_lo, base;        // the first query and the first key
   const float *lse, *delta;        // by query
   const uint64_t *kept, *dropped;  // by query, the keys; null where all are kept, and none is dropped
   int first_row;                   // of the warp
@@ -76,7 +76,7 @@ struct TilePairs {
       float weight = 0, grad = 0;
       if (kept == nullptr || kept[q] >> key & 1) {
         float slope;
-        const float logit = logit_of(params, schedule, h, p_lo + q, base + key, scores[n], &slope);
+        const float logit = logit_of(params, schedule, b, h, p_lo + q, base + key, scores[n], &slope);
         weight = exp2_approx(fmaf(logit, kLog2E, -lse[q] * kLog2E));
         const float factor = dropped == nullptr ? 1.0f : dropped[q] >> key & 1 ? 0.0f : keep_factor;
         grad = weight * fmaf(grad_weights[n], factor, -delta[q]) * (of_logits ? 1.0f : slope);

@@ -121,13 +121,13 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     if constexpr (kOptions) {
       if (!this->simple(key_tile) || map.schedule.kind == ScheduleKind::kTree) {
         return this->run_pairs(
-            {forward, map.schedule, item.h, item.p_lo, base, shared.lse, shared.delta, masked ? shared.kept : nullptr,
-             this->drops() ? shared.dropped : nullptr, warp_row, true, false},
+            {forward, map.schedule, b, item.h, item.p_lo, base, shared.lse, shared.delta,
+             masked ? shared.kept : nullptr, this->drops() ? shared.dropped : nullptr, warp_row, true, false},
             scores, grad_weights);
       }
     }
     const float scale2 = this->scale2();
-    const DistanceLogits logits(forward, item.h, kOptions ? item.p_lo - base - warp_row - lane / 4 : 0);
+    const DistanceLogits logits(forward, b, item.h, kOptions ? item.p_lo - base - warp_row - lane / 4 : 0);
     PYCORE_UNROLL
     for (int n = 0; n < 8; ++n) {
       PYCORE_UNROLL

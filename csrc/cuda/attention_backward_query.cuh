@@ -37,9 +37,10 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
         float grads[1][8][4];
         PYCORE_UNROLL
         for (int n = 0; n < 32; ++n) grads[0][n / 4][n % 4] = grad_weights[0][n / 4][n % 4];
-        this->run_pairs({forward, map.schedule, h, p_lo, base, shared.lse, shared.delta, masked ? shared.kept : nullptr,
-                         this->drops() ? shared.dropped : nullptr, warp_row, false, kBias},
-                        scores, grads);
+        this->run_pairs(
+            {forward, map.schedule, b, h, p_lo, base, shared.lse, shared.delta, masked ? shared.kept : nullptr,
+             this->drops() ? shared.dropped : nullptr, warp_row, false, kBias},
+            scores, grads);
         PYCORE_UNROLL
         for (int n = 0; n < 32; ++n) scores[0][n / 4][n % 4] = grads[0][n / 4][n % 4];
         return;
@@ -51,7 +52,7 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
       const RowBits kept(masked ? shared.kept[r] >> column : ~uint64_t{0});
       const Base2<T> lse(shared.lse[r]);
       const float delta = shared.delta[r], scale2 = this->scale2();
-      const DistanceLogits logits(forward, h, kOptions ? map.schedule.place(p_lo + r) - base : 0);
+      const DistanceLogits logits(forward, b, h, kOptions ? map.schedule.place(p_lo + r) - base : 0);
       PYCORE_UNROLL
       for (int n = 0; n < 8; ++n) {
         PYCORE_UNROLL
@@ -75,7 +76,7 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
   }
 
   // Sums of the diagonals of a tile of gradients, left with the values, to the entries of their distances. Distances
-  // that share an entry stand side by side: one thread adds them. All threads.
+  // that share an entry stand side by side, or on both sides of 0: one thread adds them. All threads.
   __device__ void add_diagonals(int64_t key_tile) {
     constexpr int kSumStride = row_stride<float>(kTile);
     const auto* grads = reinterpret_cast<const float*>(shared.value);
@@ -91,8 +92,14 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
     }
     __syncthreads();
     if (thread >= diagonals || (thread > 0 && entry(thread) == entry(thread - 1))) return;
+    const bool both_sides = forward.symmetric_bias && distance < 0;
+    for (int n = 0; both_sides && n < thread; ++n) {
+      if (entry(n) == entry(thread)) return;
+    }
     double sum = 0;
-    for (int n = thread; n < diagonals && entry(n) == entry(thread); ++n) sum += shared.diagonals[n];
+    for (int n = thread; n < diagonals && (both_sides || entry(n) == entry(thread)); ++n) {
+      if (entry(n) == entry(thread)) sum += shared.diagonals[n];
+    }
     table[entry(thread)] += sum;
   }
   __device__ void leave_gradients(const float (&scores)[1][8][4], bool any) const {

@@ -69,8 +69,8 @@ __device__ float rotated(const AttentionParams& params, const T* x, int64_t dist
 }
 
 // What softcap and the biases make of the <q, k> of the pair at positions p and j; *slope is the derivative.
-__device__ inline float logit_of(const AttentionParams& params, const TileSchedule& schedule, int64_t h, int64_t p,
-                                 int64_t j, float product, float* slope) {
+__device__ inline float logit_of(const AttentionParams& params, const TileSchedule& schedule, int64_t b, int64_t h,
+                                 int64_t p, int64_t j, float product, float* slope) {
   const float scale = static_cast<float>(params.scale);
   float logit = product * scale;
   *slope = scale;
@@ -79,7 +79,7 @@ __device__ inline float logit_of(const AttentionParams& params, const TileSchedu
     logit = cap * bent;
     *slope *= 1 - bent * bent;
   }
-  if (has_bias(params)) logit += bias_of<float>(params, h, schedule.place(p) - schedule.place(j));
+  if (has_bias(params)) logit += bias_of<float>(params, b, h, schedule.place(p) - schedule.place(j));
   if (params.block_bias) logit += block_bias_of<float>(params, h, p, j);
   return logit;
 }

@@ -36,13 +36,13 @@ struct ForwardShared {
 };
 
 // A lane's scores of a row, 8 keys times two from j on, to base-2 logits, one at a time and whatever they take.
-__device__ __noinline__ void any_logits(const AttentionParams& params, const TileSchedule& schedule, int64_t h,
-                                        int64_t p, int64_t j, uint64_t kept, float* scores) {
+__device__ __noinline__ void any_logits(const AttentionParams& params, const TileSchedule& schedule, int64_t b,
+                                        int64_t h, int64_t p, int64_t j, uint64_t kept, float* scores) {
   PYCORE_UNROLL_BY(1)
   for (int n = 0; n < 16; ++n) {
     const int column = n / 2 * 8 + n % 2;
     float slope;
-    if (kept >> column & 1) scores[n] = logit_of(params, schedule, h, p, j + column, scores[n], &slope) * kLog2E;
+    if (kept >> column & 1) scores[n] = logit_of(params, schedule, b, h, p, j + column, scores[n], &slope) * kLog2E;
   }
 }
 
@@ -114,7 +114,7 @@ struct Forward {
     const int64_t h = tile.head + head, p = position(r), base = key_tile * kKeyTile;
     const int first = 2 * (lane % 4);
     if (DistanceLogits::apply<T>(params, map.schedule, key_tile)) {
-      const DistanceLogits logits(params, h, map.schedule.place(p) - base);
+      const DistanceLogits logits(params, tile.b, h, map.schedule.place(p) - base);
       PYCORE_UNROLL
       for (int n = 0; n < 8; ++n) {
         PYCORE_UNROLL
@@ -128,7 +128,7 @@ struct Forward {
     float memory[16];
     PYCORE_UNROLL
     for (int n = 0; n < 16; ++n) memory[n] = scores[n / 2][2 * half + n % 2];
-    any_logits(params, map.schedule, h, p, base + first, kept, memory);
+    any_logits(params, map.schedule, tile.b, h, p, base + first, kept, memory);
     __syncwarp();
     PYCORE_UNROLL
     for (int n = 0; n < 16; ++n) scores[n / 2][2 * half + n % 2] = memory[n];

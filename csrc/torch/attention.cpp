@@ -28,18 +28,19 @@ using OptionalTensor = std::optional<Tensor>;
   "Tensor? alibi_slopes, Tensor? sink_logits, Tensor? key_starts, Tensor? key_lengths, Tensor? key_offset, "     \
   "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, Tensor? block_bias, str op, "           \
   "str schedule, SymInt[] schedule_args, bool interleaved, SymInt distance_limit, float? scale, float softcap, " \
-  "float dropout_p, SymInt key_ring=0, Tensor? numbers=None"
+  "float dropout_p, SymInt key_ring=0, bool symmetric_bias=False, Tensor? numbers=None"
 #define PYCORE_PARAMETERS                                                                                             \
   Tensor query, Tensor key, Tensor value, OptionalTensor rope_cos, OptionalTensor rope_sin,                           \
       OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor sink_logits,                          \
       OptionalTensor key_starts, OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths, \
       OptionalTensor schedule_tensor, OptionalTensor dropout_seed, OptionalTensor block_bias, std::string op,         \
       std::string schedule, std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit,             \
-      std::optional<double> scale, double softcap, double dropout_p, int64_t key_ring, OptionalTensor numbers
+      std::optional<double> scale, double softcap, double dropout_p, int64_t key_ring, bool symmetric_bias,           \
+      OptionalTensor numbers
 #define PYCORE_NAMES                                                                                                  \
   query, key, value, rope_cos, rope_sin, distance_bias, alibi_slopes, sink_logits, key_starts, key_lengths,           \
       key_offset, query_lengths, schedule_tensor, dropout_seed, block_bias, op, schedule, schedule_args, interleaved, \
-      distance_limit, scale, softcap, dropout_p, key_ring, numbers
+      distance_limit, scale, softcap, dropout_p, key_ring, symmetric_bias, numbers
 
 // The views borrow from the tensors, which the caller keeps.
 AttentionArgs attention_args(PYCORE_PARAMETERS) {
@@ -72,6 +73,7 @@ AttentionArgs attention_args(PYCORE_PARAMETERS) {
   args.scale = !scale ? std::pow(static_cast<double>(head_dim), -0.5) : given ? given[0] : *scale;
   args.softcap = given ? given[1] : softcap;
   args.dropout_p = given ? given[2] : dropout_p;
+  args.symmetric_bias = symmetric_bias;
   return args;
 }
 

@@ -38,6 +38,7 @@ def attention(
     distance_limit: int | None = None,
     distance_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    symmetric_bias: bool = False,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -71,7 +72,10 @@ def attention(
         distance_limit: the largest distance a rotation sees; None for no limit.
         distance_bias: [H, n], float32 (float64 for float64 queries): bias[h, min(d', n - 1)] is added to a logit, with
             d' = min(max(d, 0), distance_limit). T5 buckets and clipped relative positions are such tables.
-        alibi_slopes: [H], float32 (float64): -slope * d' is added to a logit, as distance_bias is, at any distance.
+        alibi_slopes: [H], or [B, H] for each batch row its own, float32 (float64): -slope * d' is added to a logit, as
+            distance_bias is, at any distance.
+        symmetric_bias: for encoders: distance_bias and alibi_slopes see d' = min(|d|, distance_limit), so that a key
+            after the query has the bias of one as far before it. Without it such keys have that of distance 0.
         sink_logits: [H], float32 (float64): a logit per head that joins the softmax and carries no value.
         softcap: logits become softcap * tanh(logit / softcap) before the bias is added; 0 for none.
         dropout_p: the share of weights set to zero, in [0, 1); the others grow by 1 / (1 - dropout_p). Drawn anew at
@@ -94,6 +98,7 @@ def attention(
         "attention", query, key, value, schedule, rope, interleaved, distance_limit, distance_bias, alibi_slopes,
         sink_logits,
         softcap, dropout_p, scale, (key_starts, key_lengths, key_offset, query_lengths), return_lse,
+        symmetric_bias=symmetric_bias,
     )  # fmt: skip
 
 
@@ -104,11 +109,13 @@ def lambda_attention(
     *,
     sink_size: int,
     window_size: int,
+    right: int | None = 0,
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
     distance_limit: int | None = None,
     distance_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    symmetric_bias: bool = False,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -122,13 +129,15 @@ def lambda_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Λ-masked attention: the first `sink_size` tokens and the newest `window_size`, at a cost linear in length.
 
-    keep(i, j) = d >= 0 and (d < window_size or j < sink_size), with d the query's position minus the key's. With
+    keep(i, j) = d >= -right and (d < window_size or j < sink_size), with d the query's position minus the key's. With
     `rope` the pair is rotated by min(d, distance_limit), so that every far sink stands at the same distance.
 
     Args:
         sink_size: tokens kept from the start, at least 0.
         window_size: newest tokens kept, the query's own among them (FlashAttention's window (left, 0) is left + 1).
-        distance_limit: `window_size` by default, as in LM-Infinite; must be at least that. 2**62 for no limit.
+        right: tokens kept after the query's own, for encoders (FlashAttention's window (left, right)); None for all.
+        distance_limit: `window_size` by default, as in LM-Infinite, or `right` where that is more; must be at least
+            both. 2**62 for no limit.
         middle_topk: for decoding, a query of length 1: each head also attends to the so many keys between sinks and
             window that it scores highest (of equal ones the first), all of them at distance `window_size`, which must
             then be the distance_limit. This reads every key, and holds a score for each. The choice has no gradient.
@@ -138,7 +147,12 @@ def lambda_attention(
     Source: Han et al., "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", section 3.
     """
     op = "lambda_attention"
-    limit = window_size if distance_limit is None else distance_limit
+    check_int(op, "window_size", window_size)
+    if right is not None:
+        check_int(op, "right", right)
+    limit = distance_limit
+    if limit is None:
+        limit = window_size if right is None or right <= 0 else max(window_size, right)
     lengths = (key_starts, key_lengths, key_offset, query_lengths)
     check_int(op, "middle_topk", middle_topk, 0)
     if middle_topk and isinstance(query, Tensor):
@@ -154,8 +168,9 @@ def lambda_attention(
             distance_bias = -alibi_slopes[..., None] * torch.arange(reach + 1, device=alibi_slopes.device)
             alibi_slopes = None
     kept = call_attention(
-        op, query, key, value, Lambda(sink_size, window_size), rope, interleaved, limit, distance_bias, alibi_slopes,
-        sink_logits, softcap, dropout_p, scale, lengths, return_lse or middle_topk != 0,
+        op, query, key, value, Lambda(sink_size, window_size, right), rope, interleaved, limit, distance_bias,
+        alibi_slopes, sink_logits, softcap, dropout_p, scale, lengths, return_lse or middle_topk != 0,
+        symmetric_bias=symmetric_bias,
     )  # fmt: skip
     if middle_topk == 0:
         return kept
@@ -166,7 +181,7 @@ def lambda_attention(
     bias = distance_bias
     if distance_bias is not None:
         bias = distance_bias[:, min(window_size, distance_bias.shape[1] - 1), None].contiguous()
-    elif alibi_slopes is not None:
+    elif alibi_slopes is not None and alibi_slopes.dim() == 1:
         bias = -alibi_slopes[:, None] * window_size
     middle_key, middle_value = (gathered(x, index).to(seen.dtype) for x in (key, value))
     middle = call_attention(
@@ -174,6 +189,8 @@ def lambda_attention(
         dropout_p, scale, (None, count, None, query_lengths), True,
     )  # fmt: skip
     assert isinstance(kept, tuple) and isinstance(middle, tuple)
+    if alibi_slopes is not None and alibi_slopes.dim() == 2:  # one number for all keys of a row moves its lse alone
+        middle = (middle[0], middle[1] - (alibi_slopes * window_size)[..., None])
     out, lse = merged(kept, middle)
     return (out, lse) if return_lse else out
 
@@ -196,16 +213,20 @@ def call_attention(
     lengths: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     return_lse: bool,
     key_ring: int = 0,
+    symmetric_bias: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` under the name `op`; key_ring is how a cache keeps its keys (csrc/include/pycore/attention.h)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(op, name, tensor)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
-    if isinstance(schedule, Lambda):
+    if isinstance(schedule, Lambda | Segments | Tree):
         check_int(op, "sink_size", schedule.sink_size, 0)
-        check_int(op, "window_size", schedule.window_size, 1)
-    elif isinstance(schedule, (Segments, KeySubset)):
+        right = None if isinstance(schedule, Tree) else schedule.right
+        for name, size, least in (("window_size", schedule.window_size, 1), ("right", right, 0)):
+            if size is not None or (isinstance(schedule, Lambda) and name == "window_size"):
+                check_int(op, name, size, least)
+    if isinstance(schedule, Segments | KeySubset):
         check_bool(op, "causal", schedule.causal)
     names = ("key_starts", "key_lengths", "key_offset", "query_lengths", "distance_bias", "alibi_slopes", "sink_logits")
     for name, option in zip(names, (*lengths, distance_bias, alibi_slopes, sink_logits), strict=True):
@@ -215,6 +236,7 @@ def call_attention(
     if schedule_tensor is not None:
         check_tensor(op, "prefix_lengths" if schedule.kind == "prefix" else "boundaries", schedule_tensor)
         schedule_tensor = as_index(schedule_tensor)
+    check_bool(op, "symmetric_bias", symmetric_bias)
     cos, sin = _rope_tables(op, rope)
     check_bool(op, "interleaved", interleaved)
     check_bool(op, "return_lse", return_lse)
@@ -249,7 +271,7 @@ def call_attention(
     out, lse = torch.ops.pycore.attention(
         query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule_tensor, seed,
         block_bias, op, schedule.kind, schedule.args, bool(interleaved), limit, scale, softcap, dropout_p, key_ring,
-        numbers,
+        symmetric_bias, numbers,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -278,6 +300,7 @@ _TENSORS = (
     "query", "key", "value", "rope_cos", "rope_sin", "distance_bias", "alibi_slopes", "sink_logits", "key_starts",
     "key_lengths", "key_offset", "query_lengths", "schedule_tensor", "dropout_seed", "block_bias",
 )  # fmt: skip
+_SLOPES = _TENSORS.index("alibi_slopes")
 _BIAS, _SINK = _TENSORS.index("distance_bias"), _TENSORS.index("sink_logits")
 
 
@@ -365,10 +388,17 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], fir
     folded = list(args)
     batched, bitmap = _mapped(args, first)
     batch = _batch(in_dims, args, first)
+    kind = args[first + len(_TENSORS) + 1]
     for place, (dim, arg) in enumerate(zip(in_dims, args, strict=True)):
         if arg is None or not isinstance(arg, Tensor):
             continue
-        if place == bitmap:  # one for all rows, or one for each
+        if place == bitmap and kind == "segments" and arg.dim() == (1 if dim is None else 2):
+            arg, dim = (arg, dim) if dim is None else (arg.movedim(dim, 0), 0)
+            arg = arg.unsqueeze(-2)
+        if place == first + _SLOPES and dim is not None and arg.dim() == 2:  # [H] of each sample
+            arg, dim = arg.movedim(dim, 0).unsqueeze(1), 0
+        per_row = place == first + _SLOPES and arg.dim() > 1
+        if place == bitmap or per_row:  # one for all rows, or one for each
             if dim is not None or arg.shape[0] != 1:
                 rows = arg[None] if dim is None else arg.movedim(dim, 0)
                 rows = rows.expand(info.batch_size, batch, *rows.shape[2:])
@@ -394,7 +424,7 @@ def _mapped(args: tuple[Any, ...], first: int) -> tuple[set[int], int | None]:
     places = {*range(first), *(first + place for place in _PER_ROW)}
     if kind in ("prefix", "blocks"):
         places.add(schedule_tensor)
-    return places, schedule_tensor if kind in ("key_subset", "tree") else None
+    return places, schedule_tensor if kind in ("segments", "key_subset", "tree") else None
 
 
 def _batch(in_dims: tuple[int | None, ...], args: tuple[Any, ...], first: int) -> int:

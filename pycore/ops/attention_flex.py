@@ -49,10 +49,11 @@ def _rule(schedule: Schedule, shape: Shape, device: torch.device) -> tuple[Rule,
         sinks, window = schedule.sink_size, schedule.window_size
         check_int(_OP, "sink_size", sinks, 0)
         check_int(_OP, "window_size", window, 1)
+        right = key_length + query_length if schedule.right is None else schedule.right
 
         def in_window(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
             distance = q + shift - j
-            return (distance >= 0) & ((distance < window) | (j < sinks))
+            return (distance >= -right) & ((distance < window) | (j < sinks))
 
         return in_window, None, None
     if isinstance(schedule, Prefix):
@@ -60,7 +61,7 @@ def _rule(schedule: Schedule, shape: Shape, device: torch.device) -> tuple[Rule,
         prefix = _of_rows("prefix_lengths", schedule.prefix_lengths, batch, False).to(device)
         return (lambda b, h, q, j: (q + shift >= j) | (j < prefix[b])), batch, None
     if isinstance(schedule, Segments):
-        return _segments(schedule, shape, device), None, None
+        return _segments(schedule, shape, device)
     if isinstance(schedule, Probabilistic):
         return _blocks(schedule, shape, device), batch, shape[1]
     if isinstance(schedule, KeySubset):
@@ -87,21 +88,29 @@ def _of_rows(name: str, x: Tensor, batch: int, one: bool = True) -> Tensor:
     return x
 
 
-def _segments(schedule: Segments, shape: Shape, device: torch.device) -> Rule:
-    _, _, query_length, key_length = shape
+def _segments(schedule: Segments, shape: Shape, device: torch.device) -> tuple[Rule, int | None, int | None]:
+    batch, _, query_length, key_length = shape
+    shift, most = key_length - query_length, key_length + query_length
     check_tensor(_OP, "boundaries", schedule.boundaries)
     check_bool(_OP, "causal", schedule.causal)
-    boundaries, causal, shift = schedule.boundaries.to(device), schedule.causal, key_length - query_length
-    positions = torch.arange(min(0, shift), key_length, device=device)
+    boundaries = schedule.boundaries.to(device)
+    boundaries = _of_rows("boundaries", boundaries if boundaries.dim() == 2 else boundaries[None], batch).contiguous()
+    several, entries = len(boundaries) > 1, boundaries.shape[1]
+    window = most if schedule.window_size is None else schedule.window_size
+    right = 0 if schedule.causal else most if schedule.right is None else schedule.right
+    positions = torch.arange(min(0, shift), key_length, device=device).expand(len(boundaries), -1).contiguous()
     segment = torch.searchsorted(boundaries, positions, right=True)
-    segment = segment.masked_fill(segment == len(boundaries), 0)  # 0: in none
-    of_query, of_key = segment[len(segment) - query_length :], segment[len(segment) - key_length :]
+    in_sinks = positions - boundaries.gather(1, segment.clamp(1, entries) - 1) < schedule.sink_size
+    segment = segment.masked_fill(segment == entries, 0)  # 0: in none
+    before = positions.shape[1] - key_length  # positions before the first key
 
     def in_segment(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
-        same = (of_query[q] > 0) & (of_query[q] == of_key[j])
-        return same & (q + shift >= j) if causal else same
+        row, distance = b if several else torch.zeros_like(b), q + shift - j
+        of_query, of_key = segment[row, q + shift + before], segment[row, j + before]
+        near = (distance < window) | in_sinks[row, j + before]
+        return (of_query > 0) & (of_query == of_key) & (distance >= -right) & near
 
-    return in_segment
+    return in_segment, batch if several else None, None
 
 
 def _blocks(schedule: Probabilistic, shape: Shape, device: torch.device) -> Rule:
@@ -128,12 +137,17 @@ def _tree(schedule: Tree, shape: Shape, device: torch.device) -> tuple[Rule, int
     if start < 0:
         raise ValueError(f"{_OP}: parents has {nodes} nodes and there are {key_length} keys; the nodes are the last")
     several = len(ancestors) > 1
+    depth = ancestors.sum(-1) - 1
+    window = key_length + query_length if schedule.window_size is None else schedule.window_size
 
     def in_branch(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
-        p = q + shift
+        p, row = q + shift, b if several else 0
         if nodes == 0:
-            return p >= j
-        above = ancestors[b if several else 0, (p - start).clamp(min=0), (j - start).clamp(min=0)]
-        return (p >= j) & ((p < start) | (j < start) | above)
+            return (p >= j) & ((p - j < window) | (j < schedule.sink_size))
+        of_query, of_key = (p - start).clamp(min=0), (j - start).clamp(min=0)
+        kept = (p >= j) & ((p < start) | (j < start) | ancestors[row, of_query, of_key])
+        place_p = torch.where(p < start, p, start + depth[row, of_query])
+        place_j = torch.where(j < start, j, start + depth[row, of_key])
+        return kept & ((place_p - place_j < window) | (place_j < schedule.sink_size))
 
     return in_branch, batch if several else None, None

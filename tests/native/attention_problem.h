@@ -96,7 +96,8 @@ struct Problem {
     bind_rows();
     if (p.key_ring == 0 && draw(0, 1)) bind_lengths(&keys, &values);
     if (draw(0, 2) == 0) {
-      p.distance_limit = std::max<int64_t>(draw(0, 200), std::min<int64_t>(p.schedule.window_size, 400));
+      const int64_t right = p.schedule.right < pycore::kFar ? p.schedule.right : 0;
+      p.distance_limit = std::max({draw(0, 200), std::min<int64_t>(p.schedule.window_size, 400), right});
     }
     if (p.head_dim > 1 && draw(0, 1)) bind_rope();
     bind_options();
@@ -128,17 +129,25 @@ struct Problem {
     if (p.schedule.kind == ScheduleKind::kLambda) {
       p.schedule.sink_size = draw(0, 80);
       p.schedule.window_size = draw(1, 150);
+      if (draw(0, 2) == 0) p.schedule.right = draw(0, 3) ? draw(1, 120) : pycore::kFar;
       if (draw(0, 3) == 0) bind_ring();
     } else if (p.schedule.kind == ScheduleKind::kPrefix) {
       for (int64_t b = 0; b < p.batch; ++b) prefixes.push_back(draw(0, 5) ? draw(0, 300) : INT64_MAX);
       p.prefix_lengths = prefixes.data();
     } else if (p.schedule.kind == ScheduleKind::kSegments) {
-      boundaries.resize(draw(1, 8));
+      const int64_t entries = draw(1, 8);
+      boundaries.resize(bitmap_rows(entries) * entries);
       for (int64_t& boundary : boundaries) boundary = draw(0, 9) ? draw(-50, 400) : draw(0, 1) ? INT64_MAX : INT64_MIN;
-      std::sort(boundaries.begin(), boundaries.end());
+      for (size_t at = 0; at < boundaries.size(); at += entries) {
+        std::sort(boundaries.begin() + at, boundaries.begin() + at + entries);
+      }
       p.schedule.boundaries = boundaries.data();
-      p.schedule.segments = static_cast<int64_t>(boundaries.size()) - 1;
-      p.schedule.causal = draw(0, 1);
+      p.schedule.segments = entries - 1;
+      p.schedule.right = draw(0, 1) ? 0 : draw(0, 1) ? pycore::kFar : draw(1, 90);
+      if (draw(0, 1)) {
+        p.schedule.window_size = draw(1, 150);
+        p.schedule.segment_sinks = draw(0, 1) ? draw(0, 70) : 0;
+      }
     } else if (p.schedule.kind == ScheduleKind::kKeySubset) {
       p.schedule.causal = draw(0, 1);
       p.schedule.key_words = draw(0, 5);
@@ -147,6 +156,11 @@ struct Problem {
       p.schedule.keys = reinterpret_cast<const uint64_t*>(bitmap.data());
     } else if (p.schedule.kind == ScheduleKind::kTree) {
       bind_tree();
+      if (draw(0, 1)) {
+        p.schedule.sink_size = draw(0, 80);
+        p.schedule.window_size = draw(1, 150);
+        if (p.schedule.tree_nodes <= pycore::kKeyTile && draw(0, 1)) bind_ring();
+      }
     } else if (p.schedule.kind == ScheduleKind::kBlocks) {
       p.schedule.block_shift = draw(4, 7);
       p.schedule.sink_size = draw(0, 1) ? draw(0, 80) : 0;
@@ -197,8 +211,9 @@ struct Problem {
     p.key_ring = pycore::kKeyTile * draw(1, 2);
     p.query_length = std::min(p.query_length, p.key_ring);
     p.key_length = p.schedule.sink_size + p.key_ring;
-    p.schedule.window_size = draw(1, p.key_ring - p.query_length + 1);
-    for (int64_t b = 0; b < p.batch; ++b) lengths.push_back(draw(0, 2 * p.key_length));
+    const int64_t nodes = p.schedule.tree_nodes;
+    p.schedule.window_size = draw(1, p.key_ring - std::max(p.query_length, nodes) + 1);
+    for (int64_t b = 0; b < p.batch; ++b) lengths.push_back(draw(nodes, 2 * p.key_length));
     p.key_lengths = lengths.data();
   }
 
@@ -213,9 +228,12 @@ struct Problem {
       grad_bias.resize(p.heads * p.bias_length);
       if (draw(0, 3)) params.grad_bias = grad_bias.data();
     } else if (which == 1) {
-      for (int64_t h = 0; h < p.heads; ++h) slopes.push_back(draw(0, 20) * 0.01f);
+      p.slopes_stride = draw(0, 1) ? p.heads + draw(0, 2) : 0;
+      slopes.resize(p.slopes_stride * (p.batch - 1) + p.heads);
+      for (float& slope : slopes) slope = draw(0, 20) * 0.01f;
       p.alibi_slopes = slopes.data();
     }
+    p.symmetric_bias = draw(0, 1);
     if (draw(0, 1)) {
       sinks = normal(p.heads);
       p.sink_logits = sinks.data();
@@ -270,10 +288,9 @@ struct Problem {
     p.rope_interleaved = draw(0, 1);
     int64_t positions = 0;
     for (int64_t b = 0; b < p.batch; ++b) positions = std::max(positions, pycore::row_map(p, b).positions());
-    const bool causal =
-        p.schedule.kind != ScheduleKind::kFull && p.schedule.kind != ScheduleKind::kPrefix && p.schedule.causal;
     const int64_t reach = std::max(p.distance_limit + pycore::kKeyTile, p.schedule.tree_nodes);
-    p.rope_rows = causal ? std::min(positions, reach) : std::max(positions, p.query_length);
+    const int64_t ahead = p.schedule.ahead(), all = ahead > 0 ? std::max(positions, p.query_length) : positions;
+    p.rope_rows = ahead >= pycore::kFar ? all : std::min(all, reach);
     for (int64_t row = 0; row < p.rope_rows; ++row) {
       for (int64_t i = 0; i < p.rope_stride; ++i) {
         cosine.push_back(std::cos(row * std::pow(100.0, -double(i) / p.rope_stride)));

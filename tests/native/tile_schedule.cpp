@@ -24,10 +24,10 @@ int64_t draw(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int6
 
 void expect(bool condition, const char* what, const TileSchedule& schedule, int64_t p_lo, int64_t p_hi, int64_t tile) {
   if (condition) return;
-  std::fprintf(stderr, "%s: kind %d, sinks %lld, window %lld, positions %lld..%lld, tile %lld\n", what,
-               static_cast<int>(schedule.kind), static_cast<long long>(schedule.sink_size),
-               static_cast<long long>(schedule.window_size), static_cast<long long>(p_lo), static_cast<long long>(p_hi),
-               static_cast<long long>(tile));
+  std::fprintf(stderr, "%s: kind %d, sinks %lld, window %lld, right %lld, positions %lld..%lld, tile %lld\n", what,
+               static_cast<int>(schedule.kind), static_cast<long long>(schedule.sink_size + schedule.segment_sinks),
+               static_cast<long long>(schedule.window_size), static_cast<long long>(schedule.right),
+               static_cast<long long>(p_lo), static_cast<long long>(p_hi), static_cast<long long>(tile));
   std::exit(1);
 }
 
@@ -55,13 +55,18 @@ bool key_subset_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
   return schedule.keys[j / 64] >> (j % 64) & 1;
 }
 
-// The tree from its parents.
-bool tree_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
-  const int64_t last = schedule.tree_start + schedule.tree_nodes;
-  if (j < schedule.tree_start || p < schedule.tree_start || p >= last) return j <= p;
-  int64_t node = p - schedule.tree_start;
-  while (node > j - schedule.tree_start) node = schedule.tree[node * (2 + schedule.tree_words)];
-  return node == j - schedule.tree_start;
+// Segments one after the other. Sums of distances in double, which no boundary overflows.
+bool segments_keep(const TileSchedule& schedule, int64_t p, int64_t j) {
+  for (int64_t s = 0; s < schedule.segments; ++s) {
+    const int64_t start = schedule.boundaries[s], end = schedule.boundaries[s + 1];
+    if (p < start || p >= end || j < start || j >= end || p - j < -schedule.right) continue;
+    return p - j < schedule.window_size || static_cast<double>(j) - start < static_cast<double>(schedule.segment_sinks);
+  }
+  return false;
+}
+
+bool lambda_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
+  return p - j >= -schedule.right && (p - j < schedule.window_size || j < schedule.sink_size);
 }
 
 int64_t tree_depth(const TileSchedule& schedule, int64_t node) {
@@ -69,11 +74,28 @@ int64_t tree_depth(const TileSchedule& schedule, int64_t node) {
   return parent < 0 ? 0 : tree_depth(schedule, parent) + 1;
 }
 
+// The tree from its parents.
+bool tree_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
+  const int64_t start = schedule.tree_start, last = start + schedule.tree_nodes;
+  if (j > p) return false;
+  int64_t from = p, to = j;
+  if (p >= start && p < last) from = start + tree_depth(schedule, p - start);
+  if (j >= start && p < last) {
+    int64_t node = p - start;
+    while (node > j - start) node = schedule.tree[node * (2 + schedule.tree_words)];
+    if (node != j - start) return false;
+    to = start + tree_depth(schedule, j - start);
+  }
+  return from - to < schedule.window_size || to < schedule.sink_size;
+}
+
 bool agrees(const TileSchedule& schedule, int64_t p, int64_t j, bool kept) {
   switch (schedule.kind) {
     case pycore::ScheduleKind::kBlocks: return kept == block_keeps(schedule, p, j);
     case pycore::ScheduleKind::kKeySubset: return kept == key_subset_keeps(schedule, p, j);
     case pycore::ScheduleKind::kTree: return kept == tree_keeps(schedule, p, j);
+    case pycore::ScheduleKind::kLambda: return kept == lambda_keeps(schedule, p, j);
+    case pycore::ScheduleKind::kSegments: return kept == segments_keep(schedule, p, j);
     default: return true;
   }
 }
@@ -92,6 +114,7 @@ void check_places(const TileSchedule& schedule) {
 bool covers_all(const TileSchedule& schedule) {
   switch (schedule.kind) {
     case pycore::ScheduleKind::kBlocks: return schedule.sink_size == 0;  // else a tile may be part sinks, part blocks
+    case pycore::ScheduleKind::kSegments: return schedule.segment_sinks == 0;  // the same
     case pycore::ScheduleKind::kLambda:
     case pycore::ScheduleKind::kTree: return false;
     default: return true;
@@ -110,11 +133,24 @@ void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
       const uint64_t bits = schedule.keep_bits(p, tile);
       for (int64_t c = 0; c < kKeyTile; ++c) {
         expect((bits >> c & 1) == schedule.keeps(p, tile * kKeyTile + c), "keep_bits", schedule, p, p, tile);
-        expect(agrees(schedule, p, tile * kKeyTile + c, bits >> c & 1), "keep_bits of a bitmap", schedule, p, p, tile);
+        expect(agrees(schedule, p, tile * kKeyTile + c, bits >> c & 1), "keep_bits by definition", schedule, p, p,
+               tile);
       }
       expect((bits & ~schedule.reach_bits(p_lo, p_hi, tile)) == 0, "reach_bits", schedule, p_lo, p_hi, tile);
       expect(!schedule.keep_alike(p_lo, p_hi, tile) || bits == schedule.keep_bits(p_lo, tile), "keep_alike", schedule,
              p_lo, p_hi, tile);
+    }
+    // Segments are exact: no key that nobody keeps is read, and no tile without a kept one.
+    if (schedule.kind == pycore::ScheduleKind::kSegments) {
+      uint64_t any = 0;
+      for (int64_t p = p_lo; p <= p_hi; ++p) any |= schedule.keep_bits(p, tile);
+      expect(schedule.reach_bits(p_lo, p_hi, tile) == any, "reach_bits of segments", schedule, p_lo, p_hi, tile);
+      expect(count > 0 || cover == Cover::kNone, "cover misses none", schedule, p_lo, p_hi, tile);
+    }
+    for (int64_t p = p_lo; p <= p_hi; ++p) {
+      for (int64_t j = std::max(p + schedule.ahead() + 1, tile * kKeyTile); j < (tile + 1) * kKeyTile; ++j) {
+        expect(!schedule.keeps(p, j), "ahead", schedule, p, p, tile);
+      }
     }
     int64_t lo, hi;
     schedule.query_range(tile, &lo, &hi);
@@ -134,13 +170,18 @@ void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
 // Tiles a walk visits for one tile of queries.
 int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   int64_t count = 0;
-  const int64_t tiles = p_hi / kKeyTile + 1;
+  const int64_t tiles = (p_hi + std::min(schedule.right, 10 * kKeyTile)) / kKeyTile + 1;
   for (int64_t tile = schedule.next_tile(p_lo, p_hi, 0); tile < tiles;
        tile = schedule.next_tile(p_lo, p_hi, tile + 1)) {
-    count += schedule.cover(p_lo, p_hi, tile) != Cover::kNone;
+    expect(schedule.cover(p_lo, p_hi, tile) != Cover::kNone, "a walk visits a tile for nothing", schedule, p_lo, p_hi,
+           tile);
+    ++count;
   }
   return count;
 }
+
+// The tiles of positions lo..hi.
+int64_t tiles_of(int64_t lo, int64_t hi) { return hi / kKeyTile - lo / kKeyTile + 1; }
 
 // The boundaries, the bitmap and the nodes of the schedule last drawn.
 std::vector<int64_t> boundaries, nodes;
@@ -160,7 +201,14 @@ TileSchedule random_schedule() {
     std::sort(boundaries.begin(), boundaries.end());
     schedule.boundaries = boundaries.data();
     schedule.segments = static_cast<int64_t>(boundaries.size()) - 1;
-    schedule.causal = draw(0, 1);
+    for (int64_t& boundary : boundaries) {
+      if (draw(0, 40) == 0) boundary = draw(0, 1) ? INT64_MIN : INT64_MAX;
+    }
+    std::sort(boundaries.begin(), boundaries.end());
+    const int64_t sizes[] = {0, 1, 63, 64, 65, draw(0, 200), pycore::kFar};
+    schedule.right = sizes[draw(0, 1) ? 0 : draw(0, 6)];
+    if (draw(0, 1)) schedule.window_size = std::max<int64_t>(sizes[draw(0, 6)], 1);
+    if (draw(0, 1)) schedule.segment_sinks = sizes[draw(0, 6)];
   }
   if (schedule.kind == pycore::ScheduleKind::kBlocks) {
     schedule.block_shift = draw(4, 9);
@@ -200,10 +248,12 @@ TileSchedule random_schedule() {
     }
     check_places(schedule);
   }
-  if (schedule.kind != pycore::ScheduleKind::kLambda) return schedule;
+  const bool tree = schedule.kind == pycore::ScheduleKind::kTree;
+  if (schedule.kind != pycore::ScheduleKind::kLambda && (!tree || draw(0, 1))) return schedule;
   const int64_t sizes[] = {0, 1, 63, 64, 65, 128, draw(0, 200), kKeys, pycore::kFar};
   schedule.sink_size = sizes[draw(0, 8)];
   schedule.window_size = std::max<int64_t>(sizes[draw(0, 8)], 1);
+  if (!tree && draw(0, 1)) schedule.right = sizes[draw(0, 8)];
   return schedule;
 }
 
@@ -215,7 +265,8 @@ int main(int argc, char** argv) {
     const int64_t p_lo = draw(-70, kKeys - 1);
     check(random_schedule(), p_lo, std::min(p_lo + draw(0, draw(0, 1) ? 5 : 95), kKeys - 1));
   }
-  // The cost of Λ: a tile of queries visits the sinks' tiles and the window's, however far it stands.
+  // The cost of Λ, and of a window on both sides: a tile of queries visits the sinks' tiles and the window's, however
+  // far it stands.
   TileSchedule schedule;
   schedule.kind = pycore::ScheduleKind::kLambda;
   schedule.sink_size = 16;
@@ -223,6 +274,33 @@ int main(int argc, char** argv) {
   for (int64_t p = 4096; p < int64_t{1} << 50; p = p * 3 + 1) {
     const int64_t tiles = visited(schedule, p, p + 95);
     expect(tiles <= 1 + (512 + 95) / kKeyTile + 2, "Λ visits too many tiles", schedule, p, p + 95, tiles);
+    TileSchedule both = schedule;
+    both.right = 200;
+    const int64_t on_both_sides = visited(both, p, p + 95);
+    expect(on_both_sides == 1 + tiles_of(p - 511, p + 95 + 200), "Λ visits other tiles on both sides", both, p, p + 95,
+           on_both_sides);
+  }
+  // That of a window inside segments: the tiles of the window, those of its segment's sinks, and no other segment's.
+  for (int64_t p = 4096; p < int64_t{1} << 50; p = p * 3 + 1) {
+    for (const int64_t right : {int64_t{0}, int64_t{200}}) {
+      TileSchedule packed;
+      packed.kind = pycore::ScheduleKind::kSegments;
+      boundaries = {0, p - 3000, p - 3000, p + 96, p + 96, p + 9000};
+      packed.boundaries = boundaries.data();
+      packed.segments = 5;
+      packed.window_size = 512;
+      packed.right = right;
+      const int64_t without = visited(packed, p, p + 95);
+      expect(without == tiles_of(p - 511, p + 95), "a window visits other tiles", packed, p, p + 95, without);
+      packed.segment_sinks = 16;
+      const int64_t with = visited(packed, p, p + 95);
+      expect(with == without + tiles_of(p - 3000, p - 3000 + 15), "sinks of a segment visit other tiles", packed, p,
+             p + 95, with);
+      // Rows of two segments: the second one's see nothing of the first.
+      const int64_t two = visited(packed, p + 80, p + 110);
+      expect(two == tiles_of(p - 3000, p - 3000 + 15) + tiles_of(p + 80 - 511, p + 110 + right),
+             "rows of two segments visit other tiles", packed, p + 80, p + 110, two);
+    }
   }
   return 0;
 }

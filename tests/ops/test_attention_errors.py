@@ -138,11 +138,11 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "boundaries-dtype": (
         {"schedule": Segments(torch.zeros(3, dtype=torch.int32))},
-        "boundaries must be an int64 tensor of one dimension",
+        "boundaries must be an int64 tensor of one or two dimensions, [S + 1] or [batch, S + 1]",
     ),
     "boundaries-dims": (
-        {"schedule": Segments(lengths(0, 9)[None])},
-        "boundaries must be an int64 tensor of one dimension",
+        {"schedule": Segments(lengths(0, 9)[None, None])},
+        "boundaries must be an int64 tensor of one or two dimensions, [S + 1] or [batch, S + 1]",
     ),
     "boundaries-stride": ({"schedule": Segments(lengths(0, 1, 2, 3)[::2])}, "boundaries must be contiguous"),
     "boundaries-empty": ({"schedule": Segments(lengths())}, "boundaries is empty and must have at least one entry"),
@@ -188,8 +188,19 @@ def test_bad_value(name: str) -> None:
 # And of `lambda_attention`, which has alibi_slopes.
 ALIBI: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"alibi_slopes": zeros(H).double()}, "alibi_slopes is float64 and must be float32"),
-    "dims": ({"alibi_slopes": zeros(1, H)}, "alibi_slopes has shape [1, 4] and must be [heads], with 4 heads"),
-    "heads": ({"alibi_slopes": zeros(3)}, "alibi_slopes has shape [3] and must be [heads], with 4 heads"),
+    "dims": (
+        {"alibi_slopes": zeros(1, 1, H)},
+        "alibi_slopes has shape [1, 1, 4] and must be [heads] or [batch, heads], with 4 heads",
+    ),
+    "heads": (
+        {"alibi_slopes": zeros(3)},
+        "alibi_slopes has shape [3] and must be [heads] or [batch, heads], with 4 heads",
+    ),
+    "rows": (
+        {"alibi_slopes": zeros(3, H)},
+        "alibi_slopes has 3 rows and must have one, or one for each of 2 batch rows",
+    ),
+    "row-stride": ({"alibi_slopes": zeros(B, 2 * H)[:, ::2]}, "alibi_slopes's last dimension must be contiguous"),
     "stride": ({"alibi_slopes": zeros(2 * H)[::2]}, "alibi_slopes's last dimension must be contiguous"),
     "and-bias": (
         {"alibi_slopes": zeros(H), "distance_bias": zeros(H, 3)},
@@ -231,6 +242,8 @@ def test_the_op_that_was_called_is_named() -> None:
         (Lambda(2, 10), 10, 5, 100, 1 << 40, 74), (Full(), None, 5, 100, 0, 100), (Full(), None, 100, 5, 0, 100),
         (Prefix(lengths(0)), None, 100, 5, 0, 100), (Prefix(lengths(9)), 10, 5, 100, 0, 100),
         (Segments(lengths(0, 100), causal=False), 10, 100, 100, 0, 100), (Segments(lengths(0, 100)), 10, 5, 100, 0, 74),
+        (Segments(lengths(0, 100), False, right=9), 10, 100, 100, 0, 74), (Lambda(2, 9, right=8), 10, 9, 5, 0, 9),
+        (Lambda(2, 9, right=8), 10, 90, 100, 1 << 40, 74), (Lambda(2, 9, right=None), 10, 100, 5, 0, 100),
     ],
     ids=str,
 )  # fmt: skip
@@ -401,8 +414,8 @@ def op_arguments(
         ),
         (op_arguments("causal", (1,)), 'schedule "causal" has 1 numbers and takes 0'),
         (op_arguments("full", (1, 2)), 'schedule "full" has 2 numbers and takes 0'),
-        (op_arguments("lambda", (1,)), 'schedule "lambda" has 1 numbers and takes 2'),
-        (op_arguments("segments", schedule_tensor=lengths(0, 9)), 'schedule "segments" has 0 numbers and takes 1'),
+        (op_arguments("lambda", (1,)), 'schedule "lambda" has 1 numbers and takes 2 or 3'),
+        (op_arguments("segments", schedule_tensor=lengths(0, 9)), 'schedule "segments" has 0 numbers and takes 1 or 4'),
         (op_arguments("causal", schedule_tensor=lengths(0, 9)), 'schedule "causal" takes no tensor'),
         (op_arguments("prefix"), 'schedule "prefix" takes one tensor'),
         (op_arguments("segments", (1,)), 'schedule "segments" takes one tensor'),

@@ -38,6 +38,10 @@ SCHEDULES: dict[str, Schedule] = {
     "prefix": Prefix(lengths(7, 90)),
     "segments": Segments(lengths(3, 20, 20, 77)),
     "segments-not-causal": Segments(lengths(0, 20, 50, 300), False),
+    "segments-of-rows": Segments(lengths(0, 30, 90, 90, 5, 5, 60, 200).view(2, 4), False),
+    "segments-window": Segments(lengths(0, 7, 60, 200), window_size=9, sink_size=3),
+    "segments-both-sides": Segments(lengths(3, 3, 55, 99, 0, 50, 80, 80).view(2, 4), False, 9, 3, 4),
+    "lambda-both-sides": Lambda(3, 9, right=4),
     "blocks": Probabilistic(Constant(0.4), 7, block_size=16, window_blocks=2),
     "blocks-sinks": Probabilistic(Geometric(0.8), lengths(7, 8), 3, block_size=32, sink_size=19),
     "blocks-per-row": Probabilistic(torch.rand(HEADS, 9, generator=GENERATOR), 5, block_size=16, blocks_per_row=3),
@@ -47,6 +51,8 @@ SCHEDULES: dict[str, Schedule] = {
     "tree": Tree(random_tree(40)),
     "tree-of-rows": Tree(torch.stack([random_tree(17, 1), random_tree(17, 2)])),
     "tree-of-nothing": Tree(lengths()),
+    "tree-with-a-window": Tree(random_tree(40), 3, 9),
+    "tree-of-nothing-with-a-window": Tree(lengths(), 3, 9),
 }
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
@@ -93,6 +99,8 @@ def test_one_row_where_all_are_the_same() -> None:
     assert to_flex_block_mask(KeySubset(lengths(1)), **sizes).shape == (1, 1, 10, 10)
     assert to_flex_block_mask(Tree(lengths(-1, 0)), **sizes).shape == (1, 1, 10, 10)
     assert to_flex_block_mask(Prefix(lengths(1, 2, 3, 4)), **sizes).shape == (4, 1, 10, 10)
+    assert to_flex_block_mask(Segments(lengths(0, 4, 10)[None]), **sizes).shape == (1, 1, 10, 10)
+    assert to_flex_block_mask(Segments(lengths(0, 4, 10).repeat(4, 1)), **sizes).shape == (4, 1, 10, 10)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -106,6 +114,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "keys": (
         {"schedule": KeySubset(torch.zeros(3, 5, dtype=torch.bool))},
         "keys has 3 rows and must have one, or one for each of 2 batch rows",
+    ),
+    "boundaries": (
+        {"schedule": Segments(lengths(0, 9).repeat(3, 1))},
+        "boundaries has 3 rows and must have one, or one for each of 2 batch rows",
     ),
     "keys-negative": ({"schedule": KeySubset(lengths(4, -1))}, "keys has position -1, where all must be at least 0"),
     "parents": (

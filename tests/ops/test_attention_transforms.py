@@ -350,7 +350,7 @@ def test_vmap_refuses_tables() -> None:
     with pytest.raises(NotImplementedError, match=f"^{message}$"):
         torch.vmap(lambda sinks: attention(q, k, v, sink_logits=sinks))(SINKS.expand(TIMES, 4))
     with pytest.raises(NotImplementedError, match=f"^{message}$"):
-        torch.vmap(lambda b: attention(q, k, v, schedule=Segments(b)))(lengths(0, 4, 0, 9).view(2, 2))
+        torch.vmap(lambda bias: attention(q, k, v, distance_bias=bias))(BIAS.expand(TIMES, 4, 12))
 
 
 @pytest.mark.parametrize("in_dims", [(0, None, 0), (1, 2, 3), (4, None, None), (None, None, 1)], ids=str)

@@ -19,8 +19,9 @@
 // biases and distance_limit d is place(p) - place(j), so that each branch is seen as a text of its own.
 //
 // A logit is softcap(scale <q, k>) + bias: softcap(s) = cap tanh(s / cap), and the bias either distance_bias[h][min(d',
-// n-1)] or -alibi_slopes[h] d' (d' is 0 for keys after the query). sink_logits[h] joins the softmax and carries no
-// value. Dropout multiplies weight (b, h, p, j) by 0 or 1 / (1 - dropout_p), after the softmax's sum is taken.
+// n-1)] or -alibi_slopes[h] d' (for keys after the query d' is 0, or with symmetric_bias min(-d, distance_limit)).
+// sink_logits[h] joins the softmax and carries no value. Dropout multiplies weight (b, h, p, j) by 0 or 1 / (1 -
+// dropout_p), after the softmax's sum is taken.
 #pragma once
 
 #include <pycore/export.h>
@@ -54,7 +55,7 @@ struct AttentionParams {
   TileSchedule schedule;
   const int64_t* prefix_lengths = nullptr;  // [batch]: schedule.prefix by batch row, for the prefix schedule
   // For the blocks schedule, schedule.blocks is [batch, heads, block_rows, block_words]; row_map binds a row and head.
-  // For key_subset and tree, schedule.keys and schedule.tree are the first batch row's.
+  // For segments, key_subset and tree, schedule.boundaries, .keys and .tree are the first batch row's.
   int64_t bitmap_stride = 0;  // from one batch row's to the next; 0: one for all
   double scale = 1.0;
 
@@ -67,7 +68,9 @@ struct AttentionParams {
   // Tables: float32 (float64 for float64), null where there is none.
   const void* distance_bias = nullptr;  // [heads, bias_length], row stride bias_stride
   int64_t bias_length = 0, bias_stride = 0;
-  const void* alibi_slopes = nullptr;  // [heads]
+  const void* alibi_slopes = nullptr;  // [heads], or for each batch row its own
+  int64_t slopes_stride = 0;           // from one batch row's to the next; 0: one for all
+  bool symmetric_bias = false;         // keys after the query have the bias of those as far before it
   const void* sink_logits = nullptr;   // [heads]
   const void* block_bias = nullptr;    // [heads, block_bias_length] by block distance, row stride block_bias_stride
   int64_t block_bias_length = 0, block_bias_stride = 0;  // (0: one row for all heads); blocks schedule only
@@ -186,6 +189,7 @@ PYCORE_HOST_DEVICE inline void bind_schedule(const AttentionParams& params, int6
     schedule.block_column0 = map->offset == 0 ? 0 : (map->sinks + map->offset) >> schedule.block_shift;
     bind_head(params, b, h, map);
   }
+  if (schedule.kind == ScheduleKind::kSegments) schedule.boundaries += b * params.bitmap_stride;
   if (schedule.kind == ScheduleKind::kKeySubset) schedule.keys += b * params.bitmap_stride;
   if (schedule.kind == ScheduleKind::kTree) {
     schedule.tree += b * params.bitmap_stride;

@@ -24,16 +24,18 @@ struct AttentionArgs {
   TensorView dropout_seed;                                        // int64, one number; read if dropout_p > 0
   TensorView block_bias;                                          // not defined(): none
   std::string schedule;  // "full", "causal", "lambda", "prefix", "segments", "blocks", "key_subset" or "tree"
-  std::vector<int64_t> schedule_args;  // lambda: sink_size, window_size; segments, key_subset: 1 if causal; blocks:
-                                       // block_size, sink_size, window_blocks
-  TensorView schedule_tensor;  // prefix: lengths [batch]; segments: boundaries [S + 1]; blocks, key_subset: the bitmap;
-                               // tree: its nodes
+  // lambda: sink_size, window_size and, if not 0, right; segments: 1 if causal and, if there is a window, window_size,
+  // sink_size, right; key_subset: 1 if causal; blocks: block_size, sink_size, window_blocks
+  std::vector<int64_t> schedule_args;
+  TensorView schedule_tensor;  // prefix: lengths [batch]; segments: boundaries [S + 1] or [1 or batch, S + 1]; blocks,
+                               // key_subset: the bitmap; tree: its nodes
   bool interleaved = false;
   int64_t distance_limit = -1;  // -1: none
   int64_t key_ring = 0;
   double scale = 1.0;
   double softcap = 0.0;
   double dropout_p = 0.0;
+  bool symmetric_bias = false;
 };
 
 namespace detail {
@@ -94,19 +96,64 @@ inline void check_blocks(const AttentionArgs& args, AttentionParams* params) {
   schedule.blocks = blocks.as<const uint64_t>();
 }
 
+// The numbers that lambda and segments share.
+inline void check_window(const AttentionArgs& args, int64_t sink_size, int64_t window_size, int64_t right) {
+  check_value(sink_size >= 0, args.op, "sink_size is ", sink_size, " and must be at least 0");
+  check_value(window_size >= 1, args.op, "window_size is ", window_size, " and must be at least 1");
+  check_value(right >= 0, args.op, "right is ", right, " and must be at least 0");
+}
+
+// int64 [S + 1] or [1 or batch, S + 1]; each row ascends.
+inline void check_segments(const AttentionArgs& args, AttentionParams* params) {
+  const TensorView& tensor = args.schedule_tensor;
+  const std::vector<int64_t>& numbers = args.schedule_args;
+  check_value((tensor.dims == 1 || tensor.dims == 2) && tensor.dtype == DType::kInt64, args.op,
+              "boundaries must be an int64 tensor of one or two dimensions, [S + 1] or [batch, S + 1]");
+  const int64_t rows = tensor.dims == 2 ? tensor.shape[0] : 1, entries = tensor.shape[tensor.dims - 1];
+  check_value(rows == params->batch || rows == 1, args.op, "boundaries has ", rows,
+              " rows and must have one, or one for each of ", params->batch, " batch rows");
+  check_value(entries >= 1, args.op, "boundaries is empty and must have at least one entry");
+  check_value((entries == 1 || tensor.strides[tensor.dims - 1] == 1) && (rows <= 1 || tensor.strides[0] == entries),
+              args.op, "boundaries must be contiguous");
+  check_value(tensor.device == args.query.device && tensor.device_index == args.query.device_index, args.op,
+              "boundaries is on another device than query");
+  TileSchedule& schedule = params->schedule;
+  schedule.boundaries = tensor.as<const int64_t>();
+  schedule.segments = entries - 1;
+  params->bitmap_stride = rows == 1 ? 0 : entries;
+  schedule.right = numbers[0] != 0 ? 0 : kFar;
+  if (numbers.size() == 4) {
+    check_window(args, numbers[2], numbers[1], numbers[3]);
+    check_value(numbers[0] == 0 || numbers[3] == 0, args.op, "right is ", numbers[3],
+                " and must be 0 where the schedule is causal");
+    schedule.window_size = std::min(numbers[1], kFar);
+    schedule.segment_sinks = std::min(numbers[2], kFar);
+    schedule.right = std::min(numbers[3], kFar);
+  }
+  if (args.query.device != Device::kCpu) return;
+  for (int64_t b = 0; b < rows; ++b) {
+    const std::string row = tensor.dims == 2 ? std::to_string(b) + ", " : "";
+    const int64_t* boundaries = schedule.boundaries + b * params->bitmap_stride;
+    for (int64_t s = 0; s < schedule.segments; ++s) {
+      check_value(boundaries[s] <= boundaries[s + 1], args.op, "boundaries[", row, s + 1, "] is ", boundaries[s + 1],
+                  " and must not be less than the one before it, ", boundaries[s]);
+    }
+  }
+}
+
 // Sets params->schedule, and prefix_lengths.
 inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
   struct Kind {
     const char* name;
     ScheduleKind kind;
-    size_t numbers;
+    size_t numbers, at_most;
     bool tensor;
   };
   constexpr Kind kKinds[] = {
-      {"full", ScheduleKind::kFull, 0, false},           {"causal", ScheduleKind::kCausal, 0, false},
-      {"lambda", ScheduleKind::kLambda, 2, false},       {"prefix", ScheduleKind::kPrefix, 0, true},
-      {"segments", ScheduleKind::kSegments, 1, true},    {"blocks", ScheduleKind::kBlocks, 3, true},
-      {"key_subset", ScheduleKind::kKeySubset, 1, true}, {"tree", ScheduleKind::kTree, 0, true}};
+      {"full", ScheduleKind::kFull, 0, 0, false},           {"causal", ScheduleKind::kCausal, 0, 0, false},
+      {"lambda", ScheduleKind::kLambda, 2, 3, false},       {"prefix", ScheduleKind::kPrefix, 0, 0, true},
+      {"segments", ScheduleKind::kSegments, 1, 4, true},    {"blocks", ScheduleKind::kBlocks, 3, 3, true},
+      {"key_subset", ScheduleKind::kKeySubset, 1, 1, true}, {"tree", ScheduleKind::kTree, 0, 2, true}};
   const Kind* found = nullptr;
   for (const Kind& kind : kKinds) {
     if (args.schedule == kind.name) found = &kind;
@@ -114,8 +161,10 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
   check_value(found != nullptr, args.op, "schedule is \"", args.schedule,
               "\" and must be \"full\", \"causal\", \"lambda\", \"prefix\", \"segments\", \"blocks\", \"key_subset\" "
               "or \"tree\"");
-  check_value(args.schedule_args.size() == found->numbers, args.op, "schedule \"", args.schedule, "\" has ",
-              args.schedule_args.size(), " numbers and takes ", found->numbers);
+  const size_t numbers = args.schedule_args.size();
+  check_value(numbers == found->numbers || numbers == found->at_most, args.op, "schedule \"", args.schedule, "\" has ",
+              numbers, " numbers and takes ", found->numbers,
+              found->at_most > found->numbers ? " or " + std::to_string(found->at_most) : "");
   check_value(args.schedule_tensor.defined() == found->tensor, args.op, "schedule \"", args.schedule, "\" takes ",
               found->tensor ? "one tensor" : "no tensor");
   TileSchedule& schedule = params->schedule;
@@ -123,11 +172,11 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
   const TensorView& tensor = args.schedule_tensor;
   const bool readable = args.query.device == Device::kCpu;
   if (found->kind == ScheduleKind::kLambda) {
-    check_value(args.schedule_args[0] >= 0, args.op, "sink_size is ", args.schedule_args[0], " and must be at least 0");
-    check_value(args.schedule_args[1] >= 1, args.op, "window_size is ", args.schedule_args[1],
-                " and must be at least 1");
+    const int64_t right = numbers == 3 ? args.schedule_args[2] : 0;
+    check_window(args, args.schedule_args[0], args.schedule_args[1], right);
     schedule.sink_size = std::min(args.schedule_args[0], kFar);
     schedule.window_size = std::min(args.schedule_args[1], kFar);
+    schedule.right = std::min(right, kFar);
   } else if (found->kind == ScheduleKind::kBlocks) {
     check_blocks(args, params);
   } else if (found->kind == ScheduleKind::kKeySubset) {
@@ -135,6 +184,11 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     schedule.causal = args.schedule_args[0] != 0;
   } else if (found->kind == ScheduleKind::kTree) {
     check_tree(args.op, tensor, args.query, params);
+    if (numbers == 2) {
+      check_window(args, args.schedule_args[0], args.schedule_args[1], 0);
+      schedule.sink_size = std::min(args.schedule_args[0], kFar);
+      schedule.window_size = std::min(args.schedule_args[1], kFar);
+    }
   } else if (found->kind == ScheduleKind::kPrefix) {
     check_index_tensor(args, "prefix_lengths", tensor);
     check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
@@ -145,15 +199,7 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
                   " and must be at least 0");
     }
   } else if (found->kind == ScheduleKind::kSegments) {
-    check_index_tensor(args, "boundaries", tensor);
-    check_value(tensor.shape[0] >= 1, args.op, "boundaries is empty and must have at least one entry");
-    schedule.boundaries = tensor.as<const int64_t>();
-    schedule.segments = tensor.shape[0] - 1;
-    schedule.causal = args.schedule_args[0] != 0;
-    for (int64_t s = 0; s < schedule.segments && readable; ++s) {
-      check_value(schedule.boundaries[s] <= schedule.boundaries[s + 1], args.op, "boundaries[", s + 1, "] is ",
-                  schedule.boundaries[s + 1], " and must not be less than the one before it, ", schedule.boundaries[s]);
-    }
+    check_segments(args, params);
   }
 }
 
@@ -189,6 +235,24 @@ inline void check_logit_factors(const AttentionArgs& args) {
               "; scale / softcap must be finite in float32");
 }
 
+// A float table [heads], or [1 or batch, heads].
+inline void check_slopes(const AttentionArgs& args, AttentionParams* params) {
+  const TensorView& slopes = args.alibi_slopes;
+  if (!slopes.defined()) return;
+  const int last = slopes.dims - 1;
+  const bool rows = last == 1;
+  check_value((last == 0 || rows) && slopes.shape[last] == params->heads, args.op, "alibi_slopes has shape ",
+              shape_text(slopes), " and must be [heads] or [batch, heads], with ", params->heads, " heads");
+  check_value(!rows || slopes.shape[0] == 1 || slopes.shape[0] == params->batch, args.op, "alibi_slopes has ",
+              slopes.shape[0], " rows and must have one, or one for each of ", params->batch, " batch rows");
+  TensorView first = slopes;
+  first.dims = 1;
+  first.shape[0] = slopes.shape[last];
+  first.strides[0] = slopes.strides[last];
+  params->alibi_slopes = check_table(args, *params, "alibi_slopes", first, 1);
+  params->slopes_stride = rows && slopes.shape[0] > 1 ? slopes.strides[0] : 0;
+}
+
 inline void check_options(const AttentionArgs& args, AttentionParams* params) {
   check_value(!(args.distance_bias.defined() && args.alibi_slopes.defined()), args.op,
               "distance_bias and alibi_slopes are both given; only one may be");
@@ -197,7 +261,8 @@ inline void check_options(const AttentionArgs& args, AttentionParams* params) {
     params->bias_length = args.distance_bias.shape[1];
     params->bias_stride = args.distance_bias.strides[0];
   }
-  params->alibi_slopes = check_table(args, *params, "alibi_slopes", args.alibi_slopes, 1);
+  check_slopes(args, params);
+  params->symmetric_bias = args.symmetric_bias;
   params->sink_logits = check_table(args, *params, "sink_logits", args.sink_logits, 1);
   params->block_bias = check_table(args, *params, "block_bias", args.block_bias, 2, true);
   if (args.block_bias.defined()) {
@@ -236,8 +301,8 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   if (args.key_ring == 0) return;
   check_value(args.key_ring > 0 && args.key_ring % kKeyTile == 0, args.op, "key_ring is ", args.key_ring,
               " and must be a multiple of ", kKeyTile);
-  check_value(params->schedule.kind == ScheduleKind::kLambda, args.op, "key_ring is given with schedule \"",
-              args.schedule, "\" and must come with \"lambda\"");
+  check_value(params->schedule.kind == ScheduleKind::kLambda || params->schedule.kind == ScheduleKind::kTree, args.op,
+              "key_ring is given with schedule \"", args.schedule, "\" and must come with \"lambda\" or \"tree\"");
   check_value(args.key_ring <= params->key_length && params->schedule.sink_size <= params->key_length - args.key_ring,
               args.op, "key has length ", params->key_length, " and must have room for a ring of ", args.key_ring,
               " and ", params->schedule.sink_size, " sinks");
@@ -256,8 +321,10 @@ inline void check_length_values(const AttentionArgs& args, const AttentionParams
     if (params.key_ring > 0) {
       check_value(end >= 0 && end < kFar, args.op, "key_lengths[", b, "] is ", end, " and must be between 0 and ",
                   kFar - 1);
-      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - queries + 1,
-                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", queries,
+      // The first node of a tree sees as far back as the query of its position, though not itself a query.
+      const int64_t windows = std::max(queries, params.schedule.tree_nodes);
+      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - windows + 1,
+                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", windows,
                   " queries, each of ", params.schedule.window_size);
     } else {
       check_value(end >= 0 && end <= params.key_length, args.op, "key_lengths[", b, "] is ", end,
@@ -308,16 +375,15 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
     positions = params->key_length;
   }
   if (params->batch * params->heads * params->query_length == 0) return;
-  // Without a causal bound a query may also stand before its keys, at any distance.
-  const bool causal = params->schedule.kind != ScheduleKind::kFull && params->schedule.kind != ScheduleKind::kPrefix &&
-                      params->schedule.causal;
   // A node of a tree may stand before its key tile, by as much as the tree has nodes.
   const int64_t reach = std::max(params->distance_limit + kKeyTile, params->schedule.tree_nodes);
-  if (!causal) {
-    const int64_t needed = std::max(positions, params->query_length);
+  // Without a causal bound a query may also stand before its keys, at any distance or within a window.
+  const int64_t ahead = params->schedule.ahead();
+  const int64_t needed = std::max(positions, params->query_length);
+  if (ahead > 0 && (ahead >= kFar || needed <= reach)) {
     check_value(params->rope_rows >= needed, args.op, "rope has ", params->rope_rows, " rows and must have ", needed,
                 ", one for every distance up to ", needed - 1);
-  } else if (positions <= reach) {
+  } else if (ahead == 0 && positions <= reach) {
     check_value(params->rope_rows >= positions, args.op, "rope has ", params->rope_rows, " rows and must have ",
                 positions, ", one for every distance up to ", positions - 1);
   } else if (reach > params->distance_limit + kKeyTile) {
@@ -382,9 +448,13 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   params.scale = args.scale;
   check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
   params.distance_limit = args.distance_limit < 0 ? kFar : std::min(args.distance_limit, kFar);
-  check_value(params.schedule.kind != ScheduleKind::kLambda || params.distance_limit >= params.schedule.window_size, op,
-              "distance_limit is ", params.distance_limit, " and must be at least window_size, ",
-              params.schedule.window_size);
+  const bool windowed = params.schedule.kind == ScheduleKind::kLambda ||
+                        (params.schedule.kind == ScheduleKind::kTree && params.schedule.window_size < kFar);
+  check_value(!windowed || params.distance_limit >= params.schedule.window_size, op, "distance_limit is ",
+              params.distance_limit, " and must be at least window_size, ", params.schedule.window_size);
+  const int64_t ahead = params.schedule.ahead();
+  check_value(ahead >= kFar || params.distance_limit >= ahead, op, "distance_limit is ", params.distance_limit,
+              " and must be at least right, ", ahead);
 
   params.key_starts = detail::check_lengths(args, "key_starts", args.key_starts, params.batch);
   params.key_lengths = detail::check_lengths(args, "key_lengths", args.key_lengths, params.batch);

@@ -15,6 +15,7 @@
 //   query_range(tile, lo, hi) positions outside lo..hi keep nothing of the tile (the backward pass walks it)
 //   place(p)                  where p stands for distances (rotations, biases): p itself, but for the nodes of a tree
 //   in_place(tile)            whether every position of the tile stands at itself
+//   ahead()                   by how much a kept key may stand after its query: kFar where nothing bounds it
 #pragma once
 
 #include <cstdint>
@@ -65,13 +66,15 @@ PYCORE_HOST_DEVICE inline uint64_t tile_bits(int64_t base, int64_t from, int64_t
 
 struct TileSchedule {
   ScheduleKind kind = ScheduleKind::kCausal;
-  int64_t sink_size = 0;       // Λ, Blocks: tokens kept from the start
-  int64_t window_size = kFar;  // Λ: newest tokens kept, the query's own among them
+  int64_t sink_size = 0;       // Λ, Blocks, Tree: tokens kept from the start
+  int64_t window_size = kFar;  // Λ, Segments, Tree (by place): newest tokens kept, the query's own among them
+  int64_t right = 0;           // Λ, Segments: tokens kept after the query's own
   int64_t prefix = 0;          // Prefix: tokens every query sees, also those before it
   const int64_t* boundaries =
       nullptr;  // Segments: ascending positions; segment s is boundaries[s] .. boundaries[s+1]-1
   int64_t segments = 0;
-  bool causal = true;  // Segments: causal inside a segment; KeySubset: a query keeps no key after it
+  int64_t segment_sinks = 0;  // Segments: tokens kept from the start of the query's own
+  bool causal = true;         // KeySubset: a query keeps no key after it
   // Blocks: a bit for every pair of a query block p >> block_shift and a key block j >> block_shift that take part, of
   // one batch row and head: [block_rows, block_words], from query block block_row0 and key block block_column0 on
   // (attention_blocks.h draws them). Whole tiles lie in a block, or whole blocks of at least 16 in a tile.
@@ -102,6 +105,51 @@ struct TileSchedule {
     }
     *lo = boundaries[first];
     *hi = boundaries[first + 1];
+  }
+
+  // Keys of the tile that rows p_lo..p_hi, all of a text that starts at `start` and ends before `end`, keep between
+  // them: those of its first `sinks` and those of their windows, none past `right`.
+  PYCORE_HOST_DEVICE uint64_t window_bits(int64_t p_lo, int64_t p_hi, int64_t start, int64_t end, int64_t sinks,
+                                          int64_t tile) const {
+    const int64_t base = tile * kKeyTile, oldest = p_lo - window_size + 1, past = p_hi + right + 1;
+    const int64_t to = past < end ? past : end, sinks_end = start + sinks;
+    return tile_bits(base, oldest > start ? oldest : start, to) |
+           tile_bits(base, start, sinks_end < to ? sinks_end : to);
+  }
+
+  // A segment's first position, for sums: those below -kFar are none's.
+  PYCORE_HOST_DEVICE static int64_t bounded(int64_t position) { return position < -kFar ? -kFar : position; }
+
+  // Keys of the tile that some row of p_lo..p_hi keeps under segments.
+  PYCORE_HOST_DEVICE uint64_t segment_bits(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    if (segments == 0) return 0;
+    const int64_t base = tile * kKeyTile, last = base + kKeyTile - 1;
+    // A segment with rows and keys holds the later one of p_lo and base, or starts after it, where both ranges are.
+    int64_t at = p_lo > base ? p_lo : base;
+    const int64_t until = p_hi < last ? p_hi : last;
+    if (at < boundaries[0] && boundaries[0] <= until) at = boundaries[0];
+    uint64_t bits = 0;
+    PYCORE_ROLLED
+    do {
+      int64_t lo, hi;
+      segment_of(at, &lo, &hi);
+      if (lo == hi) break;  // no position from here on has one
+      const int64_t first = p_lo > lo ? p_lo : lo, end = p_hi < hi ? p_hi : hi - 1;
+      if (first <= end) bits |= window_bits(first, end, bounded(lo), hi, segment_sinks, tile);
+      at = hi;
+    } while (at <= until);
+    return bits;
+  }
+
+  PYCORE_HOST_DEVICE int64_t ahead() const {
+    switch (kind) {
+      case ScheduleKind::kFull:
+      case ScheduleKind::kPrefix: return kFar;
+      case ScheduleKind::kKeySubset: return causal ? 0 : kFar;
+      case ScheduleKind::kLambda:
+      case ScheduleKind::kSegments: return right;
+      default: return 0;
+    }
   }
 
   // Word `word` of the bitmap's rows for positions p_lo..p_hi, together.
@@ -185,7 +233,24 @@ struct TileSchedule {
     return shift == 0 || word + 1 == tree_words ? low : low | words[word + 1] << (64 - shift);
   }
 
+  // Keys of the tile that position p keeps under a tree: of the context and of its ancestors those in its window, or
+  // among the sinks, by place.
+  PYCORE_HOST_DEVICE uint64_t branch_bits(int64_t p, int64_t tile) const {
+    if (!in_tree(p)) return window_bits(p, p, 0, INT64_MAX, sink_size, tile);
+    const int64_t at = place(p);
+    uint64_t ancestors = ancestor_bits(p, tile);
+    if (at - tree_start >= window_size) {  // else the window holds the whole branch
+      PYCORE_ROLLED
+      for (uint64_t left = ancestors; left != 0; left &= left - 1) {
+        const int64_t j = place(tile * kKeyTile + lowest_bit(left));
+        if (at - j >= window_size && j >= sink_size) ancestors &= ~(left & (~left + 1));
+      }
+    }
+    return window_bits(at, at, 0, tree_start, sink_size, tile) | ancestors;
+  }
+
   PYCORE_HOST_DEVICE uint64_t reach_bits(int64_t p_lo, int64_t p_hi, int64_t tile) const {
+    if (kind == ScheduleKind::kSegments) return segment_bits(p_lo, p_hi, tile);
     if (kind != ScheduleKind::kBlocks && kind != ScheduleKind::kKeySubset) return ~uint64_t{0};
     const int64_t base = tile * kKeyTile;
     const uint64_t past = tile_bits(base, 0, p_hi + 1);
@@ -213,16 +278,15 @@ struct TileSchedule {
     const int64_t base = tile * kKeyTile;
     if (kind == ScheduleKind::kFull) return ~uint64_t{0};
     if (kind == ScheduleKind::kBlocks || kind == ScheduleKind::kKeySubset) return reach_bits(p, p, tile);
-    if (in_tree(p)) return tile_bits(base, 0, tree_start) | ancestor_bits(p, tile);
+    if (kind == ScheduleKind::kTree) return branch_bits(p, tile);
     if (kind == ScheduleKind::kSegments) {
       int64_t lo, hi;
       segment_of(p, &lo, &hi);
-      return tile_bits(base, lo, causal && p + 1 < hi ? p + 1 : hi);
+      return lo == hi ? 0 : window_bits(p, p, bounded(lo), hi, segment_sinks, tile);
     }
+    if (kind == ScheduleKind::kLambda) return window_bits(p, p, 0, INT64_MAX, sink_size, tile);
     const uint64_t past = tile_bits(base, 0, p + 1);
-    if (kind == ScheduleKind::kCausal || kind == ScheduleKind::kTree) return past;
-    if (kind == ScheduleKind::kPrefix) return past | tile_bits(base, 0, prefix);
-    return past & (tile_bits(base, 0, sink_size) | tile_bits(base, p - window_size + 1, p + 1));
+    return kind == ScheduleKind::kPrefix ? past | tile_bits(base, 0, prefix) : past;
   }
 
   PYCORE_HOST_DEVICE Cover cover(int64_t p_lo, int64_t p_hi, int64_t tile) const {
@@ -237,29 +301,30 @@ struct TileSchedule {
       return all ? Cover::kAll : Cover::kSome;
     }
     if (kind == ScheduleKind::kSegments) {
-      int64_t lo, lo_end, hi_start, hi;
-      segment_of(p_lo, &lo, &lo_end);
-      segment_of(p_hi, &hi_start, &hi);
-      if (last < lo || first >= (causal ? p_hi + 1 : hi)) return Cover::kNone;
-      const bool together = lo == hi_start && lo_end == hi && first >= lo && last < hi;
-      return together && (!causal || last <= p_lo) ? Cover::kAll : Cover::kSome;
+      int64_t lo, hi;
+      segment_of(p_lo, &lo, &hi);
+      const bool together = p_hi < hi && first >= lo && last < hi && last <= p_lo + right;
+      if (together && (last < bounded(lo) + segment_sinks || p_hi - first < window_size)) return Cover::kAll;
+      return segment_bits(p_lo, p_hi, tile) == 0 ? Cover::kNone : Cover::kSome;
     }
     if (kind == ScheduleKind::kPrefix) {
       if (last < prefix || last <= p_lo) return Cover::kAll;
       return first > p_hi && first >= prefix ? Cover::kNone : Cover::kSome;
     }
-    if (first > p_hi) return Cover::kNone;
-    const bool past_all = last <= p_lo;
+    if (first > p_hi + right) return Cover::kNone;
+    const bool past_all = last <= p_lo + right;
     if (kind == ScheduleKind::kCausal) return past_all ? Cover::kAll : Cover::kSome;
-    if (kind == ScheduleKind::kTree) return past_all && last < tree_start ? Cover::kAll : Cover::kSome;
-    if (past_all && (last < sink_size || p_hi - first < window_size)) return Cover::kAll;
-    if (first >= sink_size && p_lo - last >= window_size) return Cover::kNone;
+    // No node stands further than its position, nor before the tree.
+    const bool shared = kind != ScheduleKind::kTree || last < tree_start;
+    const int64_t nearest = kind == ScheduleKind::kTree && tree_start < p_lo ? tree_start : p_lo;
+    if (past_all && shared && (last < sink_size || p_hi - first < window_size)) return Cover::kAll;
+    if (first >= sink_size && nearest - last >= window_size) return Cover::kNone;
     return Cover::kSome;
   }
 
   PYCORE_HOST_DEVICE int64_t next_tile(int64_t p_lo, int64_t p_hi, int64_t tile) const {
-    int64_t end = p_hi + 1;  // positions that some row may see stop here
-    int64_t oldest = 0;      // and, from this tile on, start here
+    int64_t end = p_hi + right + 1;  // positions that some row may see stop here
+    int64_t oldest = 0;              // and, from this tile on, start here
     if (kind == ScheduleKind::kFull) return tile;
     if (kind == ScheduleKind::kBlocks && tile * kKeyTile >= sink_size) {
       tile = next_block_tile(p_lo, p_hi, tile);
@@ -272,10 +337,22 @@ struct TileSchedule {
     }
     if (kind == ScheduleKind::kPrefix && prefix > end) end = prefix;
     if (kind == ScheduleKind::kLambda && tile * kKeyTile >= sink_size) oldest = p_lo - window_size + 1;
+    if (kind == ScheduleKind::kTree && tile * kKeyTile >= sink_size) {
+      oldest = (tree_start < p_lo ? tree_start : p_lo) - window_size + 1;
+    }
     if (kind == ScheduleKind::kSegments) {
-      int64_t unused;
-      segment_of(p_lo, &oldest, &unused);
-      if (!causal) segment_of(p_hi, &unused, &end);
+      if (segments == 0 || p_hi < boundaries[0] || p_lo >= boundaries[segments]) return kNoTile;
+      const int64_t from = p_lo > boundaries[0] ? p_lo : boundaries[0];
+      const int64_t to = p_hi < boundaries[segments] ? p_hi : boundaries[segments] - 1;
+      // Rows of later segments see nothing before these start, so only the first row's sinks lie before its window.
+      int64_t start, unused, segment_end;
+      segment_of(from, &start, &unused);
+      start = bounded(start);
+      const bool in_sinks = segment_sinks > 0 && tile * kKeyTile < start + segment_sinks;
+      oldest = from - window_size + 1;
+      if (in_sinks || oldest < start) oldest = start;
+      segment_of(to, &unused, &segment_end);
+      end = to + right + 1 < segment_end ? to + right + 1 : segment_end;
     }
     if (oldest > 0 && oldest / kKeyTile > tile) tile = oldest / kKeyTile;
     return tile * kKeyTile < end ? tile : kNoTile;
@@ -285,16 +362,23 @@ struct TileSchedule {
     const int64_t first = tile * kKeyTile, last = first + kKeyTile - 1;
     const bool seen_early = kind == ScheduleKind::kFull || (kind == ScheduleKind::kPrefix && first < prefix) ||
                             (kind == ScheduleKind::kKeySubset && !causal);
-    *lo = seen_early ? -kFar : first;
-    *hi = kind == ScheduleKind::kLambda && first >= sink_size && window_size < kFar ? last + window_size - 1 : kFar;
+    *lo = seen_early ? -kFar : first - right;
+    *hi = kFar;
+    const bool windowed = kind == ScheduleKind::kLambda || kind == ScheduleKind::kTree;
+    if (windowed && first >= sink_size && window_size < kFar) {
+      const int64_t seen_last = last + window_size - 1;
+      if (kind == ScheduleKind::kLambda || seen_last < tree_start) *hi = seen_last;  // nodes may stand nearer
+    }
     if (kind != ScheduleKind::kSegments || segments == 0) return;
     // Between two segments there is none, so look from the nearest position inside.
-    int64_t unused;
-    if (!causal) segment_of(first, lo, &unused);
-    segment_of(last < boundaries[segments] ? last : boundaries[segments] - 1, &unused, hi);
-    // Boundaries may be any numbers, and callers add to these.
-    *lo = *lo < -kFar ? -kFar : *lo;
-    *hi = *hi > kFar ? kFar : *hi - 1;
+    int64_t start, end;
+    segment_of(first, &start, &end);
+    if (start < end && start > *lo) *lo = start;
+    segment_of(last < boundaries[segments] ? last : boundaries[segments] - 1, &start, &end);
+    // Boundaries may be any numbers, and callers add to these. Segments that end in the tile have no row after it.
+    *hi = end > kFar ? kFar : end - 1;
+    const bool sinks = segment_sinks > 0 && bounded(start) + segment_sinks > first;
+    if (!sinks && *hi - last >= window_size) *hi = last + window_size - 1;
     if (*hi < last) *hi = last;
   }
 };

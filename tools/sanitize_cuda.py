@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every CUDA kernel of attention once on small odd shapes, beside the CPU's results: what compute-sanitizer runs.
 
-compute-sanitizer --tool memcheck python -m bench.sanitize_cuda
-python -m bench.sanitize_cuda --device cpu      a rehearsal: the CPU beside itself
+compute-sanitizer --tool memcheck python -m tools.sanitize_cuda
+python -m tools.sanitize_cuda --device cpu      a rehearsal: the CPU beside itself
 
 Inputs are made on the CPU and results compared there, so that nearly all kernels under the sanitizer are pycore's.
 Whether they are accurate is for tests/ops/test_attention_cuda.py; the tolerances here only catch what is plainly wrong.
