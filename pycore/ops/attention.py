@@ -160,12 +160,17 @@ def lambda_attention(
         check_middle(op, middle_topk, query, placed, limit, window_size)
     if middle_topk and isinstance(query, Tensor) and isinstance(key, Tensor):
         distance_bias, alibi_slopes = (
-            as_table(x, _autocast(query)[0]) if isinstance(x, Tensor) else x for x in (distance_bias, alibi_slopes)
+            x if not isinstance(x, Tensor) else as_table(x, _autocast(query)[0]) for x in (distance_bias, alibi_slopes)
         )
-        if isinstance(alibi_slopes, Tensor) and alibi_slopes.requires_grad and distance_bias is None:
+        if (
+            distance_bias is None
+            and alibi_slopes is not None
+            and alibi_slopes.dim() == 1
+            and alibi_slopes.requires_grad
+        ):
             # As a table, which has a gradient: distances end at the window, where the middle tokens stand.
             reach = min(window_size, key.shape[2]) if key_offset is None and key.dim() == 4 else window_size
-            distance_bias = -alibi_slopes[..., None] * torch.arange(reach + 1, device=alibi_slopes.device)
+            distance_bias = -alibi_slopes[:, None] * torch.arange(reach + 1, device=alibi_slopes.device)
             alibi_slopes = None
     kept = call_attention(
         op, query, key, value, Lambda(sink_size, window_size, right), rope, interleaved, limit, distance_bias,
@@ -443,7 +448,7 @@ def _one_by_one(
     each where it is "different"; where it is "error", drawing the seed has raised.
     """
     places, bitmap = _mapped(args, first)
-    places |= {first + _SEED} if bitmap is None else {first + _SEED, bitmap}
+    places |= {first + _SEED, first + _SLOPES} if bitmap is None else {first + _SEED, first + _SLOPES, bitmap}
     mapped = [place for place, dim in enumerate(in_dims) if isinstance(args[place], Tensor) and dim is not None]
     if not places.issuperset(mapped):
         raise NotImplementedError(_NOT_OVER_TABLES)
