@@ -160,6 +160,20 @@ def lambda_attention(
     if middle_topk and isinstance(query, Tensor):
         placed = rope is not None or distance_bias is not None or alibi_slopes is not None
         check_middle(op, middle_topk, query, placed, limit, window_size)
+    if middle_topk and isinstance(query, Tensor) and isinstance(key, Tensor):
+        distance_bias, alibi_slopes = (
+            x if not isinstance(x, Tensor) else as_table(x, _autocast(query)[0]) for x in (distance_bias, alibi_slopes)
+        )
+        if (
+            distance_bias is None
+            and alibi_slopes is not None
+            and alibi_slopes.dim() == 1
+            and alibi_slopes.requires_grad
+        ):
+            # As a table, which has a gradient: distances end at the window, where the middle tokens stand.
+            reach = min(window_size, key.shape[2]) if key_offset is None and key.dim() == 4 else window_size
+            distance_bias = -alibi_slopes[:, None] * torch.arange(reach + 1, device=alibi_slopes.device)
+            alibi_slopes = None
     kept = call_attention(
         op, query, key, value, Lambda(sink_size, window_size, right), rope, interleaved, limit, distance_bias,
         alibi_slopes, sink_logits, softcap, dropout_p, scale, lengths, return_lse or middle_topk != 0,
@@ -437,7 +451,7 @@ def _one_by_one(
     each where it is "different"; where it is "error", drawing the seed has raised.
     """
     places, bitmap = _mapped(args, first)
-    places |= {first + _SEED} if bitmap is None else {first + _SEED, bitmap}
+    places |= {first + _SEED, first + _SLOPES} if bitmap is None else {first + _SEED, first + _SLOPES, bitmap}
     mapped = [place for place, dim in enumerate(in_dims) if isinstance(args[place], Tensor) and dim is not None]
     if not places.issuperset(mapped):
         raise NotImplementedError(_NOT_OVER_TABLES)
