@@ -26,9 +26,7 @@ Jvp = Callable[[Sequence[Any], Tangents, Any], Any]
 _library = torch.library.Library("pycore", "IMPL")  # what it registers lasts as long as it does
 
 
-def register_derivatives(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None], jvp: Jvp
-) -> None:
+def register_derivatives(name: str, backward: Callable[..., Any], setup_context: Callable[..., None], jvp: Jvp) -> None:
     """Registers what `torch.library.register_autograd` does, and a rule for tangents.
 
     Args:

@@ -194,7 +194,7 @@ def test_half_precision(dtype: torch.dtype, isa: str) -> None:
     inputs = [x.to(dtype).requires_grad_() for x in tensors[:3]]
     actual = torch.autograd.grad(attention(*inputs, distance_bias=bias), inputs, tensors[3].to(dtype))
     exact = gradients(exactly, tensors, {"distance_bias": bias}, F64)["v"]
-    assert bool(((actual[2].double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()))
+    assert bool((actual[2].double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max())
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["recomputed", "given"])
