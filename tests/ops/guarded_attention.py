@@ -94,7 +94,8 @@ def main() -> None:
         Lambda(4, 100), Lambda(4, 100, right=20), Segments(one, window_size=100, sink_size=4), Segments(last),
         Segments(one, False, 100, 4, 20), Segments(last, causal=False), Segments(last, False, 30),
     ):  # fmt: skip
-        rows = 164 if schedule.right == 0 or isinstance(schedule, Segments) and schedule.causal else length
+        both_ends = isinstance(schedule, Segments) and not schedule.causal and schedule.right is None
+        rows = length if both_ends else 164
         out = attention(q, *cache, schedule=schedule, rope=tables(rows, dim), distance_limit=100)
         assert out.isfinite().all() and out.count_nonzero() == out.numel()
     print("middle")
