@@ -180,20 +180,29 @@ class Tree(Schedule):
     """The last T positions are the nodes of a tree of drafts: each keeps its ancestors and what came before the tree.
 
     One call then scores all branches: the row of a node is that of plain causal attention on the context followed by
-    the path from the root to the node. For this, distances go by depth: a node of depth t stands t positions behind the
-    first that follows the context. Positions before the tree are causal, also where they are queries.
+    the path from the root to the node; with a window, that of Λ attention. For this, distances, windows and sinks go by
+    depth: a node of depth t stands t positions behind the first that follows the context. Positions before the tree are
+    causal, also where they are queries.
 
     Args:
         parents: int64 [T] or [B, T], the parent of each node, which comes before it: -1 <= parents[t] < t, with -1 for
             a root. Roots hang on the last token of the context, and there may be several. Rows with fewer nodes than T
             begin with a chain (-1, 0, 1, ...) of the last tokens of their context. On the device of the query.
+        sink_size: tokens kept from the start whatever the window, at least 0.
+        window_size: newest tokens kept, the query's own among them, at least 1; None for all.
 
     Source: Miao et al., "SpecInfer" (arXiv 2305.09781); Cai et al., "Medusa" (arXiv 2401.10774): tree attention.
     """
 
     parents: Tensor
+    sink_size: int = 0
+    window_size: int | None = None
 
     kind: ClassVar[str] = "tree"
+
+    @property
+    def args(self) -> list[int]:
+        return [] if self.window_size is None else [self.sink_size, self.window_size]
 
 
 _LAYER_STEP = 0x1E3779B97F4A7C15  # odd, so that no two layers below 2**63 share a seed

@@ -3,6 +3,7 @@
 // decides a bit of the result: every reduction is cut by position inside the kernels.
 #include <pycore/cpu_isa.h>
 #include <pycore/dtype.h>
+#include <pycore/sizes.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,10 +16,10 @@
 namespace pycore {
 namespace {
 
-const AttentionKernels* kernels_for(DType dtype) {
+const AttentionKernels* kernels_for(DType dtype, CpuIsa isa) {
   if (dtype == DType::kFloat64) return &scalar::attention_double;
   if (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16) return nullptr;
-  switch (cpu_isa()) {
+  switch (isa) {
     case CpuIsa::kAvx512: return &avx512::attention_float;
     case CpuIsa::kAvx2: return &avx2::attention_float;
     case CpuIsa::kScalar: break;
@@ -97,20 +98,21 @@ int64_t forward_work(const AttentionParams& params) {
     const int64_t sinks = std::max(schedule.sink_size, schedule.segment_sinks);
     keys = std::min(keys, sinks + schedule.window_size + schedule.right + params.query_length);
   }
-  return params.batch * params.heads * params.query_length * keys * (params.head_dim + params.value_dim);
+  return size_product({params.batch, params.heads, params.query_length, keys, params.head_dim + params.value_dim});
 }
 
 }  // namespace
 
 int64_t attention_forward_scratch(const AttentionParams& params, int64_t threads) {
-  const AttentionKernels* kernels = kernels_for(params.dtype);
+  const AttentionKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels || params.batch * params.heads * params.query_length == 0) return 0;
   const ForwardPlan plan(params, *kernels, forward_work(params) < kSerialWork ? 1 : threads);
-  return threads * plan.slot_bytes + (plan.segments > 1 ? plan.tiles * plan.segments * plan.partial_bytes : 0);
+  const int64_t partials = plan.segments > 1 ? size_product({plan.tiles, plan.segments, plan.partial_bytes}) : 0;
+  return size_sum(size_product({threads, plan.slot_bytes}), partials);
 }
 
 Status attention_forward(const AttentionParams& params, const Parallel& given, void* scratch) {
-  const AttentionKernels* kernels = kernels_for(params.dtype);
+  const AttentionKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   if (params.batch * params.heads * params.query_length == 0) return {};
   const Parallel parallel = limited(given, forward_work(params), kSerialWork);
@@ -157,13 +159,13 @@ int64_t backward_slot_bytes(const AttentionBackwardParams& params, const Attenti
 }
 
 int64_t attention_backward_scratch(const AttentionBackwardParams& params, int64_t threads) {
-  const AttentionKernels* kernels = kernels_for(params.forward.dtype);
-  return kernels ? threads * backward_slot_bytes(params, *kernels) : 0;
+  const AttentionKernels* kernels = kernels_for(params.forward.dtype, params.forward.isa);
+  return kernels ? size_product({threads, backward_slot_bytes(params, *kernels)}) : 0;
 }
 
 Status attention_backward(const AttentionBackwardParams& params, const Parallel& parallel, void* scratch) {
   const AttentionParams& forward = params.forward;
-  const AttentionKernels* kernels = kernels_for(forward.dtype);
+  const AttentionKernels* kernels = kernels_for(forward.dtype, forward.isa);
   if (!kernels) return kNoKernel;
   const int64_t slot_bytes = backward_slot_bytes(params, *kernels), bias_bytes = bias_sum_bytes(forward);
   const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * slot_bytes + bias_bytes; };

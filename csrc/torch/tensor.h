@@ -95,16 +95,6 @@ inline const double* graph_numbers(const std::optional<torch::stable::Tensor>& n
   return given.as<const double>();
 }
 
-// MemoryError in Python.
-class OutOfMemory : public std::bad_alloc {
- public:
-  explicit OutOfMemory(const std::string& text) : text_(text) {}
-  const char* what() const noexcept override { return text_.what(); }
-
- private:
-  std::runtime_error text_;  // a string whose copies throw nothing
-};
-
 // What `make` allocates, or one sentence where there is no room for it; torch's own error names its source files.
 template <class Make>
 torch::stable::Tensor allocated(const std::string& op, const char* argument, const std::vector<int64_t>& sizes,

@@ -158,8 +158,8 @@ class SelfAttention(nn.Module):
         if cache is None:
             mixed: Any = ops.attention(query, key, value, key_starts=starts, **attend)
         else:
-            cache.append(key, value, starts=starts)
-            mixed = cache.attend(query, **{name: x for name, x in attend.items() if name != "schedule"})
+            options = {name: x for name, x in attend.items() if name != "schedule"}
+            mixed = cache.append_and_attend(query, key, value, starts=starts, **options)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 

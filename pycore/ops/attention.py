@@ -15,8 +15,10 @@ from torch import Tensor
 from pycore._checks import check_bool, check_int, check_number
 from pycore._load import load_ops
 from pycore._tensors import as_index, as_table, check_devices, check_tensor, graph_numbers
+from pycore.ops._autograd import no_second_derivative, register_derivatives
 from pycore.ops.attention_bitmaps import key_words, tree_nodes
 from pycore.ops.attention_blocks import draw_blocks
+from pycore.ops.attention_jvp import attention_jvp
 from pycore.ops.attention_middle import check_middle, gathered, merged, middle_tokens, rotated
 from pycore.schedules import Causal, Full, KeySubset, Lambda, Probabilistic, Schedule, Segments, Tree
 
@@ -211,9 +213,10 @@ def call_attention(
         check_tensor(op, name, tensor)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
-    if isinstance(schedule, Lambda | Segments):
+    if isinstance(schedule, Lambda | Segments | Tree):
         check_int(op, "sink_size", schedule.sink_size, 0)
-        for name, size, least in (("window_size", schedule.window_size, 1), ("right", schedule.right, 0)):
+        right = None if isinstance(schedule, Tree) else schedule.right
+        for name, size, least in (("window_size", schedule.window_size, 1), ("right", right, 0)):
             if size is not None or (isinstance(schedule, Lambda) and name == "window_size"):
                 check_int(op, name, size, least)
     if isinstance(schedule, Segments | KeySubset):
@@ -356,21 +359,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return tuple(grads)
 
 
-torch.library.register_autograd("pycore::attention", _backward, setup_context=_setup_context)
-
-
-def _second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError(f"{ctx.op}: second derivatives are not available")
-
-
-def _setup_second_derivative(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.op = inputs[6 + len(_TENSORS)]
-
-
-# Without this, torch would only warn and leave the term out.
-torch.library.register_autograd(
-    "pycore::attention_backward", _second_derivative, setup_context=_setup_second_derivative
-)
+register_derivatives("attention", _backward, _setup_context, attention_jvp)
+no_second_derivative("attention_backward", lambda inputs: inputs[6 + len(_TENSORS)])
 
 
 def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], first: int = 0) -> list[Any]:

@@ -83,8 +83,8 @@ def draw_blocks(
     rows = (x if x is None else _moved(op, name, as_index(x), drawn) for name, x in zip(names, lengths, strict=True))
     blocks, correction = torch.ops.pycore.attention_blocks(
         _number(op, "seed", schedule.seed, drawn), _number(op, "round", schedule.round, drawn), table, *rows, op,
-        family, parameter, schedule.pattern, schedule.correction, batch, heads, query_length, key_length, schedule.block_size, schedule.sink_size,
-        schedule.window_blocks, per_row, wide, graph,
+        family, parameter, schedule.pattern, schedule.correction, batch, heads, query_length, key_length,
+        schedule.block_size, schedule.sink_size, schedule.window_blocks, per_row, wide, graph,
     )  # fmt: skip
     added = None if schedule.correction == "none" else correction.to(device)
     return blocks.to(device), added

@@ -156,6 +156,11 @@ struct Problem {
       p.schedule.keys = reinterpret_cast<const uint64_t*>(bitmap.data());
     } else if (p.schedule.kind == ScheduleKind::kTree) {
       bind_tree();
+      if (draw(0, 1)) {
+        p.schedule.sink_size = draw(0, 80);
+        p.schedule.window_size = draw(1, 150);
+        if (p.schedule.tree_nodes <= pycore::kKeyTile && draw(0, 1)) bind_ring();
+      }
     } else if (p.schedule.kind == ScheduleKind::kBlocks) {
       p.schedule.block_shift = draw(4, 7);
       p.schedule.sink_size = draw(0, 1) ? draw(0, 80) : 0;
@@ -206,8 +211,9 @@ struct Problem {
     p.key_ring = pycore::kKeyTile * draw(1, 2);
     p.query_length = std::min(p.query_length, p.key_ring);
     p.key_length = p.schedule.sink_size + p.key_ring;
-    p.schedule.window_size = draw(1, p.key_ring - p.query_length + 1);
-    for (int64_t b = 0; b < p.batch; ++b) lengths.push_back(draw(0, 2 * p.key_length));
+    const int64_t nodes = p.schedule.tree_nodes;
+    p.schedule.window_size = draw(1, p.key_ring - std::max(p.query_length, nodes) + 1);
+    for (int64_t b = 0; b < p.batch; ++b) lengths.push_back(draw(nodes, 2 * p.key_length));
     p.key_lengths = lengths.data();
   }
 

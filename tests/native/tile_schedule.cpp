@@ -69,18 +69,24 @@ bool lambda_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
   return p - j >= -schedule.right && (p - j < schedule.window_size || j < schedule.sink_size);
 }
 
-// The tree from its parents.
-bool tree_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
-  const int64_t last = schedule.tree_start + schedule.tree_nodes;
-  if (j < schedule.tree_start || p < schedule.tree_start || p >= last) return j <= p;
-  int64_t node = p - schedule.tree_start;
-  while (node > j - schedule.tree_start) node = schedule.tree[node * (2 + schedule.tree_words)];
-  return node == j - schedule.tree_start;
-}
-
 int64_t tree_depth(const TileSchedule& schedule, int64_t node) {
   const int64_t parent = schedule.tree[node * (2 + schedule.tree_words)];
   return parent < 0 ? 0 : tree_depth(schedule, parent) + 1;
+}
+
+// The tree from its parents.
+bool tree_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
+  const int64_t start = schedule.tree_start, last = start + schedule.tree_nodes;
+  if (j > p) return false;
+  int64_t from = p, to = j;
+  if (p >= start && p < last) from = start + tree_depth(schedule, p - start);
+  if (j >= start && p < last) {
+    int64_t node = p - start;
+    while (node > j - start) node = schedule.tree[node * (2 + schedule.tree_words)];
+    if (node != j - start) return false;
+    to = start + tree_depth(schedule, j - start);
+  }
+  return from - to < schedule.window_size || to < schedule.sink_size;
 }
 
 bool agrees(const TileSchedule& schedule, int64_t p, int64_t j, bool kept) {
@@ -268,11 +274,12 @@ TileSchedule random_schedule() {
     }
     check_places(schedule);
   }
-  if (schedule.kind != pycore::ScheduleKind::kLambda) return schedule;
+  const bool tree = schedule.kind == pycore::ScheduleKind::kTree;
+  if (schedule.kind != pycore::ScheduleKind::kLambda && (!tree || draw(0, 1))) return schedule;
   const int64_t sizes[] = {0, 1, 63, 64, 65, 128, draw(0, 200), kKeys, pycore::kFar};
   schedule.sink_size = sizes[draw(0, 8)];
   schedule.window_size = std::max<int64_t>(sizes[draw(0, 8)], 1);
-  if (draw(0, 1)) schedule.right = sizes[draw(0, 8)];
+  if (!tree && draw(0, 1)) schedule.right = sizes[draw(0, 8)];
   return schedule;
 }
 

@@ -7,6 +7,7 @@
 // Kernels report what is wrong with values in `StreamResult`; the faces make exceptions of it.
 #pragma once
 
+#include <pycore/cpu_isa.h>
 #include <pycore/export.h>
 #include <pycore/parallel.h>
 #include <pycore/row_view.h>
@@ -63,6 +64,7 @@ struct CoderModel {
 inline constexpr int kNoOrder = -1;
 
 struct EncodeParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   int order = kNoOrder;                // 0 or 1: symbols are bytes, and model is not used
   DType symbol_dtype = DType::kInt64;  // any integer
   const void* symbols = nullptr;       // [streams, length]
@@ -75,6 +77,7 @@ struct EncodeParams {
 };
 
 struct DecodeParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   const uint8_t* data = nullptr;     // all streams
   const int64_t* offsets = nullptr;  // [streams + 1], into data
   int64_t streams = 0, length = 0;
@@ -86,6 +89,7 @@ struct DecodeParams {
 };
 
 struct QuantizeParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // float32, float64, float16, bfloat16
   bool logits = false;
   int precision = 16;
