@@ -259,12 +259,16 @@ class Probabilistic(Schedule):
             ValueError, TypeError: layer or an int seed is no int or negative.
         """
         check_int("Probabilistic.for_layer", "layer", layer, 0)
-        step = layer * _LAYER_STEP % 2**63
-        if isinstance(self.seed, Tensor):  # sums of int64 wrap at 2**64; what is below 2**63 of them is the same
-            seed = as_index(self.seed)
-            return replace(self, seed=torch.where(seed < 0, seed, (seed + step) & (2**63 - 1)))
-        check_int("Probabilistic.for_layer", "seed", self.seed, 0)
-        return replace(self, seed=(self.seed + step) % 2**63)
+        seed = self.seed
+        if not isinstance(seed, Tensor):
+            check_int("Probabilistic.for_layer", "seed", seed, 0)
+            if not torch.compiler.is_compiling():
+                return replace(self, seed=(seed + layer * _LAYER_STEP) % 2**63)
+            seed = torch.full((1,), seed, dtype=torch.int64, device="cpu")  # a graph's ints end at 2**63
+        # Sums and products of int64 wrap at 2**64, which leaves what is below 2**63 of them as it is.
+        step = torch.full((), layer, dtype=torch.int64, device=seed.device) * _LAYER_STEP
+        seed = as_index(seed)
+        return replace(self, seed=torch.where(seed < 0, seed, (seed + step) & (2**63 - 1)))
 
 
 def to_flex_block_mask(

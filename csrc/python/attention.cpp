@@ -104,7 +104,7 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
   constexpr const char* kOp = "attention";
   Keywords keywords(kOp, std::move(keyword_arguments));
   const Inputs inputs(kOp, query, key, value, keywords);
-  const py::object out = keywords.object("out"), lse = keywords.object("lse");
+  const py::object out = keywords.object("out"), lse = keywords.object("lse"), lse_low = keywords.object("lse_low");
   keywords.finish();
   AttentionParams params = attention_params(inputs.args);
   const Device device = inputs.args.query.device;
@@ -113,6 +113,12 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
                         kOp, "out", inputs.stream);
   const Array lse_array = contiguous_result(lse, sum_dtype(params), {params.batch, params.heads, params.query_length},
                                             device, kOp, "lse", inputs.stream);
+  Array low_array;
+  if (!lse_low.is_none()) {
+    low_array = contiguous_result(lse_low, sum_dtype(params), {params.batch, params.heads, params.query_length}, device,
+                                  kOp, "lse_low", inputs.stream);
+    params.lse_low = low_array.view.data;
+  }
   params.out = out_array.view.data;
   params.lse = lse_array.view.data;
   const Parallel parallel = thread_parallel(inputs.threads, kOp);
@@ -137,8 +143,9 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
               "query is on a CUDA device and the backward pass runs on the CPU");
   const Array grad_out_array = input(grad_out, kOp, "grad_out"), out_array = input(out, kOp, "out");
   const Array lse_array = input(lse, kOp, "lse"), grad_lse_array = optional_input(grad_lse, kOp, "grad_lse");
-  AttentionBackwardParams params =
-      attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view, out_array.view, lse_array.view);
+  const Array low_array = optional_input(keywords.object("lse_low"), kOp, "lse_low");
+  AttentionBackwardParams params = attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view,
+                                                             out_array.view, lse_array.view, low_array.view);
   const AttentionParams& shape = params.forward;
   std::vector<Array> gradients;
   const auto gradient = [&](const char* name, const std::vector<int64_t>& sizes) {
@@ -180,14 +187,16 @@ the node itself), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, s
 with dropout_seed,
 key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
 distance_limit defaults to none for every schedule, and
-key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and lse are new arrays unless given. threads defaults to all
+key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and lse are new arrays unless given; what rounding
+lse left out, which gradients need where |lse| is large, goes to lse_low [B, H, Lq] if that is given. threads defaults to all
 processors; stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
 in one sentence.)";
 
 constexpr const char* kBackwardDoc =
     R"(Gradients of `attention`: (grad_query, grad_key, grad_value, grad_bias, grad_sink_logits), new arrays unless given. CPU.
 
-grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments. Gradients
+grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments, and lse_low
+what it left there, without which the scores are computed once more, where lse is that of these keys alone. Gradients
 are float32 (float64 for float64); those of distance_bias and sink_logits are None where there is none of these.)";
 
 }  // namespace

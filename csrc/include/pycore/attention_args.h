@@ -481,10 +481,16 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   return params;
 }
 
-// grad_out and grad_lse against what the forward pass returned.
+// Where the second half of a pair of lse begins.
+inline void* second_lse(const AttentionParams& params, void* pair) {
+  const int64_t rows = params.batch * params.heads * params.query_length;
+  return static_cast<char*>(pair) + rows * (params.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+// grad_out and grad_lse against what the forward pass returned. lse_low comes behind lse, by itself or not at all.
 inline AttentionBackwardParams attention_backward_params(const AttentionArgs& args, const TensorView& grad_out,
                                                          const TensorView& grad_lse, const TensorView& out,
-                                                         const TensorView& lse) {
+                                                         const TensorView& lse, const TensorView& lse_low = {}) {
   AttentionBackwardParams params;
   params.forward = attention_params(args);
   const AttentionParams& forward = params.forward;
@@ -500,26 +506,35 @@ inline AttentionBackwardParams attention_backward_params(const AttentionArgs& ar
                                              (shape[0] == 1 || view.strides[0] == shape[1] * shape[2] * shape[3]));
     check_value(!contiguous || dense, op, name, " must be contiguous");
   };
-  const auto check_like_lse = [&](const char* name, const TensorView& view) {
-    check_value(view.dims == 3 && view.shape[0] == forward.batch && view.shape[1] == forward.heads &&
-                    view.shape[2] == forward.query_length,
+  const auto check_like_lse = [&](const char* name, const TensorView& view, bool pair) {
+    const int64_t* shape = view.shape + (pair ? 1 : 0);
+    check_value(view.dims == (pair ? 4 : 3) && (!pair || view.shape[0] == 2) && shape[0] == forward.batch &&
+                    shape[1] == forward.heads && shape[2] == forward.query_length,
                 op, name, " has shape ", shape_text(view), " and must be [batch, heads, query length]");
     const DType sum = args.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     check_value(view.dtype == sum, op, name, " is ", dtype_name(view.dtype), " and must be ", dtype_name(sum));
-    check_value(view.count() == 0 || ((view.shape[2] == 1 || view.strides[2] == 1) &&
-                                      (view.shape[1] == 1 || view.strides[1] == view.shape[2]) &&
-                                      (view.shape[0] == 1 || view.strides[0] == view.shape[1] * view.shape[2])),
-                op, name, " must be contiguous");
+    int64_t stride = 1;
+    bool dense = true;
+    for (int d = view.dims - 1; d >= 0; stride *= view.shape[d--]) {
+      dense = dense && (view.shape[d] == 1 || view.strides[d] == stride);
+    }
+    check_value(view.count() == 0 || dense, op, name, " must be contiguous");
   };
   check_like_out("grad_out", grad_out, false);
   check_like_out("out", out, true);
-  check_like_lse("lse", lse);
+  const bool pair = lse.dims == 4;
+  check_like_lse("lse", lse, pair);
   params.forward.out = out.data;
   params.forward.lse = lse.data;
+  if (pair) params.forward.lse_low = second_lse(forward, lse.data);
+  if (lse_low.defined()) {
+    check_like_lse("lse_low", lse_low, false);
+    params.forward.lse_low = lse_low.data;
+  }
   params.grad_out = grad_out.data;
   params.grad_out_strides = {grad_out.strides[0], grad_out.strides[1], grad_out.strides[2]};
   if (grad_lse.defined()) {
-    check_like_lse("grad_lse", grad_lse);
+    check_like_lse("grad_lse", grad_lse, false);
     params.grad_lse = grad_lse.data;
   }
   return params;
