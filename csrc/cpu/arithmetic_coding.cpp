@@ -61,17 +61,18 @@ int64_t encode_capacity(const EncodeParams& params) {
 }
 
 int64_t encode_scratch(const EncodeParams& params, int64_t threads) {
-  return size_product({threads, params.order == kNoOrder ? coder_slot_bytes(params.model.symbols)
-                                                         : adaptive_slot_bytes(params.order)});
+  return size_product(
+      {threads, params.order == kNoOrder ? coder_slot_bytes(params.model.symbols) : adaptive_slot_bytes(params.order)});
 }
 
 Status encode(const EncodeParams& params, const Parallel& parallel, void* scratch) {
   const CoderKernels& run = kernels_for(params.isa);
   if (params.order != kNoOrder) {
     const int64_t bytes = adaptive_slot_bytes(params.order);
-    for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams, [&](int64_t slot, int64_t stream) {
-      run.encode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
-    });
+    for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams,
+                  [&](int64_t slot, int64_t stream) {
+                    run.encode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
+                  });
     return {};
   }
   const int64_t bytes = coder_slot_bytes(params.model.symbols);
@@ -102,21 +103,31 @@ int64_t decode_scratch(const DecodeParams& params, int64_t threads) {
   return size_product({threads, params.adaptive ? adaptive_slot_bytes(1) : coder_slot_bytes(params.model.symbols)});
 }
 
+Status check_claims(const DecodeParams& params, const Parallel& parallel, void* scratch) {
+  const CoderKernels& run = kernels_for(params.isa);
+  const int64_t bytes = params.adaptive ? adaptive_slot_bytes(1) : coder_slot_bytes(params.model.symbols);
+  char* slots = params.adaptive ? static_cast<char*>(scratch) : cleared(scratch, bytes, parallel.threads);
+  for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams,
+                [&](int64_t slot, int64_t stream) { run.probe(params, stream, slots + slot * bytes); });
+  return {};
+}
+
 Status decode(const DecodeParams& params, const Parallel& parallel, void* scratch) {
   const CoderKernels& run = kernels_for(params.isa);
   if (params.adaptive) {
     const int64_t bytes = adaptive_slot_bytes(1);
-    for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams, [&](int64_t slot, int64_t stream) {
-      run.decode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
-    });
+    for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams,
+                  [&](int64_t slot, int64_t stream) {
+                    run.decode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
+                  });
     return {};
   }
   const int64_t bytes = coder_slot_bytes(params.model.symbols);
   char* slots = cleared(scratch, bytes, parallel.threads);
   // Fewer streams at once where that would leave threads without work.
   const int64_t height = std::clamp<int64_t>(params.streams / parallel.threads, 1, kStreamsAtOnce);
-  for_each_item(limited(parallel, size_product({params.streams, params.length})), (params.streams + height - 1) / height,
-                [&](int64_t slot, int64_t item) {
+  for_each_item(limited(parallel, size_product({params.streams, params.length})),
+                (params.streams + height - 1) / height, [&](int64_t slot, int64_t item) {
                   const int64_t first = item * height, count = std::min(height, params.streams - first);
                   run.decode(params, first, count, slots + slot * bytes);
                 });

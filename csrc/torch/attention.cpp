@@ -82,7 +82,7 @@ struct Scratch {
   Tensor memory;
   void* data;
   Scratch(const std::string& op, const Tensor& like, int64_t bytes)
-      : memory(new_tensor(op, "scratch", like, {bytes + 64}, ScalarType::Byte)) {
+      : memory(new_tensor(op, "scratch", like, {size_sum(bytes, 64)}, ScalarType::Byte)) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr());
     data = reinterpret_cast<void*>((address + 63) / 64 * 64);
   }
@@ -129,6 +129,7 @@ ScalarType sum_type(const AttentionParams& params) {
 // With lse_pair, lse is [2, batch, heads, query length]: rounded, and what that left out.
 std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair) {
   PYCORE_ARRANGE;
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
   const AttentionArgs args = attention_args(PYCORE_NAMES);
   AttentionParams params = attention_params(args);
   Tensor out = new_tensor(op, "out", query, {params.batch, params.heads, params.query_length, params.value_dim},
@@ -156,6 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
                                                             Tensor lse, bool bias_gradient, bool sink_gradient,
                                                             PYCORE_PARAMETERS) {
   PYCORE_ARRANGE;
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
   grad_out = last_contiguous(grad_out, op, "grad_out");
   if (grad_lse) grad_lse = dense(*grad_lse, op, "grad_lse");
   const AttentionArgs args = attention_args(PYCORE_NAMES);

@@ -9,11 +9,11 @@
 
 #include <initializer_list>
 #include <iterator>
-#include <memory>
 #include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace pycore {
 
@@ -39,24 +39,6 @@ void check_index(bool condition, const std::string& op, const Parts&... parts) {
   if (!condition) throw std::out_of_range(detail::sentence(op, parts...));
 }
 
-// MemoryError in Python.
-class OutOfMemory : public std::bad_alloc {
- public:
-  explicit OutOfMemory(const std::string& sentence) : sentence_(std::make_shared<std::string>(sentence)) {}
-  const char* what() const noexcept override { return sentence_->c_str(); }
-
- private:
-  std::shared_ptr<const std::string> sentence_;  // copying an exception must not throw
-};
-
-// `count` elements of `size` bytes were asked for, and there they are, or not.
-inline void check_memory(bool given, const std::string& op, const char* what, int64_t count, int64_t size) {
-  if (given) return;
-  const int64_t bytes = size_product({count, size});
-  const std::string many = bytes == INT64_MAX ? "more bytes than there are" : std::to_string(bytes) + " bytes";
-  throw OutOfMemory(detail::sentence(op, what, " needs ", many, " of memory, which the system does not give"));
-}
-
 inline std::string shape_text(const TensorView& view) {
   std::ostringstream text;
   text << '[';
@@ -65,12 +47,39 @@ inline std::string shape_text(const TensorView& view) {
   return text.str();
 }
 
+// MemoryError in Python.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(const std::string& text) : text_(text) {}
+  const char* what() const noexcept override { return text_.what(); }
+
+ private:
+  std::runtime_error text_;  // a string whose copies throw nothing
+};
+
+[[noreturn]] inline void throw_out_of_memory(const std::string& op, const char* argument,
+                                             const std::vector<int64_t>& sizes) {
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  throw OutOfMemory(op + ": " + argument + " has shape [" + shape +
+                    "] and must fit into memory, where it could not be allocated");
+}
+
+// A vector of `count` elements, or one sentence.
+template <class T>
+std::vector<T> memory_for(const std::string& op, const char* argument, int64_t count) {
+  try {
+    return std::vector<T>(static_cast<size_t>(count));
+  } catch (const std::exception&) {  // bad_alloc, or the length_error of what no vector can hold
+    throw_out_of_memory(op, argument, {count});
+  }
+}
+
 // What a view spans must fit an int64, so that products of its sizes do too. An expanded one can say any shape.
 inline void check_span(const std::string& op, const char* argument, const TensorView& view) {
   int64_t bytes = dtype_size(view.dtype);
-  bool empty = false, over = false;
+  bool over = false;
   for (int i = 0; i < view.dims; ++i) {
-    empty = empty || view.shape[i] == 0;
     over = over || (view.shape[i] > 0 && __builtin_mul_overflow(bytes, view.shape[i], &bytes));
   }
   check_value(!over, op, argument, " has shape ", shape_text(view), ", which is more than any memory holds");

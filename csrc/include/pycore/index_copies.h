@@ -8,8 +8,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -28,9 +26,8 @@ class IndexCopies {
     if (count <= kFew - used_) {
       used_ += count;
     } else {
-      many_.emplace_back(new (std::nothrow) int64_t[static_cast<size_t>(count)]);
-      to = many_.back().get();
-      check_memory(to != nullptr, op, "the copy of an array of indices", count, sizeof(int64_t));
+      many_.push_back(memory_for<int64_t>(op, "the copy of an array of indices", count));
+      to = many_.back().data();
     }
     if (stride == 1) {
       if (count > 0) std::memcpy(to, from, static_cast<size_t>(count) * sizeof(int64_t));
@@ -44,7 +41,7 @@ class IndexCopies {
   static constexpr int64_t kFew = 24;  // that need no allocation
   int64_t few_[kFew];
   int64_t used_ = 0;
-  std::vector<std::unique_ptr<int64_t[]>> many_;
+  std::vector<std::vector<int64_t>> many_;
 };
 
 }  // namespace pycore
