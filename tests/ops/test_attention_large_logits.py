@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients where logits and their log-sum-exp are large: recomputed weights must know lse better than one float does."""
+"""Gradients where logits and their log-sum-exp are large: to recompute weights, lse in one float is not enough."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_half_precision(dtype: torch.dtype, isa: str) -> None:
     inputs = [x.to(dtype).requires_grad_() for x in tensors[:3]]
     actual = torch.autograd.grad(attention(*inputs, distance_bias=bias), inputs, tensors[3].to(dtype))
     exact = gradients(exactly, tensors, {"distance_bias": bias}, F64)["v"]
-    assert bool(((actual[2].double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()))
+    assert bool((actual[2].double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max())
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["recomputed", "given"])
