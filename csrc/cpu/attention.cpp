@@ -74,6 +74,8 @@ void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
     const int64_t queries = row_map(forward, b).queries;
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t row = (b * forward.heads + h) * forward.query_length + i;
+      const double lse = static_cast<const T*>(forward.lse)[row], low = static_cast<const T*>(forward.lse_low)[row];
+      if (lse == -std::numeric_limits<double>::infinity()) continue;  // nor has the sink any weight there
       const char* out = static_cast<const char*>(forward.out) + row * forward.value_dim * size;
       const AttentionStrides& strides = params.grad_out_strides;
       const char* grad_out =
@@ -82,7 +84,6 @@ void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
       for (int64_t c = 0; c < forward.value_dim; ++c) {
         delta += element(forward.dtype, grad_out, c) * element(forward.dtype, out, c);
       }
-      const double lse = static_cast<const T*>(forward.lse)[row], low = static_cast<const T*>(forward.lse_low)[row];
       sum -= std::exp(sink - lse - low) * delta;
     }
   }
@@ -107,8 +108,8 @@ int64_t forward_work(const AttentionParams& params) {
 int64_t forward_scratch(const AttentionKernels* kernels, const AttentionParams& params, int64_t threads) {
   if (query_rows(params) == 0) return 0;
   const ForwardPlan plan(params, *kernels, forward_work(params) < kSerialWork ? 1 : threads);
-  const int64_t partials = plan.segments > 1 ? size_product({plan.tiles, plan.segments, plan.partial_bytes}) : 0;
-  return size_sum(size_product({threads, plan.slot_bytes}), partials);
+  const int64_t shared = plan.segments > 1 ? size_product({plan.tiles, plan.segments, plan.item_bytes()}) : 0;
+  return size_sum(size_product({threads, plan.slot_bytes}), shared);
 }
 
 void forward(const AttentionKernels* kernels, const AttentionParams& params, const Parallel& given, void* scratch) {
@@ -116,6 +117,7 @@ void forward(const AttentionKernels* kernels, const AttentionParams& params, con
   const Parallel parallel = limited(given, forward_work(params), kSerialWork);
   const ForwardPlan plan(params, *kernels, parallel.threads);
   char* const partials = static_cast<char*>(scratch) + parallel.threads * plan.slot_bytes;
+  auto* const segments = reinterpret_cast<SegmentRange*>(partials + plan.items() * plan.partial_bytes);
   const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * plan.slot_bytes; };
   if (plan.segments == 1) {
     for_each_item(parallel, plan.tiles, [&](int64_t slot, int64_t item) {
@@ -124,17 +126,21 @@ void forward(const AttentionKernels* kernels, const AttentionParams& params, con
       if (tile.count > 0) kernels->forward(params, map, tile, {}, slot_scratch(slot), nullptr);
     });
   } else {
-    // A state for every segment a tile visits, in order, and then their merging: what one thread does by itself.
-    const auto walk = [&](int64_t slot, int64_t item) {
+    // A state for every segment a tile visits, in order, and then their merging: what one thread does by itself. The
+    // segments are listed first, in one walk: a walk for every item would be quadratic in the keys.
+    for_each_item(parallel, plan.tiles, [&](int64_t, int64_t item) {
+      RowMap map;
+      const QueryTile tile = plan.tile(item, &map);
+      const int64_t p_lo = map.query_position(tile.first);
+      if (tile.count <= 0) return;
+      list_segments(map, p_lo, p_lo + tile.count - 1, plan.segments, segments + item * plan.segments);
+    });
+    for_each_item(parallel, plan.items(), [&](int64_t slot, int64_t item) {
       RowMap map;
       const QueryTile tile = plan.tile(item / plan.segments, &map);
       if (tile.count <= 0) return;
-      const int64_t p_lo = map.query_position(tile.first);
-      const int64_t segment = visited_segment(map, p_lo, p_lo + tile.count - 1, item % plan.segments);
-      const SegmentRange range = segment < 0 ? SegmentRange{0, 0} : SegmentRange{segment, segment + 1};
-      kernels->forward(params, map, tile, range, slot_scratch(slot), partials + item * plan.partial_bytes);
-    };
-    for_each_item(parallel, plan.tiles * plan.segments, walk);
+      kernels->forward(params, map, tile, segments[item], slot_scratch(slot), partials + item * plan.partial_bytes);
+    });
     for_each_item(parallel, plan.tiles, [&](int64_t slot, int64_t item) {
       RowMap map;
       const QueryTile tile = plan.tile(item, &map);
@@ -188,15 +194,16 @@ void backward(const AttentionKernels* kernels, const AttentionBackwardParams& pa
   const int64_t query_tiles = tiles(forward.query_length, kernels->backward_rows);
   const int64_t pairs = forward.batch * forward.kv_heads;
 
+  // Zeros everywhere: rows that nothing visits keep them, and so do all where there are no queries or no heads.
+  for_each_item(parallel, pairs, [&](int64_t, int64_t pair) {
+    const int64_t rows = forward.key_length * size;
+    clear(params.grad_key, pair * rows * forward.head_dim, rows * forward.head_dim);
+    clear(params.grad_value, pair * rows * forward.value_dim, rows * forward.value_dim);
+  });
   for_each_item(parallel, forward.batch * forward.heads, [&](int64_t slot, int64_t item) {
     const int64_t b = item / forward.heads, h = item % forward.heads;
     const int64_t query_bytes = forward.query_length * forward.head_dim * size;
     clear(params.grad_query, item * query_bytes, query_bytes);
-    if (h % group == 0) {
-      const int64_t pair = b * forward.kv_heads + h / group, rows = forward.key_length * size;
-      clear(params.grad_key, pair * rows * forward.head_dim, rows * forward.head_dim);
-      clear(params.grad_value, pair * rows * forward.value_dim, rows * forward.value_dim);
-    }
     const RowMap map = row_map(forward, b);
     kernels->delta(params, b, h, 0, map.queries, slot_scratch(slot));
   });
@@ -235,6 +242,7 @@ void backward(const AttentionKernels* kernels, const AttentionBackwardParams& pa
     });
   }
 
+  if (query_rows(forward) == 0) return;
   int64_t key_tiles = 0;
   for (int64_t b = 0; b < forward.batch; ++b) key_tiles = std::max(key_tiles, row_map(forward, b).present_tiles());
   // One pass (5 products a tile) keeps a key head on one thread; two passes (7 products) share it out. Both add the

@@ -230,8 +230,9 @@ void forward_row(const AttentionParams& params, const RowMap& map, int64_t b, in
     }
   }
   total.merge(segment, n);
-  if (params.sink_logits) {
-    const T sink = static_cast<const T*>(params.sink_logits)[h];
+  const T none = -std::numeric_limits<T>::infinity();
+  const T sink = params.sink_logits ? static_cast<const T*>(params.sink_logits)[h] : none;
+  if (sink != none) {  // which adds nothing, and has no distance to a row without a key
     if (sink > total.max) total.rescale(sink, n);
     total.sum += std::exp(sink - total.max);
   }
@@ -288,10 +289,11 @@ void backward_row(const AttentionBackwardParams& params, const RowMap& map, int6
   const AttentionParams& forward = params.forward;
   const int64_t n = forward.head_dim, m = forward.value_dim;
   const RowTile<T> row(forward, map, b, h, i, tile, rows);
-  if (row.kept == 0) return;
+  const int64_t index = row_index(forward, b, h, i);
+  // A row whose logits are all -inf has no weights.
+  if (row.kept == 0 || static_cast<const T*>(forward.lse)[index] == -std::numeric_limits<T>::infinity()) return;
   clear(rows.grad_near, n);
   clear(rows.grad_far, n);
-  const int64_t index = row_index(forward, b, h, i);
   const T lse = static_cast<const T*>(forward.lse)[index], lse_low = static_cast<const T*>(forward.lse_low)[index];
   const T row_delta = static_cast<const T*>(params.delta)[index];
   const T* grad_out =
@@ -351,12 +353,15 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   };
   int64_t lo, hi;
   map.schedule.query_range(tile, &lo, &hi);
+  // Of all the queries, those that may reach the tile; others would add zeros.
+  const int64_t p0 = map.query_position(0);
+  const int64_t first = lo > p0 ? lo - p0 : 0, last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;
+  if (first > last) return;
   RowMap head_map = map;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     bind_head(forward, b, h, &head_map);
-    for (int64_t i = 0; i < map.queries; ++i) {
-      const int64_t p = map.query_position(i);
-      if (p >= lo && p <= hi) backward_row<T>(params, head_map, b, h, i, tile, parts, rows);
+    for (int64_t i = first; i <= last; ++i) {
+      backward_row<T>(params, head_map, b, h, i, tile, parts, rows);
       if (i % kSumQueries == kSumQueries - 1) close_sums();
     }
     close_sums();

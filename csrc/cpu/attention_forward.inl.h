@@ -103,7 +103,9 @@ PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float fa
       seen = seen + weight;
     }
     const float total = seen.reduce_add();
-    if (!(total == 0)) *max = total;
+    if (total == 0) return;
+    *max = total;
+    Vec::broadcast(total).store(sum);  // also where dropout leaves no weight that says so
     return;
   }
   const Vec power = Vec::broadcast(factor), largest = Vec::broadcast(*max);

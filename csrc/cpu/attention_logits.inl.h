@@ -12,7 +12,8 @@ PYCORE_INLINE Vec tanh_of(Vec x) {
   for (int i = 4; i >= 0; --i) y = Vec::fma(y, z, Vec::broadcast(kTanh[i]));
   const Vec near_zero = Vec::fma(x * z, y, x);
   const Vec one = Vec::broadcast(1.0f), top = Vec::broadcast(20.0f);  // tanh(20) is 1
-  const Vec clamped = Vec::zero() - Vec::max(Vec::zero() - x, Vec::zero() - top);
+  // Vec::max gives its second argument where either is NaN.
+  const Vec clamped = Vec::zero() - Vec::max(Vec::zero() - top, Vec::zero() - x);
   const Vec power = (clamped * Vec::broadcast(2 * kLog2E)).exp2();
   const Vec far = Vec::fnma(Vec::broadcast(2.0f), one / (power + one), one);
   const Vec magnitude = Vec::max(x, Vec::zero() - x);

@@ -323,7 +323,9 @@ struct Forward {
   __device__ VisitedTile find_first() {
     const bool split = plan.splits > 1;
     if (tile.valid_rows(map) <= 0) return VisitedTile();
-    const int64_t start = split ? SegmentStart(map, shared.p_lo, shared.p_hi, tile.split).tile : 0;
+    const int64_t start = !split        ? 0
+                          : plan.starts ? plan.starts[tile.item * plan.splits + tile.split]
+                                        : SegmentStart(map, shared.p_lo, shared.p_hi, tile.split).tile;
     if (start == kNoTile) return VisitedTile();
     if (split) {
       if (threadIdx.x == 0) shared.segment = start / kSegmentTiles;
@@ -446,7 +448,9 @@ int64_t forward_shared_of(const TilePlan& plan) {
 
 template <class T>
 Status launch_forward_of(const AttentionParams& params, const TilePlan& plan, void* stream) {
-  const Status status = with_channels(plan.channels, [&](auto channels) {
+  Status status = launch_list<T>(params, plan, stream);
+  if (!status.ok()) return status;
+  status = with_channels(plan.channels, [&](auto channels) {
     return with_forward_kernel<T, decltype(channels)::value>(plan, [&](auto kernel, int threads, int64_t shared) {
       return launch(kernel, plan.items * plan.splits, threads, shared, stream, params, plan);
     });

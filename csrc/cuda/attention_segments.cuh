@@ -161,6 +161,41 @@ struct SegmentStart {
 
 constexpr int kMergeWarps = 4;
 
+// Where each of the segments that an item visits begins, a warp an item. A walk from the first in every block would be
+// quadratic in the keys.
+template <class T>
+__global__ void __launch_bounds__(kMergeWarps* kLanes)
+    list_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ TilePlan plan) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  if (item >= plan.items) return;
+  QueryTile tile;
+  tile.bind(params, plan, item * plan.splits);
+  const RowMap map = bounded_row_map(params, tile.b, tile.head);
+  const int64_t rows = tile.valid_rows(map), p_lo = map.query_position(tile.first), p_hi = p_lo + rows - 1;
+  int64_t count = 0;
+  PYCORE_UNROLL_BY(1)
+  for (int64_t at = rows > 0 ? map.next_tile(p_lo, p_hi, 0) : kNoTile; at != kNoTile;) {
+    const int64_t segment = at / kSegmentTiles + lane;
+    const int64_t start = map.next_tile(p_lo, p_hi, lane == 0 ? at : segment * kSegmentTiles);
+    const bool visited = start != kNoTile && start / kSegmentTiles == segment;
+    const uint32_t found = __ballot_sync(kAllLanes, visited);
+    const int64_t n = count + __popc(found & ((1u << lane) - 1));
+    if (visited && n < plan.splits) plan.starts[item * plan.splits + n] = start;
+    count += __popc(found);
+    at = map.next_tile(p_lo, p_hi, (at / kSegmentTiles + kLanes) * kSegmentTiles);
+  }
+  PYCORE_UNROLL_BY(1)
+  for (int64_t n = count + lane; n < plan.splits; n += kLanes) plan.starts[item * plan.splits + n] = kNoTile;
+}
+
+template <class T>
+Status launch_list(const AttentionParams& params, const TilePlan& plan, void* stream) {
+  if (plan.starts == nullptr) return {};
+  return launch(list_kernel<T>, (plan.items + kMergeWarps - 1) / kMergeWarps, kMergeWarps * kLanes, 0, stream, params,
+                plan);
+}
+
 // A warp for each row of a tile whose segments were blocks of their own.
 template <class T>
 __global__ void __launch_bounds__(kMergeWarps* kLanes)

@@ -167,11 +167,14 @@ def attention(
                 scores = scores - _row(alibi_slopes[..., h, None], b) * away
             if isinstance(schedule, Probabilistic):
                 scores = scores + block_logits(schedule, p, j, h).to(scores.dtype)
-            empty = ~keep.any(1)  # such rows go through the formulas with finite numbers and are replaced afterwards
-            kept_scores = scores.masked_fill(~keep & ~empty[:, None], -torch.inf)
+            # Rows without weights go through the formulas with finite numbers and are replaced afterwards.
+            empty = ~(keep & (scores != -torch.inf)).any(1)
+            keep = keep & ~empty[:, None]
+            kept_scores = scores.masked_fill(~keep, -torch.inf).masked_fill(empty[:, None], 0)
             row_lse = torch.where(empty, -torch.inf, kept_scores.logsumexp(dim=1))
             if sink_logits is not None:
-                row_lse = torch.logaddexp(row_lse, sink_logits[h])
+                none = empty & (sink_logits[h] == -torch.inf)
+                row_lse = torch.logaddexp(row_lse.masked_fill(none, 0), sink_logits[h]).masked_fill(none, -torch.inf)
             finite_lse = torch.where(empty, 0, row_lse)
             weights = torch.where(keep, (kept_scores - finite_lse[:, None]).exp(), 0)
             outs.append(torch.cat([weights @ v, out[b, h, queries:]]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients where logits and their log-sum-exp are large: recomputed weights must know lse better than one float does."""
+"""Gradients where logits and their log-sum-exp are large: to recompute weights, lse in one float is not enough."""
 
 from __future__ import annotations
 
