@@ -10,7 +10,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-__all__ = ["check_bool", "check_int", "check_number", "check_str", "is_bool"]
+__all__ = ["check_bool", "check_int", "check_number", "check_str", "check_whole", "is_bool"]
 
 _MOST = 2**63 - 1  # the kernels count in int64
 
@@ -20,14 +20,19 @@ def is_bool(value: Any) -> bool:
     return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")
 
 
+def check_whole(op: str, name: str, value: Any) -> None:
+    """Refuses what is no int, whatever its size."""
+    whole = isinstance(value, int) or isinstance(value, numbers.Integral) or type(value).__name__ == "SymInt"
+    if not whole or is_bool(value):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
+
+
 def check_int(op: str, name: str, value: Any, least: int | None = None, most: int = _MOST) -> None:
     """Refuses what is no int (TypeError), is less than `least` or more than `most` (ValueError).
 
     `least` is None where the op's own check names the least: only what int64 does not hold is refused then.
     """
-    whole = isinstance(value, int) or isinstance(value, numbers.Integral) or type(value).__name__ == "SymInt"
-    if not whole or is_bool(value):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
+    check_whole(op, name, value)
     if least is not None and value < least:
         raise ValueError(f"{op}: {name} is {value} and must be at least {least}")
     if least is None and value < -_MOST - 1:

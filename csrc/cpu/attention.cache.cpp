@@ -33,7 +33,8 @@ Status lambda_cache_append(const CacheAppendParams& params, const Parallel& para
     append(params, params.value, params.value_cache, pair / params.kv_heads, pair % params.kv_heads);
   };
   const int64_t pairs = params.batch * params.kv_heads;
-  for_each_item(limited(parallel, size_product({pairs, params.tokens, params.key.row_bytes}), kSerialBytes), pairs, item);
+  for_each_item(limited(parallel, size_product({pairs, params.tokens, params.key.row_bytes}), kSerialBytes), pairs,
+                item);
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t length = (params.seen ? params.seen : params.lengths)[b];
     params.lengths[b] = length + params.tokens - (params.starts ? params.starts[b] : 0);

@@ -96,6 +96,7 @@ struct Inputs {
     args.scale = keywords.number<double>("scale").value_or(usual);
     args.softcap = keywords.number<double>("softcap").value_or(0.0);
     args.dropout_p = keywords.number<double>("dropout_p").value_or(0.0);
+    args.symmetric_bias = keywords.number<bool>("symmetric_bias").value_or(false);
   }
 
   // No result may lie in the memory of an argument or of another result.
@@ -115,7 +116,7 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
   const FixedFloats fixed;  // for the default scale, the checks and the launches
   Keywords keywords(kOp, std::move(keyword_arguments));
   const Inputs inputs(kOp, query, key, value, keywords);
-  const py::object out = keywords.object("out"), lse = keywords.object("lse");
+  const py::object out = keywords.object("out"), lse = keywords.object("lse"), lse_low = keywords.object("lse_low");
   keywords.finish();
   AttentionParams params = attention_params(inputs.args);
   const Device device = inputs.args.query.device;
@@ -124,7 +125,15 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
                         kOp, "out", inputs.stream);
   const Array lse_array = contiguous_result(lse, sum_dtype(params), {params.batch, params.heads, params.query_length},
                                             device, kOp, "lse", inputs.stream);
-  inputs.check_results({{"out", out_array.view}, {"lse", lse_array.view}});
+  Array low_array;
+  if (!lse_low.is_none()) {
+    low_array = contiguous_result(lse_low, sum_dtype(params), {params.batch, params.heads, params.query_length}, device,
+                                  kOp, "lse_low", inputs.stream);
+    params.lse_low = low_array.view.data;
+  }
+  std::vector<NamedView> results = {{"out", out_array.view}, {"lse", lse_array.view}};
+  if (params.lse_low) results.push_back({"lse_low", low_array.view});
+  inputs.check_results(results);
   params.out = out_array.view.data;
   params.lse = lse_array.view.data;
   const Parallel parallel = thread_parallel(inputs.threads, kOp);
@@ -150,8 +159,9 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
               "query is on a CUDA device and the backward pass runs on the CPU");
   const Array grad_out_array = input(grad_out, kOp, "grad_out"), out_array = input(out, kOp, "out");
   const Array lse_array = input(lse, kOp, "lse"), grad_lse_array = optional_input(grad_lse, kOp, "grad_lse");
-  AttentionBackwardParams params =
-      attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view, out_array.view, lse_array.view);
+  const Array low_array = optional_input(keywords.object("lse_low"), kOp, "lse_low");
+  AttentionBackwardParams params = attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view,
+                                                             out_array.view, lse_array.view, low_array.view);
   const AttentionParams& shape = params.forward;
   std::vector<Array> gradients;
   std::vector<const char*> names;
@@ -173,7 +183,8 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
   inputs.check_results(results, {{"grad_out", grad_out_array.view},
                                  {"grad_lse", grad_lse_array.view},
                                  {"out", out_array.view},
-                                 {"lse", lse_array.view}});
+                                 {"lse", lse_array.view},
+                                 {"lse_low", low_array.view}});
   const Parallel parallel = thread_parallel(inputs.threads, kOp);
   {
     const py::gil_scoped_release release;
@@ -193,21 +204,25 @@ constexpr const char* kAttentionDoc =
 
 query [B, H, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]: float32, float16, bfloat16 or float64 on the CPU, float32
 on CUDA; last dimension contiguous. Keywords: schedule ("full", "causal", "lambda" with schedule_args = [sink_size,
-window_size], "prefix" with schedule_tensor = lengths [B], "segments" with schedule_args = [causal] and schedule_tensor =
-boundaries, "blocks" with schedule_args = [block_size, sink_size, window_blocks] and, from `attention_blocks`, schedule_tensor =
+window_size] or [sink_size, window_size, right], "prefix" with schedule_tensor = lengths [B], "segments" with schedule_args =
+[causal] or [causal, window_size, sink_size, right] and schedule_tensor = boundaries [S + 1] or [B, S + 1], "blocks" with schedule_args = [block_size, sink_size, window_blocks] and, from `attention_blocks`, schedule_tensor =
 blocks and block_bias = correction, "key_subset" with schedule_args = [causal] and schedule_tensor = words [1 or B, words], a bit
 for every position, "tree" with schedule_tensor = nodes [1 or B, T, 2 + words]: parent, depth, and a bit for every ancestor and
-the node itself), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, sink_logits, softcap, dropout_p with dropout_seed,
+the node itself), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, symmetric_bias, sink_logits, softcap, dropout_p
+with dropout_seed,
 key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
 distance_limit defaults to none for every schedule, and
-key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and lse are new arrays unless given. threads defaults to all
-processors, and more than 256 and than there are count as that many; stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
+key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and
+lse are new arrays unless given; what rounding lse left out, which gradients need where |lse| is large, goes to lse_low
+[B, H, Lq] if that is given. threads defaults to all processors, and more than 256 and than there are count as that many;
+stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
 in one sentence.)";
 
 constexpr const char* kBackwardDoc =
     R"(Gradients of `attention`: (grad_query, grad_key, grad_value, grad_bias, grad_sink_logits), new arrays unless given. CPU.
 
-grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments. Gradients
+grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments, and lse_low
+what it left there, without which the scores are computed once more, where lse is that of these keys alone. Gradients
 are float32 (float64 for float64); those of distance_bias and sink_logits are None where there is none of these.)";
 
 }  // namespace

@@ -52,8 +52,10 @@ std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probab
                                 int64_t blocks_per_row, bool wide, OptionalTensor numbers) {
   const FixedFloats fixed;  // for the launches
   const char* name = op.c_str();
-  probabilities = last_contiguous(probabilities);
-  for (OptionalTensor* x : {&key_starts, &key_lengths, &key_offset, &query_lengths}) *x = dense(*x);
+  probabilities = last_contiguous(probabilities, op, "distance_probs");
+  for (OptionalTensor* x : {&key_starts, &key_lengths, &key_offset, &query_lengths}) {
+    if (*x) *x = dense(**x, op, "a list of lengths");
+  }
   if (const double* given = graph_numbers(numbers, 1, name, "numbers")) parameter = given[0];
   BlocksArgs args;
   args.op = op;

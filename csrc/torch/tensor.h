@@ -68,22 +68,6 @@ inline TensorView view(const std::optional<torch::stable::Tensor>& tensor, const
   return tensor.has_value() ? view(*tensor, op, argument) : TensorView{};
 }
 
-// Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
-inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x) {
-  return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
-}
-
-inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x) {
-  return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x)) : std::nullopt;
-}
-
-// A small table or list of lengths as the kernels read it; copied where its strides are not those of a plain array.
-inline torch::stable::Tensor dense(const torch::stable::Tensor& x) { return torch::stable::contiguous(x); }
-
-inline std::optional<torch::stable::Tensor> dense(const std::optional<torch::stable::Tensor>& x) {
-  return x.has_value() ? std::optional<torch::stable::Tensor>(dense(*x)) : std::nullopt;
-}
-
 // A number that a graph computes: compiled code cannot change a float of the schema without being compiled again.
 // `numbers`, where given, holds `count` of them in float64 on the CPU, whatever the device of the rest.
 inline const double* graph_numbers(const std::optional<torch::stable::Tensor>& numbers, int64_t count, const char* op,
@@ -110,6 +94,23 @@ torch::stable::Tensor allocated(const std::string& op, const char* argument, con
 inline torch::stable::Tensor new_tensor(const std::string& op, const char* argument, const torch::stable::Tensor& like,
                                         const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
   return allocated(op, argument, sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
+}
+
+// A copy of x without gaps, if it has any.
+inline torch::stable::Tensor dense(const torch::stable::Tensor& x, const std::string& op, const char* argument) {
+  const auto sizes = x.sizes();
+  return allocated(op, argument, {sizes.begin(), sizes.end()}, [&] { return torch::stable::contiguous(x); });
+}
+
+// Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
+inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x, const std::string& op,
+                                             const char* argument) {
+  return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : dense(x, op, argument);
+}
+
+inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x,
+                                                            const std::string& op, const char* argument) {
+  return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x, op, argument)) : std::nullopt;
 }
 
 // torch's own thread pool, with as many slots as torch.set_num_threads allows. Inside one of torch's parallel regions

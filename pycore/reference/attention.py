@@ -79,7 +79,11 @@ def keep_mask(
         start = (int(j.max()) + 1 if count is None and j.numel() else count or 0) - len(parents)
         node_p, node_j = (p - start).clamp(min=0), (j - start).clamp(min=0)
         in_tree = _branches(parents)[node_p, node_j] if parents else torch.zeros_like(d, dtype=torch.bool)
-        return (d >= 0) & ((p < start) | (j < start) | in_tree)
+        keep = (d >= 0) & ((p < start) | (j < start) | in_tree)
+        if schedule.window_size is not None:
+            place_p, place_j = (places(schedule, x, start + len(parents), batch_row) for x in (p, j))
+            keep = keep & ((place_p - place_j < schedule.window_size) | (place_j < schedule.sink_size))
+        return keep
     raise TypeError(f"schedule is {schedule!r} and must be one of pycore.schedules")
 
 
@@ -110,6 +114,7 @@ def attention(
     distance_limit: int | None = None,
     distance_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    symmetric_bias: bool = False,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -129,7 +134,7 @@ def attention(
     batch, heads, query_length, head_dim = query.shape
     group = heads // key.shape[1] if heads else 1
     scale = head_dim**-0.5 if scale is None else scale
-    sinks = schedule.sink_size if isinstance(schedule, Lambda | Probabilistic) else 0
+    sinks = schedule.sink_size if isinstance(schedule, Lambda | Probabilistic | Tree) else 0
     out = query.new_zeros(batch, heads, query_length, value.shape[3])
     lse = query.new_full((batch, heads, query_length), -torch.inf)
     outs, lses = [], []
@@ -143,7 +148,8 @@ def attention(
         p = (end - start + offset - queries + torch.arange(queries))[:, None]
         count = end - start + offset
         d = places(schedule, p, count, b) - places(schedule, j, count, b)
-        d = d if distance_limit is None else d.clamp(max=distance_limit)
+        away = d.abs() if symmetric_bias else d.clamp(min=0)
+        d, away = (x if distance_limit is None else x.clamp(max=distance_limit) for x in (d, away))
         for h in range(heads):
             if h == 0 or isinstance(schedule, Probabilistic):  # others are the same for all heads
                 kept = keep_mask(schedule, p, j, b, h, count)
@@ -156,9 +162,9 @@ def attention(
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
             if distance_bias is not None:
-                scores = scores + distance_bias[h, d.clamp(0, distance_bias.shape[1] - 1)]
+                scores = scores + distance_bias[h, away.clamp(max=distance_bias.shape[1] - 1)]
             if alibi_slopes is not None:
-                scores = scores - alibi_slopes[h] * d.clamp(min=0)
+                scores = scores - _row(alibi_slopes[..., h, None], b) * away
             if isinstance(schedule, Probabilistic):
                 scores = scores + block_logits(schedule, p, j, h).to(scores.dtype)
             empty = ~keep.any(1)  # such rows go through the formulas with finite numbers and are replaced afterwards

@@ -119,7 +119,9 @@ inline CoderModel coder_model(const char* op, const char* argument, const Tensor
   check_value(out.symbols >= 1, op, argument, " has ", model.shape[last],
               " entries in its last dimension and must have at least ", precision ? 1 : 2);
   out.entry_stride = model.strides[last];
-  out.position_stride = broadcast_stride(op, argument, model, last - 1, length, "symbols of a stream");
+  // No streams say no length.
+  const int64_t positions = streams == 0 && length == 0 && last > 0 ? model.shape[last - 1] : length;
+  out.position_stride = broadcast_stride(op, argument, model, last - 1, positions, "symbols of a stream");
   out.stream_stride = broadcast_stride(op, argument, model, last - 2, streams, "streams");
   if (precision) {
     out.precision = checked_precision(op, *precision);

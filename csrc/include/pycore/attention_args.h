@@ -36,6 +36,7 @@ struct AttentionArgs {
   double scale = 1.0;
   double softcap = 0.0;
   double dropout_p = 0.0;
+  bool symmetric_bias = false;
   mutable IndexCopies copies;  // what was checked of the arrays of indices, and is then used
 
   // A contiguous int64 array as kernels get it: on the CPU, where its values are checked, a copy.
@@ -160,7 +161,7 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
       {"full", ScheduleKind::kFull, 0, 0, false},           {"causal", ScheduleKind::kCausal, 0, 0, false},
       {"lambda", ScheduleKind::kLambda, 2, 3, false},       {"prefix", ScheduleKind::kPrefix, 0, 0, true},
       {"segments", ScheduleKind::kSegments, 1, 4, true},    {"blocks", ScheduleKind::kBlocks, 3, 3, true},
-      {"key_subset", ScheduleKind::kKeySubset, 1, 1, true}, {"tree", ScheduleKind::kTree, 0, 0, true}};
+      {"key_subset", ScheduleKind::kKeySubset, 1, 1, true}, {"tree", ScheduleKind::kTree, 0, 2, true}};
   const Kind* found = nullptr;
   for (const Kind& kind : kKinds) {
     if (args.schedule == kind.name) found = &kind;
@@ -194,6 +195,11 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     check_tree_shape(args.op, tensor, args.query, params);
     schedule.tree = args.kept(tensor);
     if (readable) check_tree(args.op, tensor, schedule);
+    if (numbers == 2) {
+      check_window(args, args.schedule_args[0], args.schedule_args[1], 0);
+      schedule.sink_size = std::min(args.schedule_args[0], kFar);
+      schedule.window_size = std::min(args.schedule_args[1], kFar);
+    }
   } else if (found->kind == ScheduleKind::kPrefix) {
     check_index_tensor(args, "prefix_lengths", tensor);
     check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
@@ -240,18 +246,37 @@ inline void check_logit_factors(const AttentionArgs& args) {
               "; scale / softcap must be finite in float32");
 }
 
+// A float table [heads], or [1 or batch, heads].
+inline void check_slopes(const AttentionArgs& args, AttentionParams* params) {
+  const TensorView& slopes = args.alibi_slopes;
+  if (!slopes.defined()) return;
+  const int last = slopes.dims - 1;
+  const bool rows = last == 1;
+  check_value((last == 0 || rows) && slopes.shape[last] == params->heads, args.op, "alibi_slopes has shape ",
+              shape_text(slopes), " and must be [heads] or [batch, heads], with ", params->heads, " heads");
+  check_value(!rows || slopes.shape[0] == 1 || slopes.shape[0] == params->batch, args.op, "alibi_slopes has ",
+              slopes.shape[0], " rows and must have one, or one for each of ", params->batch, " batch rows");
+  TensorView first = slopes;
+  first.dims = 1;
+  first.shape[0] = slopes.shape[last];
+  first.strides[0] = slopes.strides[last];
+  params->alibi_slopes = check_table(args, *params, "alibi_slopes", first, 1);
+  params->slopes_stride = rows && slopes.shape[0] > 1 ? slopes.strides[0] : 0;
+}
+
 inline void check_options(const AttentionArgs& args, AttentionParams* params) {
   check_value(!(args.distance_bias.defined() && args.alibi_slopes.defined()), args.op,
               "distance_bias and alibi_slopes are both given; only one may be");
   params->distance_bias = check_table(args, *params, "distance_bias", args.distance_bias, 2);
-  if (params->distance_bias) {
+  if (args.distance_bias.defined()) {  // without heads it has no memory, but a length
     params->bias_length = args.distance_bias.shape[1];
     params->bias_stride = args.distance_bias.strides[0];
   }
-  params->alibi_slopes = check_table(args, *params, "alibi_slopes", args.alibi_slopes, 1);
+  check_slopes(args, params);
+  params->symmetric_bias = args.symmetric_bias;
   params->sink_logits = check_table(args, *params, "sink_logits", args.sink_logits, 1);
   params->block_bias = check_table(args, *params, "block_bias", args.block_bias, 2, true);
-  if (params->block_bias) {
+  if (args.block_bias.defined()) {
     check_value(params->schedule.kind == ScheduleKind::kBlocks, args.op, "block_bias comes with schedule \"blocks\"");
     params->block_bias_length = args.block_bias.shape[1];
     params->block_bias_stride = args.block_bias.shape[0] == 1 ? 0 : args.block_bias.strides[0];
@@ -287,12 +312,12 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   if (args.key_ring == 0) return;
   check_value(args.key_ring > 0 && args.key_ring % kKeyTile == 0, args.op, "key_ring is ", args.key_ring,
               " and must be a multiple of ", kKeyTile);
-  check_value(params->schedule.kind == ScheduleKind::kLambda, args.op, "key_ring is given with schedule \"",
-              args.schedule, "\" and must come with \"lambda\"");
+  check_value(params->schedule.kind == ScheduleKind::kLambda || params->schedule.kind == ScheduleKind::kTree, args.op,
+              "key_ring is given with schedule \"", args.schedule, "\" and must come with \"lambda\" or \"tree\"");
   check_value(args.key_ring <= params->key_length && params->schedule.sink_size <= params->key_length - args.key_ring,
               args.op, "key has length ", params->key_length, " and must have room for a ring of ", args.key_ring,
               " and ", params->schedule.sink_size, " sinks");
-  check_value(params->key_lengths && !params->key_starts && !params->key_offset, args.op,
+  check_value(args.key_lengths.defined() && !args.key_starts.defined() && !args.key_offset.defined(), args.op,
               "key_ring comes with key_lengths, and without key_starts and key_offset");
   params->key_ring = args.key_ring;
 }
@@ -309,8 +334,10 @@ inline void check_length_values(const AttentionArgs& args, const AttentionParams
     if (params.key_ring > 0) {
       check_value(end >= 0 && end < kFar, args.op, "key_lengths[", b, "] is ", end, " and must be between 0 and ",
                   kFar - 1);
-      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - queries + 1,
-                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", queries,
+      // The first node of a tree sees as far back as the query of its position, though not itself a query.
+      const int64_t windows = std::max(queries, params.schedule.tree_nodes);
+      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - windows + 1,
+                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", windows,
                   " queries, each of ", params.schedule.window_size);
     } else {
       check_value(end >= 0 && end <= params.key_length, args.op, "key_lengths[", b, "] is ", end,
@@ -434,9 +461,10 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   params.scale = args.scale;
   check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
   params.distance_limit = args.distance_limit < 0 ? kFar : std::min(args.distance_limit, kFar);
-  check_value(params.schedule.kind != ScheduleKind::kLambda || params.distance_limit >= params.schedule.window_size, op,
-              "distance_limit is ", params.distance_limit, " and must be at least window_size, ",
-              params.schedule.window_size);
+  const bool windowed = params.schedule.kind == ScheduleKind::kLambda ||
+                        (params.schedule.kind == ScheduleKind::kTree && params.schedule.window_size < kFar);
+  check_value(!windowed || params.distance_limit >= params.schedule.window_size, op, "distance_limit is ",
+              params.distance_limit, " and must be at least window_size, ", params.schedule.window_size);
   const int64_t ahead = params.schedule.ahead();
   check_value(ahead >= kFar || params.distance_limit >= ahead, op, "distance_limit is ", params.distance_limit,
               " and must be at least right, ", ahead);
@@ -453,10 +481,16 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   return params;
 }
 
-// grad_out and grad_lse against what the forward pass returned.
+// Where the second half of a pair of lse begins.
+inline void* second_lse(const AttentionParams& params, void* pair) {
+  const int64_t rows = params.batch * params.heads * params.query_length;
+  return static_cast<char*>(pair) + rows * (params.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+// grad_out and grad_lse against what the forward pass returned. lse_low comes behind lse, by itself or not at all.
 inline AttentionBackwardParams attention_backward_params(const AttentionArgs& args, const TensorView& grad_out,
                                                          const TensorView& grad_lse, const TensorView& out,
-                                                         const TensorView& lse) {
+                                                         const TensorView& lse, const TensorView& lse_low = {}) {
   AttentionBackwardParams params;
   params.forward = attention_params(args);
   const AttentionParams& forward = params.forward;
@@ -472,26 +506,35 @@ inline AttentionBackwardParams attention_backward_params(const AttentionArgs& ar
                                              (shape[0] == 1 || view.strides[0] == shape[1] * shape[2] * shape[3]));
     check_value(!contiguous || dense, op, name, " must be contiguous");
   };
-  const auto check_like_lse = [&](const char* name, const TensorView& view) {
-    check_value(view.dims == 3 && view.shape[0] == forward.batch && view.shape[1] == forward.heads &&
-                    view.shape[2] == forward.query_length,
+  const auto check_like_lse = [&](const char* name, const TensorView& view, bool pair) {
+    const int64_t* shape = view.shape + (pair ? 1 : 0);
+    check_value(view.dims == (pair ? 4 : 3) && (!pair || view.shape[0] == 2) && shape[0] == forward.batch &&
+                    shape[1] == forward.heads && shape[2] == forward.query_length,
                 op, name, " has shape ", shape_text(view), " and must be [batch, heads, query length]");
     const DType sum = args.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     check_value(view.dtype == sum, op, name, " is ", dtype_name(view.dtype), " and must be ", dtype_name(sum));
-    check_value(view.count() == 0 || ((view.shape[2] == 1 || view.strides[2] == 1) &&
-                                      (view.shape[1] == 1 || view.strides[1] == view.shape[2]) &&
-                                      (view.shape[0] == 1 || view.strides[0] == view.shape[1] * view.shape[2])),
-                op, name, " must be contiguous");
+    int64_t stride = 1;
+    bool dense = true;
+    for (int d = view.dims - 1; d >= 0; stride *= view.shape[d--]) {
+      dense = dense && (view.shape[d] == 1 || view.strides[d] == stride);
+    }
+    check_value(view.count() == 0 || dense, op, name, " must be contiguous");
   };
   check_like_out("grad_out", grad_out, false);
   check_like_out("out", out, true);
-  check_like_lse("lse", lse);
+  const bool pair = lse.dims == 4;
+  check_like_lse("lse", lse, pair);
   params.forward.out = out.data;
   params.forward.lse = lse.data;
+  if (pair) params.forward.lse_low = second_lse(forward, lse.data);
+  if (lse_low.defined()) {
+    check_like_lse("lse_low", lse_low, false);
+    params.forward.lse_low = lse_low.data;
+  }
   params.grad_out = grad_out.data;
   params.grad_out_strides = {grad_out.strides[0], grad_out.strides[1], grad_out.strides[2]};
   if (grad_lse.defined()) {
-    check_like_lse("grad_lse", grad_lse);
+    check_like_lse("grad_lse", grad_lse, false);
     params.grad_lse = grad_lse.data;
   }
   return params;

@@ -40,7 +40,7 @@ def check_devices(op: str, **tensors: Any) -> None:
     first, *others = ((name, x) for name, x in tensors.items() if isinstance(x, Tensor))
     for name, x in others:
         if x.device != first[1].device:
-            raise ValueError(f"{op}: {name} is on {x.device} and must be on {first[0]}'s device, {first[1].device}")
+            raise ValueError(f"{op}: {name} is on {x.device} and must be on {first[1].device}, where {first[0]} is")
 
 
 def graph_numbers(*values: float) -> Tensor:
