@@ -49,7 +49,9 @@ def attention_of(dtype: torch.dtype, queries: int, **options: object) -> Callabl
 
     def call(threads: int) -> list[Tensor]:
         out, lse = ops.attention(q, k, v, return_lse=True, **options)
-        faces = native.attention(q, k, v, threads=threads, out=torch.empty_like(q), scale=24**-0.5, softcap=options.get("softcap", 0.0))
+        faces = native.attention(
+            q, k, v, threads=threads, out=torch.empty_like(q), scale=24**-0.5, softcap=options.get("softcap", 0.0)
+        )
         return [out, lse, faces[0]]
 
     return call
