@@ -144,9 +144,7 @@ def test_what_gives_bytes_takes_no_meta_tensor(argument: str) -> None:
         return
     given = good("encode_float_cdf")
     given[argument] = given[argument].to("meta")
-    with pytest.raises(
-        ValueError, match=rf"^encode_\w+_cdf: {argument} is on meta, which has no data, and must be"
-    ):
+    with pytest.raises(ValueError, match=rf"^encode_\w+_cdf: {argument} is on meta, which has no data, and must be"):
         torchac.encode_float_cdf(**given)
 
 
