@@ -92,7 +92,8 @@ def check_path(op: str, path: Any, batch: int, tokens: int) -> Tensor:
     path = path.expand(batch, -1)
     if bool(((path < -1) | (path >= tokens)).any()):
         raise IndexError(f"{op}: path must be between 0 and {tokens - 1}, or -1 for no token")
-    if bool(((path[:, 1:] <= path[:, :-1]) & (path[:, 1:] >= 0)).any()):
+    before, after = path[:, :-1], path[:, 1:]
+    if bool(((after >= 0) & ((after <= before) | (before < 0))).any()):
         raise ValueError(f"{op}: path does not ascend and must, with any -1 at its end")
     return path
 

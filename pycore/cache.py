@@ -42,6 +42,14 @@ class _Chunk(NamedTuple):
     key_offset: Tensor | None
 
 
+def _like(x: Any) -> Any:
+    """What checks see of an argument."""
+    if isinstance(x, Tensor):
+        shape = x.shape if x.dim() != 4 else (x.shape[0], x.shape[1], x.shape[3])  # queries and keys of any length
+        return shape, x.stride(-1) if x.dim() else 0, x.dtype, x.device
+    return tuple(map(_like, x)) if isinstance(x, tuple | list) else x
+
+
 class LambdaKVCache:
     """The keys and values that Λ attention still needs: the sinks and a window, at a constant size.
 
@@ -87,6 +95,7 @@ class LambdaKVCache:
         self._behind: Tensor | None = None  # int64 [batch], the same of each row, where they may differ
         self._own = 0  # tokens of the newest chunk, if the ring has all that its queries see
         self._chunk: _Chunk | None = None
+        self._rehearsed: tuple[Any, ...] | None = None  # what `append_and_attend` was called with when it last worked
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
 
@@ -227,6 +236,26 @@ class LambdaKVCache:
         out = call_attention(op, query, held_key, held_value, schedule, rope, *options, rows, return_lse, key_ring=ring)
         self._chunk = None
         return out
+
+    def append_and_attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, starts: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`append`, then `attend` with as many queries; what either refuses leaves the cache as it was.
+
+        Args:
+            query: [batch, heads, tokens, head_dim].
+            key, value, starts: as for `append`.
+            options: as for `attend`; neither tree nor middle_topk.
+        """
+        op = "LambdaKVCache.attend"
+        held = None if self._lengths is None else self._held("append")
+        check_tokens("LambdaKVCache.append", key, value, held and held[:2])
+        if not torch.compiler.is_compiling():
+            starts = check_starts("LambdaKVCache.append", starts, key, values=True)
+            lengths = (starts, None, None if held is None else held[2])
+            self._rehearse(op, query, key, value, lengths, options)
+        self.append(key, value, starts=starts)
+        return self.attend(query, **options)
 
     # ---- rows and tokens taken back, chosen or repeated -------------------------------------------------------------
 
@@ -384,6 +413,40 @@ class LambdaKVCache:
         shortest = int(lengths.min()) if lengths.numel() else tokens
         if tokens > shortest:
             raise ValueError(f"{op}: tokens is {tokens} and must be at most {shortest}, a row's length")
+
+    def _rehearse(
+        self,
+        op: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[Tensor | None, Tensor | None, Tensor | None],
+        options: dict[str, Any],
+    ) -> None:
+        """Attention of no query over the new tokens, at their positions: it refuses what `attend` would.
+
+        Not done again for arguments like those of the last call.
+        """
+        if isinstance(query, Tensor) and query.dim() == 4 and query.shape[2] != key.shape[2]:
+            raise ValueError(f"{op}: query has {query.shape[2]} rows and must have {key.shape[2]}, one a token")
+        device = key.device.type
+        autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        like = (_like(query), _like(key), _like(value), autocast, *((name, _like(x)) for name, x in options.items()))
+        if like == self._rehearsed:
+            return
+        given = {"rope": None, "interleaved": False, "distance_bias": None, "alibi_slopes": None, "sink_logits": None,
+                 "softcap": 0.0, "scale": None, "distance_limit": None, "return_lse": False} | options  # fmt: skip
+        limit = self.window_size if given["distance_limit"] is None else given["distance_limit"]
+        none = torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)
+        rows = query[:, :, :1] if isinstance(query, Tensor) and query.dim() == 4 else query
+        call_attention(
+            op, rows, key.detach(), value.detach(), Lambda(self.sink_size, self.window_size), given["rope"],
+            given["interleaved"], limit, given["distance_bias"], given["alibi_slopes"], given["sink_logits"],
+            given["softcap"], 0.0, given["scale"], (*lengths, none), given["return_lse"],
+        )  # fmt: skip
+        # A table that does not reach the limit may be too short later.
+        rope = given["rope"]
+        self._rehearsed = like if rope is None or rope[0].shape[0] >= limit + _TILE else None
 
     def _tree(self, tree: Any) -> tuple[Tree, int]:
         """The tree with the cache's window, and its nodes."""

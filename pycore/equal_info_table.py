@@ -134,8 +134,12 @@ class EqualInfoTable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table to a file, in the format of docs/formats.md."""
         part = Path(f"{os.fspath(path)}.part")
-        part.write_bytes(self._file)
-        os.replace(part, path)  # a file of that name is whole at all times
+        try:
+            part.write_bytes(self._file)
+            os.replace(part, path)  # a file of that name is whole at all times
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EqualInfoTable:

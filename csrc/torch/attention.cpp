@@ -82,7 +82,7 @@ struct Scratch {
   Tensor memory;
   void* data;
   Scratch(const std::string& op, const Tensor& like, int64_t bytes)
-      : memory(new_tensor(op, "scratch", like, {bytes + 64}, ScalarType::Byte)) {
+      : memory(new_tensor(op, "scratch", like, {size_sum(bytes, 64)}, ScalarType::Byte)) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr());
     data = reinterpret_cast<void*>((address + 63) / 64 * 64);
   }
@@ -126,15 +126,20 @@ ScalarType sum_type(const AttentionParams& params) {
   return params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS) {
+// With lse_pair, lse is [2, batch, heads, query length]: rounded, and what that left out.
+std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair) {
   PYCORE_ARRANGE;
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
   const AttentionArgs args = attention_args(PYCORE_NAMES);
   AttentionParams params = attention_params(args);
   Tensor out = new_tensor(op, "out", query, {params.batch, params.heads, params.query_length, params.value_dim},
                           query.scalar_type());
-  Tensor lse = new_tensor(op, "lse", query, {params.batch, params.heads, params.query_length}, sum_type(params));
+  std::vector<int64_t> lse_shape = {params.batch, params.heads, params.query_length};
+  if (lse_pair) lse_shape.insert(lse_shape.begin(), 2);
+  Tensor lse = new_tensor(op, "lse", query, lse_shape, sum_type(params));
   params.out = out.data_ptr();
   params.lse = lse.data_ptr();
+  if (lse_pair) params.lse_low = second_lse(params, lse.data_ptr());
   if (args.query.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.query.device_index);
     const Scratch scratch(op, query, launch_attention_forward_scratch(params));
@@ -152,6 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
                                                             Tensor lse, bool bias_gradient, bool sink_gradient,
                                                             PYCORE_PARAMETERS) {
   PYCORE_ARRANGE;
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
   grad_out = last_contiguous(grad_out, op, "grad_out");
   if (grad_lse) grad_lse = dense(*grad_lse, op, "grad_lse");
   const AttentionArgs args = attention_args(PYCORE_NAMES);
@@ -194,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
 }  // namespace pycore
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
-  m.def("attention(" PYCORE_SCHEMA ") -> (Tensor out, Tensor lse)");
+  m.def("attention(" PYCORE_SCHEMA ", bool lse_pair=False) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_gradient, "
       "bool sink_gradient, " PYCORE_SCHEMA

@@ -9,10 +9,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace pycore {
@@ -59,6 +59,7 @@ inline TensorView view(const torch::stable::Tensor& tensor, const char* op, cons
     view.shape[i] = sizes[i];
     view.strides[i] = strides[i];
   }
+  check_span(op, argument, view);
   return view;
 }
 
@@ -79,16 +80,6 @@ inline const double* graph_numbers(const std::optional<torch::stable::Tensor>& n
   return given.as<const double>();
 }
 
-// MemoryError in Python.
-class OutOfMemory : public std::bad_alloc {
- public:
-  explicit OutOfMemory(const std::string& text) : text_(text) {}
-  const char* what() const noexcept override { return text_.what(); }
-
- private:
-  std::runtime_error text_;  // a string whose copies throw nothing
-};
-
 // What `make` allocates, or one sentence where there is no room for it; torch's own error names its source files.
 template <class Make>
 torch::stable::Tensor allocated(const std::string& op, const char* argument, const std::vector<int64_t>& sizes,
@@ -96,10 +87,7 @@ torch::stable::Tensor allocated(const std::string& op, const char* argument, con
   try {
     return make();
   } catch (const std::exception&) {
-    std::string shape;
-    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    throw OutOfMemory(op + ": " + argument + " has shape [" + shape +
-                      "] and must fit into memory, where it could not be allocated");
+    throw_out_of_memory(op, argument, sizes);
   }
 }
 
@@ -130,6 +118,9 @@ inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<
 inline Parallel torch_parallel() {
   Parallel parallel;
   parallel.threads = torch::stable::get_num_threads();
+  if (parallel.threads > kMostThreads) {
+    parallel.threads = clamped_threads(parallel.threads, std::thread::hardware_concurrency());
+  }
   parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
     torch::stable::parallel_for(0, slots, 1, [body, argument](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) body(argument, slot);

@@ -9,7 +9,7 @@ csrc/cpu/linear.*.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from pycore._checks import check_number
 from pycore._load import load_ops
 from pycore._tensors import check_devices, check_tensor, graph_numbers
+from pycore.ops._autograd import no_second_derivative, register_derivatives
 
 load_ops()
 
@@ -147,8 +148,33 @@ def _norm_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None)
 
 
-torch.library.register_autograd("pycore::invariant_linear", _linear_backward, setup_context=_linear_setup)
-torch.library.register_autograd("pycore::rms_norm", _norm_backward, setup_context=_norm_setup)
+def _linear_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
+    (x, weight, _), (x_tangent, weight_tangent, bias_tangent) = inputs, tangents
+    op = torch.ops.pycore.invariant_linear
+    if x_tangent is not None:
+        tangent = op(x_tangent, weight, bias_tangent)
+        return tangent if weight_tangent is None else tangent + op(x, weight_tangent, None)
+    if weight_tangent is not None:
+        return op(x, weight_tangent, bias_tangent)
+    assert bias_tangent is not None
+    return bias_tangent.expand_as(output)
+
+
+def _norm_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
+    """Of r x w with r = 1 / sqrt(mean(x^2) + eps), whose own tangent is -r^3 mean(x x')."""
+    (x, weight, eps, numbers), (x_tangent, weight_tangent) = inputs, tangents[:2]
+    factor = (x.square().mean(-1, keepdim=True) + (eps if numbers is None else numbers[0])).rsqrt()
+    tangent = torch.zeros_like(output)
+    if x_tangent is not None:
+        tangent = factor * (x_tangent - x * factor.square() * (x * x_tangent).mean(-1, keepdim=True))
+        tangent = tangent if weight is None else tangent * weight
+    return tangent if weight_tangent is None else tangent + factor * x * weight_tangent
+
+
+register_derivatives("invariant_linear", _linear_backward, _linear_setup, _linear_jvp)
+register_derivatives("rms_norm", _norm_backward, _norm_setup, _norm_jvp)
+no_second_derivative("invariant_linear_backward", lambda inputs: "invariant_linear")
+no_second_derivative("rms_norm_backward", lambda inputs: "rms_norm")
 
 
 # ---- autocast and vmap -----------------------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ std::unique_ptr<char, Freer> aligned(int64_t bytes) {
 struct Problem {
   pycore::AttentionBackwardParams params;
   std::vector<char> query, key, value, out, grad_out;
-  Buffer lse, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias, grad_sinks;
+  Buffer lse, lse_low, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias,
+      grad_sinks;
   std::vector<int64_t> starts, lengths, offsets, queries, prefixes, boundaries, bitmap;
   std::vector<uint64_t> blocks;
   Buffer block_bias;
@@ -107,6 +108,7 @@ struct Problem {
     grad_out = stored(normal(p.batch * p.heads * p.query_length * p.value_dim), p.dtype);
     out.resize(grad_out.size());
     lse.resize(p.batch * p.heads * p.query_length);
+    lse_low.resize(lse.size());
     delta.resize(lse.size());
     grad_query.resize(p.batch * p.heads * p.query_length * p.head_dim);
     grad_key.resize(keys.size());
@@ -116,6 +118,7 @@ struct Problem {
     p.value = value.data();
     p.out = out.data();
     p.lse = lse.data();
+    if (draw(0, 1)) p.lse_low = lse_low.data();  // else the backward pass finds it by itself
     params.grad_out = grad_out.data();
     params.delta = delta.data();
     params.grad_query = grad_query.data();
