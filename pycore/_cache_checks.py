@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int
+from pycore._tensors import check_devices, check_tensor
 
 __all__ = ["check_index", "check_path", "check_starts", "check_state", "check_tokens", "integers"]
 
@@ -27,12 +28,9 @@ def integers(tensor: Tensor) -> Tensor:
 
 
 def _dense(op: str, name: str, tensor: Any) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise ValueError(f"{op}: {name} is a {kind} tensor and must be a dense one")
-    return tensor
+    check_tensor(op, name, tensor)
+    dense: Tensor = tensor
+    return dense
 
 
 def check_tokens(op: str, key: Any, value: Any, held: tuple[Tensor, Tensor] | None) -> None:
@@ -52,6 +50,7 @@ def check_tokens(op: str, key: Any, value: Any, held: tuple[Tensor, Tensor] | No
             raise ValueError(
                 f"{op}: {name} is {given.dtype} on {given.device} and must be {like.dtype} on {like.device}"
             )
+    check_devices(op, key=key, value=value)
     if key.shape[2] != value.shape[2]:
         raise ValueError(f"{op}: value has {value.shape[2]} tokens and key has {key.shape[2]}; they must be equal")
 

@@ -157,6 +157,7 @@ def lambda_attention(
         limit = window_size if right is None or right <= 0 else max(window_size, right)
     lengths = (key_starts, key_lengths, key_offset, query_lengths)
     check_int(op, "middle_topk", middle_topk, 0)
+    check_bool(op, "return_lse", return_lse)
     if middle_topk and isinstance(query, Tensor):
         placed = rope is not None or distance_bias is not None or alibi_slopes is not None
         check_middle(op, middle_topk, query, placed, limit, window_size)

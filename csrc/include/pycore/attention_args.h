@@ -322,11 +322,15 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   params->key_ring = args.key_ring;
 }
 
+// Batch rows to look at: without lengths all are alike, and an expanded batch may have more than can be counted.
+inline int64_t distinct_rows(const AttentionParams& params) {
+  const bool given = params.key_starts || params.key_lengths || params.key_offset || params.query_lengths;
+  return given ? params.batch : std::min<int64_t>(params.batch, 1);
+}
+
 // Values of the length arguments; on the CPU, where reading them costs nothing.
 inline void check_length_values(const AttentionArgs& args, const AttentionParams& params) {
-  // Without an array all rows are like the first.
-  const bool differ = params.key_starts || params.key_lengths || params.key_offset || params.query_lengths;
-  for (int64_t b = 0; b < (differ ? params.batch : std::min<int64_t>(params.batch, 1)); ++b) {
+  for (int64_t b = 0; b < distinct_rows(params); ++b) {
     const int64_t start = params.key_starts ? params.key_starts[b] : 0;
     const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
     const int64_t offset = params.key_offset ? params.key_offset[b] : 0;
@@ -383,7 +387,8 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
 
   int64_t positions = 0;
   if (args.query.device == Device::kCpu) {
-    for (int64_t b = 0; b < params->batch; ++b) positions = std::max(positions, row_map(*params, b).positions());
+    for (int64_t b = 0; b < distinct_rows(*params); ++b)
+      positions = std::max(positions, row_map(*params, b).positions());
   } else if (!params->key_offset && params->key_ring == 0) {
     positions = params->key_length;
   }
