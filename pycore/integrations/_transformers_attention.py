@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pycore.integrations._transformers_cache import MARK, LambdaLayer
-from pycore.integrations._transformers_mask import Spans, read_spans, require
+from pycore.integrations._transformers_mask import Spans, read_spans, require, text_boundaries
 from pycore.integrations._transformers_rope import INTERLEAVED, Rope, rope_of, unrotate
 from pycore.nn.probabilistic import advance
 from pycore.ops import attention as pycore_attention
-from pycore.schedules import Lambda, Probabilistic, Schedule
+from pycore.schedules import Lambda, Probabilistic, Schedule, Segments
 
 # What a model may hand to its attention that changes the result, and that is not available.
 _REFUSED = {
@@ -98,8 +98,17 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                     f"{name}: position_ids is None and must be handed on by {type(module).__name__} for a distance "
                     "limit; register with limit_distances=False"
                 )
-        spans = read_spans(name, attention_mask, query.shape[0])
-        _check_positions(name, position_ids, query.shape[2], spans)
+        spans = read_spans(name, attention_mask, query.shape[0], query.shape[2])
+        if spans is None or spans.boundaries is None:
+            spans = _check_positions(name, position_ids, query, key, spans, layer is not None)
+        if spans is not None and spans.boundaries is not None:
+            if layer is not None or isinstance(schedule, Probabilistic):
+                what = "a LambdaCache" if layer is not None else "probabilistic attention"
+                raise ValueError(
+                    f"{name}: position_ids begin again within a row and must be consecutive: packed texts are not "
+                    f"available with {what}"
+                )
+            schedule = Segments(spans.boundaries, True, window_size, sink_size)
         call = _Call(name, sink_size, window_size, schedule, dropout, position_ids, spans, rope, interleaved, options)
         if layer is None:
             out = _attend(call, query, key, value)
@@ -180,6 +189,8 @@ def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Ten
     """
     assert call.position_ids is not None
     row = torch.arange(key.shape[2], device=key.device)[None]
+    if call.spans is not None and call.spans.boundaries is not None:  # all keys are new, but what a cache has too many
+        return torch.nn.functional.pad(call.position_ids, (0, key.shape[2] - query.shape[2]))
     if call.spans is not None:
         last_query = (call.spans.query_lengths - 1).clamp(min=0)[:, None]
         last = call.position_ids.expand(query.shape[0], -1).gather(1, last_query)
@@ -188,22 +199,39 @@ def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Ten
     return position - evicted * (row < call.sink_size)
 
 
-def _check_positions(name: str, position_ids: Tensor | None, queries: int, spans: Spans | None) -> None:
-    """Position ids of a text must be consecutive: where they start again, another text begins."""
+def _check_positions(
+    name: str, position_ids: Tensor | None, query: Tensor, key: Tensor, spans: Spans | None, cached: bool
+) -> Spans | None:
+    """The spans, with the boundaries of texts where the position ids of several follow one another.
+
+    Those of a text are consecutive. The mask function has looked already in most models; compiled code cannot choose,
+    and refuses.
+    """
     if position_ids is None:
-        return
+        return spans
     if position_ids.dim() != 2:
         raise ValueError(f"{name}: position_ids has {position_ids.dim()} dimensions and must have 2, [batch, length]")
+    batch, _, queries, _ = query.shape
     if queries == 1:
-        return
-    consecutive = position_ids.diff(dim=-1) == 1
+        return spans
+    step = position_ids.diff(dim=-1)
+    allowed = step == 1
     if spans is not None:  # padding may have any
         row = torch.arange(1, queries, device=position_ids.device)[None]
-        consecutive = consecutive | (row <= spans.new_starts[:, None]) | (row >= spans.query_lengths[:, None])
+        allowed = allowed | (row <= spans.new_starts[:, None]) | (row >= spans.query_lengths[:, None])
+    if not torch.compiler.is_compiling() and not cached and key.shape[2] == queries and step.device.type == "cpu":
+        cut = ~allowed & (step <= 0)
+        if bool(cut.any()):
+            if spans is None:
+                none = torch.zeros(batch, dtype=torch.int64, device=key.device)
+                spans = Spans(none, none + queries, none + queries, none)
+            spans = spans._replace(boundaries=text_boundaries(cut, spans))
+            allowed = allowed | cut
     require(
-        consecutive.all(),
+        allowed.all(),
         f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not available",
     )
+    return spans
 
 
 def _position_offset(
