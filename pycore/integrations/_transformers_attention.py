@@ -104,11 +104,17 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         if spans is not None and spans.boundaries is not None:
             if layer is not None or isinstance(schedule, Probabilistic):
                 what = "a LambdaCache" if layer is not None else "probabilistic attention"
-                raise ValueError(
+                message = (
                     f"{name}: position_ids begin again within a row and must be consecutive: packed texts are not "
                     f"available with {what}"
                 )
-            schedule = Segments(spans.boundaries, True, window_size, sink_size)
+                if not torch.compiler.is_compiling():
+                    raise ValueError(message)
+                # Compiled code looks for texts wherever there may be several.
+                require((spans.boundaries[:, 1:] == query.shape[2]).all(), message)
+                spans = spans._replace(boundaries=None)
+            else:
+                schedule = Segments(spans.boundaries, True, window_size, sink_size)
         call = _Call(name, sink_size, window_size, schedule, dropout, position_ids, spans, rope, interleaved, options)
         if layer is None:
             out = _attend(call, query, key, value)

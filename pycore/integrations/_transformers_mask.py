@@ -51,16 +51,13 @@ def read_spans(name: str, mask: Tensor | None, batch: int, queries: int) -> Span
     """What `spans_function` made of the model's mask; None where every row counts."""
     if mask is None:
         return None
-    message = (
-        f"{name}: attention_mask is a {mask.dtype} tensor of shape {list(mask.shape)} and must be the 2-D mask of "
-        "padding, given to the model: masks of queries by keys are not available"
-    )
+    wanted = "must be the 2-D mask of padding, given to the model: masks of queries by keys are not available"
     sizes = (queries + _HEADER, queries + _HEADER + 1)
     ours = mask.dtype == torch.int64 and mask.dim() == 4 and mask.shape[2] in sizes
     if not ours or (mask.shape[0], mask.shape[1], mask.shape[3]) != (batch, 1, 1):
-        raise ValueError(message)
+        raise ValueError(f"{name}: attention_mask is a {mask.dtype} tensor of shape {list(mask.shape)} and {wanted}")
     rows = mask[:, 0, :, 0]
-    require((rows[:, 0] == _TAG).all(), message)
+    require((rows[:, 0] == _TAG).all(), f"{name}: attention_mask is another's and {wanted}")
     starts, lengths, query_lengths, new_starts = (x.contiguous() for x in rows[:, 1:_HEADER].unbind(-1))
     boundaries = rows[:, _HEADER:].contiguous() if mask.shape[2] == sizes[1] else None
     return Spans(starts, lengths, query_lengths, new_starts, boundaries)

@@ -146,7 +146,13 @@ def test_a_cache_of_packed_texts_does_not_go_on(model_type: str) -> None:
 
 def packed_model(model_type: str) -> Any:
     changes = {"n_embd": 64, "n_head": 4, "n_layer": 2} if model_type == "gpt_bigcode" else {}
-    return use(tiny(model_type, **changes), "lam_kept")
+    model = use(tiny(model_type, **changes), "lam_kept")
+    try:
+        logits(model, tokens(1, 3))
+    except ValueError as error:  # transformers 4's GPT BigCode
+        assert "must be the 2-D mask of padding" in str(error)
+        pytest.skip(f"{model_type} makes a mask of queries by keys by itself")
+    return model
 
 
 def test_positions_that_jump_ahead() -> None:
