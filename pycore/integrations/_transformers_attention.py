@@ -79,10 +79,11 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         window = _sliding_window(name, module, kwargs)
         sink_size, window_size = (registered.sink_size, registered.window_size) if window is None else (0, window)
         schedule: Schedule = Lambda(sink_size, window_size)
+        counted = False
         if registered.draw is not None and layer is not None:
             raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
         if registered.draw is not None and window is None:
-            schedule = _draw(registered.draw, module, query.device)
+            schedule, counted = _draw(registered.draw, module, query.device)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0}
         options["sink_logits"] = None if s_aux is None else s_aux.to(wide)
@@ -101,23 +102,29 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         spans = read_spans(name, attention_mask, query.shape[0], query.shape[2])
         if spans is None or spans.boundaries is None:
             spans = _check_positions(name, position_ids, query, key, spans, layer is not None)
-        if spans is not None and spans.boundaries is not None:
+        boundaries = None if spans is None else spans.boundaries
+        if spans is not None and boundaries is not None:
             if layer is not None or isinstance(schedule, Probabilistic):
                 what = "a LambdaCache" if layer is not None else "probabilistic attention"
                 message = (
-                    f"{name}: position_ids begin again within a row and must be consecutive: packed texts are not "
+                    f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not "
                     f"available with {what}"
                 )
                 if not torch.compiler.is_compiling():
                     raise ValueError(message)
                 # Compiled code looks for texts wherever there may be several.
-                require((spans.boundaries[:, 1:] == query.shape[2]).all(), message)
+                require((boundaries[:, 1:] == query.shape[2]).all(), message)
                 spans = spans._replace(boundaries=None)
             else:
-                schedule = Segments(spans.boundaries, True, window_size, sink_size)
+                schedule = Segments(boundaries, True, window_size, sink_size)
         call = _Call(name, sink_size, window_size, schedule, dropout, position_ids, spans, rope, interleaved, options)
         if layer is None:
-            out = _attend(call, query, key, value)
+            try:
+                out = _attend(call, query, key, value)
+            except Exception:
+                if counted:
+                    _take_back_round(module)
+                raise
         else:
             for size, given, wanted in (
                 ("sink_size", layer.sink_size, registered.sink_size),
@@ -172,8 +179,8 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
         offset = _position_offset(name, layer, call.position_ids, query, starts)
         inverse = call.rope.inverse(call.position_ids, query.dtype)
         query, key = (unrotate(x, inverse, call.interleaved) for x in (query, key))
-    layer.append(key, value, starts, offset)
-    out = store.attend(query, **call.options)
+    out = store.append_and_attend(query, key, value, starts=starts, **call.options)
+    layer.count(key.shape[2], offset)
     assert isinstance(out, Tensor)
     return out
 
@@ -267,16 +274,23 @@ def round_of(module: nn.Module) -> Tensor | None:
     return getattr(module, _ROUND, None)
 
 
-def _draw(draw: Probabilistic, module: nn.Module, device: torch.device) -> Probabilistic:
-    """The layer's blocks for this pass."""
+def _take_back_round(module: nn.Module) -> None:
+    """What was refused was no round."""
+    round = round_of(module)
+    if round is not None and not torch.compiler.is_compiling():
+        round.sub_(1)
+
+
+def _draw(draw: Probabilistic, module: nn.Module, device: torch.device) -> tuple[Probabilistic, bool]:
+    """The layer's blocks for this pass, and whether it counts as a round."""
     round = round_of(module)
     if round is None:
         with torch.inference_mode(False):  # where no training could count on
             round = torch.zeros((), dtype=torch.int64, device=device)
         module.register_buffer(_ROUND, round, persistent=False)
-    advance(round, module.training)
+    counted = advance(round, module.training)
     layer = getattr(module, "layer_idx", None)
-    return dataclasses.replace(draw, round=round).for_layer(layer or 0)
+    return dataclasses.replace(draw, round=round).for_layer(layer or 0), counted
 
 
 def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int | None:

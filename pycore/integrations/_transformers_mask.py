@@ -174,7 +174,7 @@ def _told(
     if cut is not None and past:
         raise ValueError(
             f"{name}: position_ids begin again within a row while past_key_values holds tokens and must go on: packed "
-            "texts need an empty cache"
+            "sequences need an empty cache"
         )
     if past and getattr(cache, _MIXED, False):
         raise ValueError(

@@ -114,7 +114,7 @@ def test_packed_texts() -> None:
     """Where they cannot be kept apart."""
     positions = (torch.arange(12) % 7)[None].expand(2, -1)
     refused(
-        "lam: position_ids begin again within a row and must be consecutive: packed texts are not available with a "
+        "lam: position_ids jump within a row and must be consecutive: packed sequences are not available with a "
         "LambdaCache",
         llama(),
         position_ids=positions,
@@ -123,8 +123,8 @@ def test_packed_texts() -> None:
     model, cache = llama(), DynamicCache()
     logits(model, tokens(2, 5), past_key_values=cache)
     refused(
-        "lam: position_ids begin again within a row while past_key_values holds tokens and must go on: packed texts "
-        "need an empty cache",
+        "lam: position_ids begin again within a row while past_key_values holds tokens and must go on: packed "
+        "sequences need an empty cache",
         model,
         position_ids=positions + 5,
         past_key_values=cache,

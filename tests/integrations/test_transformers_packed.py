@@ -171,12 +171,12 @@ def test_probabilistic_attention_refuses(no_dynamo_state: None) -> None:
     register_probabilistic("prob", distance_probs=Constant(0.5))
     ids, positions = packed()
     model = use(tiny("llama"), "prob")
-    with pytest.raises(ValueError, match="^prob: position_ids begin again within a row and must be consecutive: packed "
-                       "texts are not available with probabilistic attention$"):  # fmt: skip
+    with pytest.raises(ValueError, match="^prob: position_ids jump within a row and must be consecutive: packed "
+                       "sequences are not available with probabilistic attention$"):  # fmt: skip
         logits(model, ids, position_ids=positions)
     expected = logits(model, ids)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     actual = logits(compiled, ids, position_ids=torch.arange(LENGTH).expand(4, -1), use_cache=False)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-    with pytest.raises(RuntimeError, match="packed texts are not available"):
+    with pytest.raises(RuntimeError, match="packed sequences are not available"):
         logits(compiled, ids, position_ids=positions, use_cache=False)
