@@ -79,11 +79,9 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         window = _sliding_window(name, module, kwargs)
         sink_size, window_size = (registered.sink_size, registered.window_size) if window is None else (0, window)
         schedule: Schedule = Lambda(sink_size, window_size)
-        counted = False
+        draw, counted = registered.draw if window is None else None, False
         if registered.draw is not None and layer is not None:
             raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
-        if registered.draw is not None and window is None:
-            schedule, counted = _draw(registered.draw, module, query.device)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0}
         options["sink_logits"] = None if s_aux is None else s_aux.to(wide)
@@ -104,7 +102,7 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
             spans = _check_positions(name, position_ids, query, key, spans, layer is not None)
         boundaries = None if spans is None else spans.boundaries
         if spans is not None and boundaries is not None:
-            if layer is not None or isinstance(schedule, Probabilistic):
+            if layer is not None or draw is not None:
                 what = "a LambdaCache" if layer is not None else "probabilistic attention"
                 message = (
                     f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not "
@@ -117,6 +115,8 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 spans = spans._replace(boundaries=None)
             else:
                 schedule = Segments(boundaries, True, window_size, sink_size)
+        if draw is not None:
+            schedule, counted = _draw(draw, module, query.device)
         call = _Call(name, sink_size, window_size, schedule, dropout, position_ids, spans, rope, interleaved, options)
         if layer is None:
             try:
