@@ -251,7 +251,8 @@ class LambdaKVCache:
         held = None if self._lengths is None else self._held("append")
         check_tokens("LambdaKVCache.append", key, value, held and held[:2])
         if not torch.compiler.is_compiling():
-            starts = check_starts("LambdaKVCache.append", starts, key, values=True)
+            on_cpu = isinstance(starts, Tensor) and starts.device.type == "cpu"
+            starts = check_starts("LambdaKVCache.append", starts, key, values=on_cpu)
             lengths = (starts, None, None if held is None else held[2])
             self._rehearse(op, query, key, value, lengths, options)
         self.append(key, value, starts=starts)

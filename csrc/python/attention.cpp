@@ -208,8 +208,8 @@ window_size] or [sink_size, window_size, right], "prefix" with schedule_tensor =
 [causal] or [causal, window_size, sink_size, right] and schedule_tensor = boundaries [S + 1] or [B, S + 1], "blocks" with schedule_args = [block_size, sink_size, window_blocks] and, from `attention_blocks`, schedule_tensor =
 blocks and block_bias = correction, "key_subset" with schedule_args = [causal] and schedule_tensor = words [1 or B, words], a bit
 for every position, "tree" with schedule_tensor = nodes [1 or B, T, 2 + words]: parent, depth, and a bit for every ancestor and
-the node itself), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, symmetric_bias, sink_logits, softcap, dropout_p
-with dropout_seed,
+the node itself, and schedule_args = [] or [sink_size, window_size]), rope_cos and rope_sin [n, R/2], distance_bias,
+alibi_slopes, symmetric_bias, sink_logits, softcap, dropout_p with dropout_seed,
 key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
 distance_limit defaults to none for every schedule, and
 key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and
