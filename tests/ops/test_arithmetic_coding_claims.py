@@ -70,7 +70,8 @@ def refused(call):
     try:
         call()
     except pycore.BitstreamError as error:
-        assert re.search("claims {count} symbols|checksum does not hold|no symbol has its next code", str(error)), str(error)
+        said = "claims {count} symbols|checksum does not hold|no symbol has its next code"
+        assert re.search(said, str(error)), str(error)
         return True
 for stream in {streams}:
     data, offsets = np.frombuffer(stream, np.uint8), np.array([0, len(stream)])
@@ -199,7 +200,7 @@ def test_what_is_no_symbol() -> None:
         with pytest.raises(TypeError, match=r"^ArithmeticEncoder: symbols is (a )?bool_? and must be (an int|a NumPy)"):
             encoder.encode(bad, cdf)
     for wrong in (1.0, "1", None, np.float64(1)):
-        with pytest.raises(TypeError, match=r"^ArithmeticEncoder: symbols is a \w+ and must be"):
+        with pytest.raises(TypeError, match=r"^ArithmeticEncoder: symbols is (a )?\w+ and must be"):
             encoder.encode(wrong, cdf)
     for far in (3, -1, np.int64(3), 2**70, np.uint64(2**63)):
         with pytest.raises(IndexError, match=r"^ArithmeticEncoder: symbols\[0\] is"):
