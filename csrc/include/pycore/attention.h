@@ -41,7 +41,7 @@ struct AttentionStrides {
 };
 
 struct AttentionParams {
-  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
+  CpuIsa isa = cpu_isa();         // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // of query, key, value and out; everything is accumulated in float32 (or float64)
   int64_t batch = 0, heads = 0, kv_heads = 0;
   int64_t query_length = 0, key_length = 0;
