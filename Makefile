@@ -62,8 +62,10 @@ format: setup
 build: setup
 	$(VENV)/bin/python setup.py -q build_ext --inplace
 
+# A wheel is for other machines: with the CUDA kernels wherever they can be compiled.
+wheel: export PYCORE_CUDA := $(or $(PYCORE_CUDA),$(if $(shell command -v nvcc),on,auto))
 wheel: setup
-	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
 	@ls -l dist
 
 schemas: build
@@ -80,17 +82,17 @@ setup: $(VENV)/.installed
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install -qq --upgrade pip
+	$(PIP) install -qq "$(TORCH)"
 	touch $@
 
 $(VENV)/.transformers4: $(VENV)/.installed
-	$(PIP) install --quiet --upgrade --target $(VENV)/transformers4 "transformers==4.57.*"
+	$(PIP) install -qq --upgrade --target $(VENV)/transformers4 "transformers==4.57.*"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
-	$(PIP) install --quiet "setuptools>=64" wheel ninja "pybind11>=2.13" "$(TORCH)"
-	$(PIP) install --quiet --no-build-isolation --editable ".[bench,dev,examples]" "$(TORCH)"
+	$(PIP) install -qq "setuptools>=64" wheel ninja "pybind11>=2.13" "$(TORCH)"
+	$(PIP) install -qq --no-build-isolation --editable ".[bench,dev,examples]" "$(TORCH)"
 	touch $@
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------

@@ -185,6 +185,7 @@ def build_info(s: Settings) -> dict[str, object]:
         "compiler": s.compiler,
         "cuda": s.nvcc_version if s.nvcc else None,
         "cuda_arches": list(s.arches),
+        "no_cuda": s.no_cuda or None,
         "torch": find_torch()[1],
         "python": platform.python_version(),
         "extension_suffix": EXT_SUFFIX,
@@ -200,7 +201,7 @@ def build_native() -> list[Path]:
     text, products = ninja_text(s, out)
     info = build_info(s)
     rows = {"folder": out, "compiler": s.compiler, "torch": info["torch"], "jobs": s.jobs,
-            "CUDA": f"{s.nvcc_version} for {' '.join(s.arches)}" if s.nvcc else "off (PYCORE_CUDA=auto|on|off)",
+            "CUDA": f"{s.nvcc_version} for {' '.join(s.arches)}" if s.nvcc else f"off: {s.no_cuda}",
             "debug": s.debug, "sanitize": s.sanitize or "-", "launcher": s.launcher or "-"}  # fmt: skip
     print("pycore build\n" + "\n".join(f"  {name:<9} {value}" for name, value in rows.items()), flush=True)
     (ROOT / out).mkdir(parents=True, exist_ok=True)

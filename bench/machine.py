@@ -10,15 +10,15 @@ import pathlib
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+from bench.clock import cuda_seconds, median_seconds
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GEMM_SIZE = 2048  # three 16 MiB operands: large enough for full speed, 0.1 s on two cores
@@ -108,54 +108,41 @@ def limits(device: str = "cpu", rounds: int = 7) -> dict[str, Any]:
         return _cuda_limits(rounds)
     product = sgemm()
     product()
-    measured: dict[str, Any] = {"gemm_gflops": GEMM_FLOPS / _median_seconds(product, rounds) / 1e9}
+    measured: dict[str, Any] = {"gemm_gflops": GEMM_FLOPS / median_seconds(product, rounds) / 1e9}
     threads = torch.get_num_threads()
     probe = _probe()
     if probe is not None:
         library, width = probe
         steps = 20_000_000 // (width // 4)
         with ThreadPoolExecutor(threads) as pool:
-            seconds = _median_seconds(lambda: list(pool.map(library.fma_chains, [steps] * threads)), rounds)
+            seconds = median_seconds(lambda: list(pool.map(library.fma_chains, [steps] * threads)), rounds)
             measured["fma_gflops"] = 2.0 * 12 * (width // 4) * steps * threads / seconds / 1e9
             data = torch.ones(threads, 32 * 2**20)
             vectors = data.shape[1] * 4 // width
             addresses = [row.data_ptr() for row in data]
             counts = [vectors] * threads
-            seconds = _median_seconds(lambda: list(pool.map(library.read_sum, addresses, counts)), rounds)
+            seconds = median_seconds(lambda: list(pool.map(library.read_sum, addresses, counts)), rounds)
             measured["read_gbs"] = data.numel() * 4 / seconds / 1e9
     else:
         data = torch.ones(threads * 32 * 2**20)
-        measured["read_gbs"] = data.numel() * 4 / _median_seconds(data.sum, rounds) / 1e9
+        measured["read_gbs"] = data.numel() * 4 / median_seconds(data.sum, rounds) / 1e9
     return measured
 
 
 def _cuda_limits(rounds: int) -> dict[str, Any]:
-    from bench.measure import cuda_seconds
-
     measured = {}
     for name, dtype, size in (("gemm_gflops", torch.float32, 4096), ("gemm_bf16_gflops", torch.bfloat16, 8192)):
         a = torch.randn(size, size, device="cuda", dtype=dtype)
         b = torch.randn(size, size, device="cuda", dtype=dtype)
         for _ in range(3):
             a @ b
-        seconds = statistics.median(cuda_seconds(lambda a=a, b=b: a @ b)[0] for _ in range(rounds))
+        seconds = median_seconds(lambda a=a, b=b: a @ b, rounds, cuda_seconds)
         measured[name] = 2.0 * size**3 / seconds / 1e9
     source = torch.ones(2**28, device="cuda")
     target = torch.empty_like(source)
-    target.copy_(source)
-    seconds = statistics.median(cuda_seconds(lambda: target.copy_(source))[0] for _ in range(rounds))
+    seconds = median_seconds(lambda: target.copy_(source), rounds, cuda_seconds)
     measured["copy_gbs"] = 2.0 * source.numel() * 4 / seconds / 1e9  # bytes read and bytes written
     return measured
-
-
-def _median_seconds(work: Callable[[], Any], rounds: int) -> float:
-    work()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def _probe() -> tuple[ctypes.CDLL, int] | None:

@@ -9,15 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from bench import machine
 from bench.case import Case, Outputs
+from bench.clock import cuda_seconds, host_seconds
 
 # Worker threads of the previous contender's pool may spin for a few milliseconds after its last parallel region.
 SETTLE_SECONDS = 0.01
-L2_BYTES = 128 * 2**20  # more than any GPU's last-level cache
-HEAD_START = 2_000_000  # clock cycles, about a millisecond: the launches of one call are queued in less
 
 
 @dataclass(frozen=True)
@@ -48,27 +45,9 @@ class Timer:
             seconds, result = cuda_seconds(self.call)
         else:
             time.sleep(SETTLE_SECONDS)
-            start = time.perf_counter()
-            result = self.call()
-            seconds = time.perf_counter() - start
+            seconds, result = host_seconds(self.call)
         self.seconds.append(seconds)
         return result
-
-
-def cuda_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Device time of one call by events, from a cold L2 cache.
-
-    The device is kept busy while the host queues the call. Else a kernel of some microseconds would be timed together
-    with the Python before its launch.
-    """
-    torch.cuda._sleep(HEAD_START)
-    torch.empty(L2_BYTES, dtype=torch.int8, device="cuda").zero_()
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    result = work()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3, result
 
 
 def rounds_for(seconds: float, effort: Effort) -> int:

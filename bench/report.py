@@ -2,8 +2,8 @@
 """Tables and plots from the JSON of one run.
 
 python -m bench.report bench/results/X.json             the terminal table and the plots again
-python -m bench.report --readme bench/results/X.json    writes the results table into README.md, between its markers
-python -m bench.report --check                          exit status 1 unless README.md holds exactly that table
+python -m bench.report --readme bench/results/X.json    writes its tables into README.md and bench/README.md
+python -m bench.report --check                          exit status 1 unless they hold exactly these tables
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench import sweeps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 END_MARKER = "<!-- bench:end -->"
-_START = re.compile(r"<!-- bench:start(?: (?P<source>\S+))? -->")
+_START = re.compile(r"<!-- bench:start (full|summary|highlights)(?: (\S+))? -->\n")
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def plots(run: Mapping[str, Any], folder: pathlib.Path, stem: str) -> list[pathl
 
 
 def markdown(run: Mapping[str, Any]) -> str:
-    """The results table of README.md: every case that is not a point of a sweep."""
+    """The results table of bench/README.md: every case that is not a point of a sweep."""
     sweeps = {case["name"] for case in run["cases"] if case.get("axis")}
     lines = [
         f"{machine_line(run)}. {limits_line(run)}.",
@@ -231,32 +231,85 @@ def markdown(run: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(["", *[f"- {note}" for note in notes]] if notes else [])])
 
 
-def insert(document: str, table: str, source: str) -> str:
-    """The document with the table between its markers, the start marker naming the source.
+# What README.md shows of a run: three sentences, each on one case, that name contenders in braces for their times over
+# pycore's; and the cases of its table. bench/README.md has them all.
+HIGHLIGHTS = {
+    "Λ forward, L 8192": (
+        "Λ attention over 8192 tokens is {masked SDPA} as fast as SDPA with the mask and {compiled FlexAttention} as "
+        "fast as FlexAttention, compiled;"
+    ),
+    "Λ forward and backward, L 4096": (
+        "with its gradients, over 4096 tokens, {masked SDPA} as fast as SDPA with the mask and {chunked SDPA} as fast "
+        "as SDPA in chunks with gathered keys;"
+    ),
+    "decode, 32768 keys, bfloat16": (
+        "a decoding step over 32,768 keys is {SDPA, heads folded} as fast as SDPA with the heads folded by hand."
+    ),
+}
+SUMMARY = (
+    "Λ forward, L 8192",
+    "causal forward, L 8192",
+    "Λ forward and backward, L 4096",
+    "Λ forward, L 8192, bfloat16",
+    "decode, 32768 keys, bfloat16",
+    "Λ decode, window 4096, float32",
+    "coder, decode, one model, 262144 symbols",
+    "linear forward and backward, 2048 rows, 512 to 512",
+)
+
+
+def highlights(run: Mapping[str, Any]) -> str:
+    """Three sentences, a line each."""
+    found = rows(run)
+    ratios = {case: {row.contender: number(row.ratio, "×") for row in found if row.case == case} for case in HIGHLIGHTS}
+    return "\n".join(f"- {text.format_map(ratios[case])}" for case, text in HIGHLIGHTS.items())
+
+
+def summary(run: Mapping[str, Any]) -> str:
+    """The results table of README.md: a line for each case of SUMMARY, slower contenders as multiples."""
+    lines = [f"{machine_line(run)}.", "", "| work | pycore, ms | times as long |", "|---|--:|---|"]
+    found = rows(run)
+    for case in SUMMARY:
+        mine, *peers = (row for row in found if row.case == case)
+        others = "; ".join(f"{row.contender} {number(row.ratio, '×')}" for row in peers)
+        lines.append(f"| {case} | {number(mine.median)} | {others} |")
+    return "\n".join(lines)
+
+
+TABLES = {"full": markdown, "summary": summary, "highlights": highlights}
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+
+
+def insert(document: str, run: Mapping[str, Any], source: str) -> str:
+    """The document with the tables of a run between its markers, each start marker naming the source.
 
     Raises:
-        ValueError: the document lacks one of the markers.
+        ValueError: the document has no markers, or a start without an end.
     """
-    start = _START.search(document)
-    if start is None or END_MARKER not in document[start.end() :]:
-        raise ValueError(f"no line <!-- bench:start --> followed by a line {END_MARKER}")
-    end = document.index(END_MARKER, start.end())
-    return f"{document[: start.start()]}<!-- bench:start {source} -->\n{table}\n{document[end:]}"
+    parts = _START.split(document)
+    if len(parts) == 1:
+        raise ValueError(f"no line <!-- bench:start {'|'.join(TABLES)} --> followed by a line {END_MARKER}")
+    text = parts[0]
+    for kind, _, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        _, end, after = rest.partition(END_MARKER)
+        if not end:
+            raise ValueError(f"a line <!-- bench:start {kind} --> without a line {END_MARKER}")
+        text += f"<!-- bench:start {kind} {source} -->\n{TABLES[kind](run)}\n{END_MARKER}{after}"
+    return text
 
 
 def source_of(document: str) -> str | None:
-    """Path of the results file that a document's start marker names."""
+    """Path of the results file that a document's first start marker names."""
     start = _START.search(document)
-    return start.group("source") if start else None
+    return start.group(2) if start else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=pathlib.Path, help="JSON file of a run")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--readme", action="store_true", help="write the table into the document")
-    action.add_argument("--check", action="store_true", help="compare the document with its table")
-    parser.add_argument("--document", type=pathlib.Path, default=ROOT / "README.md")
+    action.add_argument("--readme", action="store_true", help="write the tables into the two README.md")
+    action.add_argument("--check", action="store_true", help="compare the two README.md with their tables")
     options = parser.parse_args(arguments)
     if not (options.readme or options.check):
         if options.results is None:
@@ -266,18 +319,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in plots(run, options.results.parent, options.results.stem):
             print(path)
         return 0
-    document = options.document.read_text()
-    source = options.results.resolve().relative_to(ROOT).as_posix() if options.results else source_of(document)
-    if source is None:
-        parser.error(f"{options.document.name} names no results file; run --readme with one")
-    updated = insert(document, markdown(json.loads((ROOT / source).read_text())), source)
-    if options.readme:
-        options.document.write_text(updated)
-        return 0
-    if updated != document:
-        print(f"{options.document.name} is not what {source} says; run: python -m bench.report --readme {source}")
-        return 1
-    return 0
+    given = options.results.resolve().relative_to(ROOT).as_posix() if options.results else None
+    stale = False
+    for path in DOCUMENTS:
+        document = path.read_text()
+        source = given or source_of(document)
+        if source is None:
+            parser.error(f"{path.name} names no results file; run --readme with one")
+        updated = insert(document, json.loads((ROOT / source).read_text()), source)
+        if options.readme:
+            path.write_text(updated)
+        elif updated != document:
+            name = path.relative_to(ROOT)
+            print(f"{name} is not what {source} says; run: python -m bench.report --readme {source}")
+            stale = True
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Settings:
     nvcc: str | None
     nvcc_version: str
     cuda_lib: str
+    no_cuda: str  # why there is no CUDA in the build; empty where there is
     arches: tuple[str, ...]
     debug: bool
     sanitize: str
@@ -71,11 +72,7 @@ def find_compiler() -> tuple[str, str]:
 
 
 def find_nvcc(mode: str) -> tuple[str | None, str, str]:
-    """Returns nvcc, its version and the folder of its static runtime. Compiling needs no GPU, so none is asked for."""
-    if mode not in ("auto", "on", "off"):
-        fail(f"PYCORE_CUDA is {mode!r} and must be auto, on or off.")
-    if mode == "off":
-        return None, "", ""
+    """Returns nvcc, its version and the folder of its static runtime; None where there is none and none is demanded."""
     home = os.environ.get("CUDA_HOME")
     places = [f"{home}/bin"] if home else [os.environ.get("PATH"), "/usr/local/cuda/bin"]
     nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
@@ -96,18 +93,43 @@ def find_nvcc(mode: str) -> tuple[str | None, str, str]:
          "build for the CPU with PYCORE_CUDA=off.")  # fmt: skip
 
 
+def device_arches() -> tuple[str, ...]:
+    """The architectures of this machine's NVIDIA devices, as PYCORE_CUDA_ARCH_LIST names them."""
+    found = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
+    capabilities = sorted({capability for capability in found if re.fullmatch(r"\d+\.\d", capability)})
+    return tuple("9.0a" if capability == "9.0" else capability for capability in capabilities)
+
+
+def find_cuda(mode: str, listed: str | None) -> tuple[str | None, str, str, tuple[str, ...], str]:
+    """Decides for or against CUDA: nvcc, its version, its runtime's folder, the architectures, and why not.
+
+    Compiling the kernels takes longer than all the rest of the build, so `auto` does it only where they can run.
+    """
+    if mode not in ("auto", "on", "off"):
+        fail(f"PYCORE_CUDA is {mode!r} and must be auto, on or off.")
+    arches = tuple(re.split(r"[;,\s]+", listed.strip())) if listed else ()
+    for arch in arches:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            fail(f"PYCORE_CUDA_ARCH_LIST names {arch!r}, which must look like 8.0, 8.0+PTX or 9.0a.")
+    if mode == "off":
+        return None, "", "", (), "PYCORE_CUDA=off"
+    devices = device_arches() if mode == "auto" else tuple(DEFAULT_ARCHES.split(";"))
+    if not devices:
+        return None, "", "", (), "no NVIDIA device here; PYCORE_CUDA=on builds without one"
+    nvcc, version, lib = find_nvcc(mode)
+    if nvcc is None:
+        return None, "", "", (), "no nvcc on PATH; install the CUDA toolkit"
+    return nvcc, version, lib, arches or devices, ""
+
+
 def read_settings() -> Settings:
     env = os.environ.get
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         fail(f"this is {platform.system()} on {platform.machine()}; pycore is built for Linux on x86-64 only.")
     cxx, compiler = find_compiler()
-    nvcc, nvcc_version, cuda_lib = find_nvcc(env("PYCORE_CUDA", "auto").lower())
-    if not any(ROOT.glob("csrc/cuda/*.cu")):
-        nvcc = None
-    arches = tuple(re.split(r"[;,\s]+", env("PYCORE_CUDA_ARCH_LIST", DEFAULT_ARCHES).strip())) if nvcc else ()
-    for arch in arches:
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
-            fail(f"PYCORE_CUDA_ARCH_LIST names {arch!r}, which must look like 8.0, 8.0+PTX or 9.0a.")
+    nvcc, nvcc_version, cuda_lib, arches, no_cuda = find_cuda(
+        env("PYCORE_CUDA", "auto").lower(), env("PYCORE_CUDA_ARCH_LIST")
+    )
     jobs = env("MAX_JOBS", "") or str(len(os.sched_getaffinity(0)))
     if not jobs.isdigit() or jobs == "0":
         fail(f"MAX_JOBS is {jobs!r} and must be a positive number.")
@@ -116,7 +138,7 @@ def read_settings() -> Settings:
     launcher = env("PYCORE_LAUNCHER", "")
     if launcher and not shutil.which(launcher):
         fail(f"PYCORE_LAUNCHER is {launcher!r}, which is not on PATH: install it or unset the variable.")
-    return Settings(cxx, compiler, nvcc, nvcc_version, cuda_lib, arches, debug, sanitize, launcher, int(jobs))
+    return Settings(cxx, compiler, nvcc, nvcc_version, cuda_lib, no_cuda, arches, debug, sanitize, launcher, int(jobs))
 
 
 def find_torch() -> tuple[Path, str]:

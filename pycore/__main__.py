@@ -20,7 +20,8 @@ def _libraries() -> str:
 
 def _build() -> str:
     info = pycore.build_info()
-    cuda = f"CUDA {info['cuda']} for {' '.join(info['cuda_arches'])}" if info["cuda"] else "CPU only"
+    cuda = info["cuda"] and f"CUDA {info['cuda']} for {' '.join(info['cuda_arches'])}"
+    cuda = cuda or f"CPU only ({info['no_cuda']})"
     return f"{info['compiler']}, {cuda}, torch {info['torch']}, Python {info['python']}, commit {info['commit']}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycore.ops.attention import check_int
+from pycore._checks import check_int
 
 __all__ = ["check_index", "check_path", "check_starts", "check_state", "check_tokens", "integers"]
 

@@ -10,6 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pycore._checks import check_int, check_number
+from pycore._tensors import check_tensor
+
 __all__ = [
     "Constant", "DistanceFamily", "Gaussian", "Geometric", "Harmonic", "PowerLaw", "expected_density",
 ]  # fmt: skip
@@ -34,9 +37,8 @@ class DistanceFamily:
     def __post_init__(self) -> None:
         (name,) = (field.name for field in fields(self))
         value = self.parameter
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{type(self).__name__}: {name} is a {type(value).__name__} and must be a number")
-        if not 0 <= value <= self.most or math.isinf(value):
+        check_number(type(self).__name__, name, value)
+        if not 0 <= value <= self.most or value == math.inf:
             limit = "between 0 and 1" if self.most == 1 else "finite and at least 0"
             raise ValueError(f"{type(self).__name__}: {name} is {value} and must be {limit}")
 
@@ -145,16 +147,26 @@ def expected_density(
         blocks: length of the sequence in blocks, at least 1.
 
     Raises:
-        ValueError: blocks < 1, a probability outside [0, 1] or NaN.
+        ValueError: blocks < 1, window_blocks < 0, blocks_per_row less than window_blocks or 1, a probability outside
+            [0, 1] or NaN.
+        TypeError: distance_probs that is neither a tensor nor a family, a count that is no int.
     """
     op = "expected_density"
-    if blocks < 1:
-        raise ValueError(f"{op}: blocks is {blocks} and must be at least 1")
+    check_int(op, "blocks", blocks, 1)
+    check_int(op, "window_blocks", window_blocks, 0)
+    if blocks_per_row is not None:
+        check_int(op, "blocks_per_row", blocks_per_row, max(1, window_blocks))
     if isinstance(distance_probs, DistanceFamily):
         table = torch.tensor(
             [[distance_probs.probability(distance) for distance in range(blocks)]], dtype=torch.float64
         )
+    elif not isinstance(distance_probs, Tensor):
+        raise TypeError(
+            f"{op}: distance_probs is a {type(distance_probs).__name__} and must be a Tensor or a family of "
+            "pycore.schedules"
+        )
     else:
+        check_tensor(op, "distance_probs", distance_probs)
         if distance_probs.dim() not in (1, 2) or distance_probs.numel() == 0:
             raise ValueError(
                 f"{op}: distance_probs has shape {list(distance_probs.shape)} and must be [n] or [heads, n]"

@@ -24,7 +24,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dictionary with `version`, `commit`, `compiler`, `cuda` (the toolkit's version, or None for a CPU build),
-        `cuda_arches`, `torch` and `python` (the versions built with), `extension_suffix`, `debug` and `sanitize`.
+        `cuda_arches`, `no_cuda` (why it is a CPU build, or None), `torch` and `python` (the versions built with),
+        `extension_suffix`, `debug` and `sanitize`.
     """
     try:
         info: dict[str, Any] = json.loads((_PACKAGE / "build_info.json").read_text())

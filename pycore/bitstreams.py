@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pycore._tensors import check_tensor
+
 __all__ = ["Bitstreams"]
 
 
@@ -28,8 +30,7 @@ class Bitstreams:
 
     def __init__(self, data: Tensor, offsets: Tensor) -> None:
         for name, tensor in (("data", data), ("offsets", offsets)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"Bitstreams: {name} is a {type(tensor).__name__} and must be a Tensor")
+            check_tensor("Bitstreams", name, tensor)
         self.data = data
         self.offsets = offsets
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pycore._cache_checks import check_index, check_path, check_starts, check_state, check_tokens
-from pycore.ops.attention import call_attention, check_int, lambda_attention
+from pycore._checks import check_int
+from pycore._tensors import as_index, check_devices, check_tensor
+from pycore.ops.attention import call_attention, lambda_attention
 from pycore.schedules import Lambda, Schedule, Tree
 
 __all__ = ["LambdaKVCache"]
@@ -23,7 +25,10 @@ def _append_fake(
     key_cache: Tensor, value_cache: Tensor, lengths: Tensor, key: Tensor, value: Tensor, starts: Tensor | None,
     sink_size: int,
 ) -> None:  # fmt: skip
-    return None
+    check_devices(
+        "lambda_cache_append", key=key, key_cache=key_cache, value_cache=value_cache, lengths=lengths, value=value,
+        starts=starts,
+    )  # fmt: skip
 
 
 class _Chunk(NamedTuple):
@@ -74,9 +79,7 @@ class LambdaKVCache:
     def __init__(self, sink_size: int, window_size: int, rollback: int = 0) -> None:
         for name, number, least in (("sink_size", sink_size, 0), ("window_size", window_size, 1),
                                     ("rollback", rollback, 0)):  # fmt: skip
-            check_int("LambdaKVCache", name, number)
-            if number < least:
-                raise ValueError(f"LambdaKVCache: {name} is {number} and must be at least {least}")
+            check_int("LambdaKVCache", name, number, least)
         self.sink_size = sink_size
         self.window_size = window_size
         self.rollback = rollback
@@ -133,6 +136,9 @@ class LambdaKVCache:
             ValueError, TypeError: something does not fit what the cache holds; nothing is appended.
         """
         op = "LambdaKVCache.append"
+        if starts is not None:
+            check_tensor(op, "starts", starts)
+            starts = as_index(starts)
         first = self._lengths is None
         held = None if first else self._held("append")
         check_tokens(op, key, value, held and held[:2])
@@ -180,9 +186,8 @@ class LambdaKVCache:
         """
         op = "LambdaKVCache.attend"
         held_key, held_value, lengths = self._held("attend")
-        if not isinstance(query, Tensor):
-            raise TypeError(f"{op}: query is a {type(query).__name__} and must be a Tensor")
-        check_int(op, "middle_topk", middle_topk)
+        check_tensor(op, "query", query)
+        check_int(op, "middle_topk", middle_topk, 0)
         limit = self.window_size if distance_limit is None else distance_limit
         options = (interleaved, limit, distance_bias, alibi_slopes, sink_logits, softcap, 0.0, scale)
         if middle_topk:
@@ -310,9 +315,7 @@ class LambdaKVCache:
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies side by side, as for parallel samples of one prompt."""
-        check_int("LambdaKVCache.repeat_interleave", "repeats", repeats)
-        if repeats < 1:
-            raise ValueError(f"LambdaKVCache.repeat_interleave: repeats is {repeats} and must be at least 1")
+        check_int("LambdaKVCache.repeat_interleave", "repeats", repeats, 1)
         lengths = self._held("repeat_interleave")[2]
         self._choose("repeat_interleave", torch.arange(len(lengths), device=lengths.device).repeat_interleave(repeats))
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycore import _load
+from pycore._checks import check_whole
 from pycore.equal_info_windows import NextProbs, Rows
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class EqualInfoTable:
         """
         op = "EqualInfoTable.build"
         for name, value in (("bits", bits), ("max_batch", max_batch)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
+            check_whole(op, name, value)
         if not _LEAST_BITS <= bits <= _MOST_BITS:
             raise ValueError(f"{op}: bits is {bits} and must be {_LEAST_BITS} to {_MOST_BITS}")
         if max_batch < 1:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycore import _load
+from pycore._checks import check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +67,7 @@ class EqualInfoWindows:
 
     def __init__(self, bits: int = 16, *, max_batch: int = 4096) -> None:
         for name, value in (("bits", bits), ("max_batch", max_batch)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"EqualInfoWindows: {name} is a {type(value).__name__} and must be an int")
+            check_whole("EqualInfoWindows", name, value)
         if not _LEAST_BITS <= bits <= _MOST_BITS:
             raise ValueError(f"EqualInfoWindows: bits is {bits} and must be {_LEAST_BITS} to {_MOST_BITS}")
         if max_batch < 1:

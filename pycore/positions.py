@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycore._checks import check_int, check_number
+from pycore._tensors import check_tensor
+
 __all__ = ["alibi_slopes", "clipped_bias", "rope_alibi_harmonic", "rope_attention_factor", "rope_tables", "t5_bias"]
 
 
@@ -52,8 +55,8 @@ def rope_tables(
     Source: Su et al., RoFormer (arXiv 2104.09864); Peng et al., YaRN (arXiv 2309.00071), section 3, also for linear and
     NTK-aware scaling; Llama 3.1's model code for ``llama3``.
     """
-    if n < 0:
-        raise ValueError(f"rope_tables: n is {n} and must be at least 0")
+    check_int("rope_tables", "n", n, 0)
+    check_int("rope_tables", "dim", dim)
     if dim <= 0 or dim % 2 != 0:
         raise ValueError(f"rope_tables: dim is {dim} and must be a positive even number")
     scaling = scaling or {}
@@ -108,10 +111,11 @@ def _entry(scaling: Mapping[str, Any], name: str, default: float | None = None) 
         value = default
     if value is None:
         raise ValueError(f"rope_tables: scaling has no {name}, which {_rope_type(scaling)} needs")
-    if not 0.0 < value < float("inf"):
-        where = "scaling's " if name in scaling else ""
-        raise ValueError(f"rope_tables: {where}{name.removeprefix('rope_')} is {value} and must be positive and finite")
-    return float(value)
+    label = ("scaling's " if name in scaling else "") + name.removeprefix("rope_")
+    number: float = check_number("rope_tables", label, value)
+    if not 0.0 < number < float("inf"):
+        raise ValueError(f"rope_tables: {label} is {value} and must be positive and finite")
+    return number
 
 
 def _frequencies(n: int, dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
@@ -166,8 +170,7 @@ def alibi_slopes(heads: int, *, device: torch.device | str | None = None) -> Ten
 
     Source: Press et al., "Train Short, Test Long" (arXiv 2108.12409), section 3.
     """
-    if heads < 1:
-        raise ValueError(f"alibi_slopes: heads is {heads} and must be at least 1")
+    check_int("alibi_slopes", "heads", heads, 1)
     below = 2 ** int(math.log2(heads))
     slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
     slopes += [2 ** (-8 * (2 * h + 1) / (2 * below)) for h in range(heads - below)]
@@ -194,10 +197,11 @@ def t5_bias(weight: Tensor, n: int, *, max_distance: int = 128) -> Tensor:
 
     Source: Raffel et al., "Exploring the Limits of Transfer Learning" (arXiv 1910.10683), section 2.1.
     """
+    check_tensor("t5_bias", "weight", weight)
     if weight.dim() != 2 or weight.shape[0] < 2:
         raise ValueError(f"t5_bias: weight has shape {list(weight.shape)} and must be [buckets >= 2, heads]")
-    if n < 1:
-        raise ValueError(f"t5_bias: n is {n} and must be at least 1")
+    check_int("t5_bias", "n", n, 1)
+    check_int("t5_bias", "max_distance", max_distance)
     buckets = weight.shape[0]
     exact = buckets // 2
     if max_distance <= exact:
@@ -226,10 +230,10 @@ def clipped_bias(weight: Tensor, n: int) -> Tensor:
     Source: Shaw et al., "Self-Attention with Relative Position Representations" (arXiv 1803.02155), section 3.2: the
     clipping, here of a bias and not of a vector.
     """
+    check_tensor("clipped_bias", "weight", weight)
     if weight.dim() != 2 or weight.shape[0] < 1:
         raise ValueError(f"clipped_bias: weight has shape {list(weight.shape)} and must be [clip + 1 >= 1, heads]")
-    if n < 1:
-        raise ValueError(f"clipped_bias: n is {n} and must be at least 1")
+    check_int("clipped_bias", "n", n, 1)
     distance = torch.arange(n, device=weight.device).clamp(max=weight.shape[0] - 1)
     return weight[distance].t().contiguous()
 
@@ -262,8 +266,7 @@ def rope_alibi_harmonic(
     Source: after Li, "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in Generative AI"
     (arXiv 2410.18441), abstract.
     """
-    if n < 1:
-        raise ValueError(f"rope_alibi_harmonic: n is {n} and must be at least 1")
+    check_int("rope_alibi_harmonic", "n", n, 1)
     harmonic = torch.cat([torch.zeros(1, dtype=torch.float64), (1 / torch.arange(1, n, dtype=torch.float64)).cumsum(0)])
     bias = -alibi_slopes(heads).double()[:, None] * harmonic
     return rope_tables(n, dim, theta=theta, device=device), bias.to(device, torch.float32)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from pycore._checks import check_int
 from pycore._distances import (
     Constant,
     DistanceFamily,
@@ -22,6 +23,7 @@ from pycore._distances import (
     PowerLaw,
     expected_density,
 )
+from pycore._tensors import as_index
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -249,8 +251,24 @@ class Probabilistic(Schedule):
         return [self.block_size, self.sink_size, self.window_blocks]
 
     def for_layer(self, layer: int) -> Probabilistic:
-        """The same round with blocks of its own for a layer: the index is folded into the seed."""
-        return replace(self, seed=(self.seed + layer * _LAYER_STEP) % 2**63)
+        """The same round with blocks of its own for a layer: the index is folded into the seed.
+
+        A tensor of seeds gives what each of them would as an int. A negative one stays, for the op to refuse.
+
+        Raises:
+            ValueError, TypeError: layer or an int seed is no int or negative.
+        """
+        check_int("Probabilistic.for_layer", "layer", layer, 0)
+        seed = self.seed
+        if not isinstance(seed, Tensor):
+            check_int("Probabilistic.for_layer", "seed", seed, 0)
+            if not torch.compiler.is_compiling():
+                return replace(self, seed=(seed + layer * _LAYER_STEP) % 2**63)
+            seed = torch.full((1,), seed, dtype=torch.int64, device="cpu")  # a graph's ints end at 2**63
+        # Sums and products of int64 wrap at 2**64, which leaves what is below 2**63 of them as it is.
+        step = torch.full((), layer, dtype=torch.int64, device=seed.device) * _LAYER_STEP
+        seed = as_index(seed)
+        return replace(self, seed=torch.where(seed < 0, seed, (seed + step) & (2**63 - 1)))
 
 
 def to_flex_block_mask(

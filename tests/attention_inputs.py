@@ -78,7 +78,8 @@ class Case:
     key_offset: tuple[int, ...] | None = None
     query_lengths: tuple[int, ...] | None = None
     bias: int | None = None  # entries a head of distance_bias
-    alibi: bool = False
+    alibi: bool | str = False  # "rows": slopes of each batch row
+    symmetric: bool = False
     sinks: bool = False
     softcap: float = 0.0
 
@@ -98,7 +99,17 @@ class Case:
         text += "" if self.distance_limit is None else f"-limit{self.distance_limit}"
         text += "" if self.scale is None else f"-scale{self.scale}"
         text += "" if self.bias is None else f"-bias{self.bias}"
-        for name in ("alibi", "sinks", "softcap", "key_starts", "key_lengths", "key_offset", "query_lengths"):
+        text += "-of-rows" if self.alibi == "rows" else ""
+        for name in (
+            "alibi",
+            "symmetric",
+            "sinks",
+            "softcap",
+            "key_starts",
+            "key_lengths",
+            "key_offset",
+            "query_lengths",
+        ):
             text += f"-{name}" if getattr(self, name) else ""
         return text
 
@@ -141,7 +152,10 @@ class Case:
         if self.bias is not None:
             options["distance_bias"] = torch.randn(self.heads, self.bias, generator=generator).to(dtype)
         if self.alibi:
-            options["alibi_slopes"] = (torch.rand(self.heads, generator=generator) / 16).to(dtype)
+            shape = (self.batch, self.heads) if self.alibi == "rows" else (self.heads,)
+            options["alibi_slopes"] = (torch.rand(shape, generator=generator) / 16).to(dtype)
+        if self.symmetric:
+            options["symmetric_bias"] = True
         if self.sinks:
             options["sink_logits"] = (2 * torch.randn(self.heads, generator=generator)).to(dtype)
         if self.softcap:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench import bench_attention_cuda, case, flash_pair, measure, peers, report, sanitize_cuda, sweeps
+from bench import bench_attention_cuda, case, flash_pair, measure, peers, report, sweeps
+from tools import sanitize_cuda
 
 
 def small_run() -> dict[str, Any]:
@@ -106,13 +107,25 @@ def test_number(value: float | None, text: str) -> None:
 
 
 def test_insert_replaces_what_is_between_the_markers_and_is_stable() -> None:
-    before = "# Title\n<!-- bench:start -->\nold\n<!-- bench:end -->\nrest\n"
-    once = report.insert(before, "| new |", "bench/results/x.json")
-    assert once == "# Title\n<!-- bench:start bench/results/x.json -->\n| new |\n<!-- bench:end -->\nrest\n"
-    assert report.insert(once, "| new |", "bench/results/x.json") == once
+    before = "# Title\n<!-- bench:start full -->\nold\n<!-- bench:end -->\nrest\n"
+    once = report.insert(before, small_run(), "bench/results/x.json")
+    start = "# Title\n<!-- bench:start full bench/results/x.json -->\n"
+    assert once == f"{start}{report.markdown(small_run())}\n<!-- bench:end -->\nrest\n"
+    assert report.insert(once, small_run(), "bench/results/x.json") == once
     assert report.source_of(once) == "bench/results/x.json" and report.source_of(before) is None
     with pytest.raises(ValueError, match="bench:start"):
-        report.insert("no markers", "", "x")
+        report.insert("no markers", small_run(), "x")
+    with pytest.raises(ValueError, match="without a line <!-- bench:end"):
+        report.insert("<!-- bench:start full -->\n", small_run(), "x")
+
+
+def test_the_summary_names_ratios_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = report.rows(small_run())[:2]
+    monkeypatch.setattr(report, "SUMMARY", (ours.case,))
+    monkeypatch.setattr(report, "HIGHLIGHTS", {ours.case: f"{{{theirs.contender}}} as fast."})
+    ratio = report.number(theirs.ratio, "×")
+    assert f"| {ours.case} | {report.number(ours.median)} | {theirs.contender} {ratio}" in report.summary(small_run())
+    assert report.highlights(small_run()) == f"- {ratio} as fast."
 
 
 def test_rounds_are_spread_evenly_and_fit_the_effort() -> None:
@@ -211,5 +224,5 @@ def test_what_the_sanitizer_runs() -> None:
 
 
 def test_the_script_for_a_gpu_machine_parses() -> None:
-    script = pathlib.Path(bench_attention_cuda.__file__).with_name("device.sh")
+    script = pathlib.Path(sanitize_cuda.__file__).with_name("device.sh")
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0

@@ -77,9 +77,49 @@ def test_clang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_cuda_without_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert settings.find_nvcc("auto") == (None, "", "")
+    monkeypatch.setattr(settings, "device_arches", lambda: ("8.6",))
+    assert settings.find_cuda("auto", None) == (None, "", "", (), "no nvcc on PATH; install the CUDA toolkit")
     with fails("PYCORE_CUDA=on, but nvcc was not found: install the CUDA toolkit .*, or build .* with PYCORE_CUDA=off"):
-        settings.find_nvcc("on")
+        settings.find_cuda("on", None)
+
+
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A CUDA toolkit that consists of nvcc's answers and an empty runtime."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    nvcc = program(tmp_path / "bin", f"echo 'Cuda compilation tools, release 13.0'; echo 'TOP={tmp_path}' >&2")
+    Path(nvcc).rename(tmp_path / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "mode, devices, listed, arches, why",
+    [
+        ("auto", "", None, (), "no NVIDIA device here; PYCORE_CUDA=on builds without one"),
+        ("auto", "", "8.0", (), "no NVIDIA device here; PYCORE_CUDA=on builds without one"),
+        ("auto", "9.0", None, ("9.0a",), ""),
+        ("auto", "8.6\n8.6\n8.0", None, ("8.0", "8.6"), ""),
+        ("auto", "8.6", "8.0+PTX", ("8.0+PTX",), ""),
+        ("on", "", None, ("8.0+PTX", "9.0a"), ""),
+        ("on", "8.6", "9.0a", ("9.0a",), ""),
+        ("off", "9.0", None, (), "PYCORE_CUDA=off"),
+    ],
+)
+def test_cuda_is_built_where_it_can_run(
+    mode: str, devices: str, listed: str | None, arches: tuple[str, ...], why: str, toolkit: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    smi = Path(program(toolkit, f"echo '{devices}'")).rename(toolkit / "nvidia-smi")
+    monkeypatch.setenv("PATH", str(smi.parent), prepend=":")
+    nvcc, version, lib, found, reason = settings.find_cuda(mode, listed)
+    assert (found, reason) == (arches, why)
+    if arches:
+        assert (nvcc, version, lib) == (str(toolkit / "bin" / "nvcc"), "13.0", str(toolkit / "lib64"))
+    else:
+        assert nvcc is None
 
 
 def test_cuda_without_static_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,13 +128,14 @@ def test_cuda_without_static_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     Path(nvcc).rename(tmp_path / "bin" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with fails(r"has no libcudart_static\.a beside it: install .*, or build for the CPU with PYCORE_CUDA=off"):
-        settings.find_nvcc("on")
+        settings.find_cuda("on", None)
 
 
 @pytest.mark.parametrize(
     "name, value, match",
     [
         ("PYCORE_CUDA", "yes", "PYCORE_CUDA is 'yes' and must be auto, on or off"),
+        ("PYCORE_CUDA_ARCH_LIST", "sm_90", "PYCORE_CUDA_ARCH_LIST names 'sm_90', which must look like 8.0"),
         ("MAX_JOBS", "many", "MAX_JOBS is 'many' and must be a positive number"),
         ("MAX_JOBS", "0", "MAX_JOBS is '0' and must be a positive number"),
         ("PYCORE_LAUNCHER", "no-such-cache", "PYCORE_LAUNCHER is 'no-such-cache', which is not on PATH"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import pycore
-from bench import machine_code, sass
+from tools import machine_code, sass
 
 NAME = "_ZN5outer12_GLOBAL__N_110mma_kernelINS0_8BFloat16ELi128ELb0ELNS_4KindEn2EEEvNS_6ParamsE"
 

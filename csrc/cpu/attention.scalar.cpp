@@ -2,7 +2,7 @@
 // Attention in plain loops, one query row at a time: the definition every faster kernel is tested against.
 //   s_j = softcap(scale * <q rotated, k_j rotated>) + bias,  p_j = exp(s_j - lse),  out = sum_j p_j v_j
 // The softmax runs online: a key tile at a time inside a segment, then the segments' (max, sum, accumulator) merge
-// in order. Backward recomputes p from lse:  ds_j = p_j (<grad_out, v_j> - delta).
+// in order. Backward recomputes p from lse, kept in two parts:  ds_j = p_j (<grad_out, v_j> - delta).
 #include <pycore/attention_rows.h>
 
 #include <cmath>
@@ -163,7 +163,7 @@ struct RowTile {
       s = cap * bent;
       *slope *= 1 - bent * bent;
     }
-    if (has_bias(params)) s += bias_of<T>(params, h, distance(c));
+    if (has_bias(params)) s += bias_of<T>(params, b, h, distance(c));
     return params.block_bias ? s + block_bias_of<T>(params, h, p, tile * kKeyTile + c) : s;
   }
 };
@@ -238,7 +238,14 @@ void forward_row(const AttentionParams& params, const RowMap& map, int64_t b, in
   for (int64_t d = 0; d < n; ++d) total.accumulator[d] = total.sum != 0 ? total.accumulator[d] / total.sum : 0;
   const int64_t index = row_index(params, b, h, i);
   store_row(params.dtype, total.accumulator, n, static_cast<char*>(params.out) + index * n * dtype_size(params.dtype));
-  static_cast<T*>(params.lse)[index] = total.max + std::log(total.sum);
+  const double max = total.max, rest = std::log(static_cast<double>(total.sum)), sum = max + rest;
+  const T lse = static_cast<T>(sum);
+  static_cast<T*>(params.lse)[index] = lse;
+  if (params.lse_low) {
+    // What rounding to T left out, and before it the addition; of an infinity or NaN, nothing.
+    const double seen = sum - max, low = (sum - lse) + ((max - (sum - seen)) + (rest - seen));
+    static_cast<T*>(params.lse_low)[index] = static_cast<T>(sum - sum == 0 ? low : 0.0);
+  }
 }
 
 template <class T>
@@ -285,14 +292,14 @@ void backward_row(const AttentionBackwardParams& params, const RowMap& map, int6
   clear(rows.grad_near, n);
   clear(rows.grad_far, n);
   const int64_t index = row_index(forward, b, h, i);
-  const T lse = static_cast<const T*>(forward.lse)[index];
+  const T lse = static_cast<const T*>(forward.lse)[index], lse_low = static_cast<const T*>(forward.lse_low)[index];
   const T row_delta = static_cast<const T*>(params.delta)[index];
   const T* grad_out =
       load_row(forward.dtype, row_of(forward, params.grad_out, params.grad_out_strides, b, h, i), m, rows.grad_out);
   for (int64_t c = 0; c < kKeyTile; ++c) {
     if (!row.keeps(c)) continue;
     T slope;
-    const T weight = std::exp(row.logit(c, &slope) - lse), factor = row.keep_factor(c);
+    const T weight = std::exp(row.logit(c, &slope) - lse - lse_low), factor = row.keep_factor(c);
     const T grad_weight = factor == 0 ? 0 : factor * dot(grad_out, row.value(c), m);
     const T grad_logit = weight * (grad_weight - row_delta), grad_score = grad_logit * slope;
     if (parts.query) add_scaled(row.is_far(c) ? rows.grad_far : rows.grad_near, grad_score, row.seen_key(c), n);

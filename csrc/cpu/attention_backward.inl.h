@@ -199,11 +199,13 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   }
   const int64_t index = row_index(forward, b, h, first);
   const float* lse = static_cast<const float*>(forward.lse) + index;
+  const float* lse_low = static_cast<const float*>(forward.lse_low) + index;
   const float* delta = static_cast<const float*>(params.delta) + index;
-  const Vec scale2 = Vec::broadcast(static_cast<float>(forward.scale) * kLog2E);
+  const Vec factor = Vec::broadcast(base2_factor(forward));
+  const double natural = natural_factor(forward);
   const Vec scale = Vec::broadcast(static_cast<float>(forward.scale));
   const bool plain = plain_logits(forward);
-  if (buffers.strip && in_place) fill_strip(forward, h, span, tile, buffers.strip);
+  if (buffers.strip && in_place) fill_strip(forward, b, h, span, tile, buffers.strip);
   if (parts.bias) zero_rows(buffers.grad_strip, round_up(strip_length(span.count()), Vec::kWidth));
 
   for (int64_t row = 0; row < count; row += kProductRows) {
@@ -237,7 +239,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
                         buffers.value_columns, kKeyTile, begin, end, StoreBlock{grad_scores, kKeyTile});
     for (int m = 0; m < rows; ++m) {
       // lse in base 2 as a sum of two floats: rounded to one, it would be the largest error of every weight.
-      const double exact = lse[row + m] / kLn2;
+      const double exact = (static_cast<double>(lse[row + m]) + lse_low[row + m]) / natural;
       const float rounded = static_cast<float>(exact);
       const Vec row_lse = Vec::broadcast(-rounded), row_rest = Vec::broadcast(static_cast<float>(exact - rounded));
       const Vec row_delta = Vec::broadcast(delta[row + m]);
@@ -248,7 +250,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
       float biases[kKeyTile];
       const float* row_biases = buffers.strip ? buffers.strip + behind : nullptr;
       if (buffers.strip && !in_place) {
-        fill_biases(forward, map.schedule, h, places[row + m], tile, biases);
+        fill_biases(forward, map.schedule, b, h, places[row + m], tile, biases);
         row_biases = biases;
       }
       // Columns that are not kept may hold anything here; accumulate_kept never reads them.
@@ -263,7 +265,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
       }
       for (int64_t c = begin; c < end; c += Vec::kWidth) {
         const Vec score = Vec::load(row_weights + c);
-        const Vec p = ((plain ? Vec::fma(score, scale2, row_lse) : score + row_lse) - row_rest).exp2();
+        const Vec p = (Vec::fma(score, factor, row_lse) - row_rest).exp2();
         p.store(row_weights + c);
         Vec grad = p * (Vec::load(row_grads + c) - row_delta);
         if (parts.bias && in_place) {

@@ -89,7 +89,8 @@ int64_t wanted_splits(const AttentionParams& params, const TilePlan& plan) {
   constexpr int64_t kSegment = kKeyTile * kSegmentTiles;
   int64_t keys = params.key_length;
   if (params.schedule.kind == ScheduleKind::kLambda) {
-    const int64_t sinks = params.schedule.sink_size, reached = params.schedule.window_size + params.schedule.right + plan.rows;
+    const int64_t sinks = params.schedule.sink_size,
+                  reached = params.schedule.window_size + params.schedule.right + plan.rows;
     if (sinks < keys && reached < keys - sinks) keys = sinks + reached;
   }
   const int64_t splits = keys / kSegment + 4;

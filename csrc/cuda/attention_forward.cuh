@@ -35,14 +35,14 @@ struct ForwardShared {
   TileList<kWarps * kLanes> list;
 };
 
-// A lane's scores of a row, 8 keys times two from j on, to base-2 logits, one at a time and whatever they take.
-__device__ __noinline__ void any_logits(const AttentionParams& params, const TileSchedule& schedule, int64_t h,
-                                        int64_t p, int64_t j, uint64_t kept, float* scores) {
+// A lane's scores of a row, 8 keys times two from j on, to logits, one at a time and whatever they take.
+__device__ __noinline__ void any_logits(const AttentionParams& params, const TileSchedule& schedule, int64_t b,
+                                        int64_t h, int64_t p, int64_t j, uint64_t kept, float* scores) {
   PYCORE_UNROLL_BY(1)
   for (int n = 0; n < 16; ++n) {
     const int column = n / 2 * 8 + n % 2;
     float slope;
-    if (kept >> column & 1) scores[n] = logit_of(params, schedule, h, p, j + column, scores[n], &slope) * kLog2E;
+    if (kept >> column & 1) scores[n] = logit_of(params, schedule, b, h, p, j + column, scores[n], &slope);
   }
 }
 
@@ -107,20 +107,20 @@ struct Forward {
     __syncwarp();
   }
 
-  // Scores to base-2 logits, which where nothing else applies are `scale` times these.
+  // Scores to natural logits.
   __device__ void logits_of(float (&scores)[8][4], int half, int r, uint64_t kept, int64_t key_tile) const {
     // Rows past the tile's heads read a table too, the last head's; what comes of it is masked, or not stored.
     const int head = r / tile.rows < tile.heads ? r / tile.rows : tile.heads - 1;
     const int64_t h = tile.head + head, p = position(r), base = key_tile * kKeyTile;
     const int first = 2 * (lane % 4);
     if (DistanceLogits::apply<T>(params, map.schedule, key_tile)) {
-      const DistanceLogits logits(params, h, map.schedule.place(p) - base);
+      const DistanceLogits logits(params, tile.b, h, map.schedule.place(p) - base);
       PYCORE_UNROLL
       for (int n = 0; n < 8; ++n) {
         PYCORE_UNROLL
         for (int k = 0; k < 2; ++k) {
           float slope;
-          scores[n][2 * half + k] = logits.base2(first + 8 * n + k, scores[n][2 * half + k], &slope);
+          scores[n][2 * half + k] = logits.natural(first + 8 * n + k, scores[n][2 * half + k], &slope);
         }
       }
       return;
@@ -128,7 +128,7 @@ struct Forward {
     float memory[16];
     PYCORE_UNROLL
     for (int n = 0; n < 16; ++n) memory[n] = scores[n / 2][2 * half + n % 2];
-    any_logits(params, map.schedule, h, p, base + first, kept, memory);
+    any_logits(params, map.schedule, tile.b, h, p, base + first, kept, memory);
     __syncwarp();
     PYCORE_UNROLL
     for (int n = 0; n < 16; ++n) scores[n / 2][2 * half + n % 2] = memory[n];
@@ -136,7 +136,7 @@ struct Forward {
 
   // Scores to weights, which join the rows' sums.
   __device__ void soften(float (&scores)[kBlocks][8][4], int64_t key_tile, bool masked) {
-    const float scale = kOptions ? 1.0f : static_cast<float>(params.scale) * kLog2E;
+    const float scale = base2_factor<kOptions>(params);
     PYCORE_UNROLL
     for (int m = 0; m < kBlocks; ++m) {
       float factors[2];
@@ -269,7 +269,7 @@ struct Forward {
     }
   }
 
-  __device__ void store_row(int m, int half, float factor, float lse) const {
+  __device__ void store_row(int m, int half, float factor, TwoParts lse) const {
     const int r = row_of(m, half);
     const int64_t index = row_index(params, tile.b, tile.head + r / tile.rows, tile.query(r));
     T* row = static_cast<T*>(params.out) + index * params.value_dim;
@@ -282,7 +282,7 @@ struct Forward {
       const float two = empty ? 0.0f : out[m][n][2 * half + 1] * factor + 0.0f;
       store_two(row, c, params.value_dim, plan.pairs_out, one, two);
     }
-    if (lane % 4 == 0) static_cast<float*>(params.lse)[index] = empty ? -INFINITY : lse;
+    if (lane % 4 == 0) store_lse(params, index, empty ? TwoParts{-INFINITY, 0.0f} : lse);
   }
 
   // The open segment's state, for merge_kernel.
@@ -400,8 +400,8 @@ struct Forward {
         SoftmaxTotal total;
         total.max = max[m][half];
         total.sum = sum[m][half];
-        const float factor = total.finish(params, tile.head + r / tile.rows);
-        store_row(m, half, factor, total.lse());
+        const float factor = total.finish(params, tile.head + r / tile.rows, kOptions);
+        store_row(m, half, factor, total.lse(params, kOptions));
       }
     }
   }

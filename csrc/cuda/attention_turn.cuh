@@ -101,11 +101,12 @@ struct TurnPasses {
   }
 };
 
-// Base-2 logits where they take only the score and a distance: a row's against a tile whose keys stand in place.
+// Logits where they take only the score and a distance: a row's against a tile whose keys stand in place.
 struct DistanceLogits {
   const float* table = nullptr;  // distance_bias of the head
   float scale, cap, alibi = 0;
   int distance, limit, last = 0;  // to the tile's first key; the distance limit; the table's last entry
+  int after;                      // what a negative distance is multiplied by
 
   static constexpr int64_t kMost = int64_t{1} << 30;
   // float32 bends by the C library's tanh, one pair at a time.
@@ -113,22 +114,24 @@ struct DistanceLogits {
   static __device__ bool apply(const AttentionParams& params, const TileSchedule& schedule, int64_t tile) {
     return (params.softcap == 0 || sizeof(T) == 2) && params.block_bias == nullptr && schedule.in_place(tile);
   }
-  __device__ DistanceLogits(const AttentionParams& params, int64_t h, int64_t distance)
+  __device__ DistanceLogits(const AttentionParams& params, int64_t b, int64_t h, int64_t distance)
       : scale(static_cast<float>(params.scale)),
         cap(static_cast<float>(params.softcap)),
         distance(static_cast<int>(clamped(distance, -kMost, kMost))),
-        limit(static_cast<int>(clamped(params.distance_limit, 0, kMost))) {
+        limit(static_cast<int>(clamped(params.distance_limit, 0, kMost))),
+        after(params.symmetric_bias ? -1 : 0) {
     if (params.distance_bias) {
       table = static_cast<const float*>(params.distance_bias) + h * params.bias_stride;
       last = static_cast<int>(clamped(params.bias_length - 1, 0, kMost));
     } else if (params.alibi_slopes) {
-      alibi = static_cast<const float*>(params.alibi_slopes)[h];
+      alibi = slope_of<float>(params, b, h);
     }
   }
-  // *slope is the natural logit's derivative.
-  __device__ float base2(int column, float product, float* slope) const {
+  // *slope is the logit's derivative.
+  __device__ float natural(int column, float product, float* slope) const {
     int seen = distance - column;
-    seen = seen < 0 ? 0 : seen < limit ? seen : limit;
+    seen = seen < 0 ? seen * after : seen;
+    seen = seen < limit ? seen : limit;
     const float bias = table ? table[seen < last ? seen : last] : -alibi * static_cast<float>(seen);
     *slope = scale;
     float logit = product * scale;
@@ -138,7 +141,7 @@ struct DistanceLogits {
       logit = cap * bent;
       *slope *= 1 - bent * bent;
     }
-    return (logit + bias) * kLog2E;
+    return logit + bias;
   }
 };
 

@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -20,24 +23,24 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The arguments that forward and backward share, three times in one order: schema, parameters, names.
-#define PYCORE_SCHEMA                                                                                                 \
-  "Tensor query, Tensor key, Tensor value, Tensor? rope_cos, Tensor? rope_sin, Tensor? distance_bias, "               \
-  "Tensor? alibi_slopes, Tensor? sink_logits, Tensor? key_starts, Tensor? key_lengths, Tensor? key_offset, "          \
-  "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, Tensor? block_bias, str op, "                \
-  "str schedule, SymInt[] schedule_args, bool interleaved, SymInt distance_limit, float scale, float softcap, float " \
-  "dropout_p, "                                                                                                       \
-  "SymInt key_ring=0"
+#define PYCORE_SCHEMA                                                                                            \
+  "Tensor query, Tensor key, Tensor value, Tensor? rope_cos, Tensor? rope_sin, Tensor? distance_bias, "          \
+  "Tensor? alibi_slopes, Tensor? sink_logits, Tensor? key_starts, Tensor? key_lengths, Tensor? key_offset, "     \
+  "Tensor? query_lengths, Tensor? schedule_tensor, Tensor? dropout_seed, Tensor? block_bias, str op, "           \
+  "str schedule, SymInt[] schedule_args, bool interleaved, SymInt distance_limit, float? scale, float softcap, " \
+  "float dropout_p, SymInt key_ring=0, bool symmetric_bias=False, Tensor? numbers=None"
 #define PYCORE_PARAMETERS                                                                                             \
   Tensor query, Tensor key, Tensor value, OptionalTensor rope_cos, OptionalTensor rope_sin,                           \
       OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor sink_logits,                          \
       OptionalTensor key_starts, OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths, \
       OptionalTensor schedule_tensor, OptionalTensor dropout_seed, OptionalTensor block_bias, std::string op,         \
       std::string schedule, std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit,             \
-      double scale, double softcap, double dropout_p, int64_t key_ring
+      std::optional<double> scale, double softcap, double dropout_p, int64_t key_ring, bool symmetric_bias,           \
+      OptionalTensor numbers
 #define PYCORE_NAMES                                                                                                  \
   query, key, value, rope_cos, rope_sin, distance_bias, alibi_slopes, sink_logits, key_starts, key_lengths,           \
       key_offset, query_lengths, schedule_tensor, dropout_seed, block_bias, op, schedule, schedule_args, interleaved, \
-      distance_limit, scale, softcap, dropout_p, key_ring
+      distance_limit, scale, softcap, dropout_p, key_ring, symmetric_bias, numbers
 
 // The views borrow from the tensors, which the caller keeps.
 AttentionArgs attention_args(PYCORE_PARAMETERS) {
@@ -64,9 +67,13 @@ AttentionArgs attention_args(PYCORE_PARAMETERS) {
   args.interleaved = interleaved;
   args.distance_limit = distance_limit;
   args.key_ring = key_ring;
-  args.scale = scale;
-  args.softcap = softcap;
-  args.dropout_p = dropout_p;
+  const double* given =
+      graph_numbers(numbers, 3, name, "numbers");  // scale (if it is not left to us), softcap, dropout_p
+  const int64_t head_dim = args.query.dims == 4 ? std::max<int64_t>(1, args.query.shape[3]) : 1;
+  args.scale = !scale ? std::pow(static_cast<double>(head_dim), -0.5) : given ? given[0] : *scale;
+  args.softcap = given ? given[1] : softcap;
+  args.dropout_p = given ? given[2] : dropout_p;
+  args.symmetric_bias = symmetric_bias;
   return args;
 }
 
@@ -74,34 +81,73 @@ AttentionArgs attention_args(PYCORE_PARAMETERS) {
 struct Scratch {
   Tensor memory;
   void* data;
-  Scratch(const Tensor& like, int64_t bytes) : memory(torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte)) {
+  Scratch(const std::string& op, const Tensor& like, int64_t bytes)
+      : memory(new_tensor(op, "scratch", like, {size_sum(bytes, 64)}, ScalarType::Byte)) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr());
     data = reinterpret_cast<void*>((address + 63) / 64 * 64);
   }
 };
 
+// What the kernels read row by row keeps its strides; tables and lists of lengths are copied where they have gaps.
+struct Argument {
+  const char* name;
+  OptionalTensor* tensor;
+};
+
+void arrange(const std::string& op, Tensor* query, Tensor* key, Tensor* value, OptionalTensor* cosine,
+             OptionalTensor* sine, std::initializer_list<Argument> tables) {
+  *query = last_contiguous(*query, op, "query");
+  *key = last_contiguous(*key, op, "key");
+  *value = last_contiguous(*value, op, "value");
+  for (const Argument& table : tables) {
+    if (*table.tensor) *table.tensor = dense(**table.tensor, op, table.name);
+  }
+  if (!*cosine || !*sine) return;
+  *cosine = last_contiguous(**cosine, op, "rope's cos");
+  *sine = last_contiguous(**sine, op, "rope's sin");
+  const bool shared = (*cosine)->dim() != 2 || (*sine)->dim() != 2 || (*cosine)->stride(0) == (*sine)->stride(0);
+  if (shared) return;  // one stride serves both
+  *cosine = dense(**cosine, op, "rope's cos");
+  *sine = dense(**sine, op, "rope's sin");
+}
+#define PYCORE_ARRANGE                                    \
+  arrange(op, &query, &key, &value, &rope_cos, &rope_sin, \
+          {{"distance_bias", &distance_bias},             \
+           {"alibi_slopes", &alibi_slopes},               \
+           {"sink_logits", &sink_logits},                 \
+           {"key_starts", &key_starts},                   \
+           {"key_lengths", &key_lengths},                 \
+           {"key_offset", &key_offset},                   \
+           {"query_lengths", &query_lengths},             \
+           {"schedule's tensor", &schedule_tensor},       \
+           {"block_bias", &block_bias}})
+
 ScalarType sum_type(const AttentionParams& params) {
   return params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS) {
-  query = last_contiguous(query);
-  key = last_contiguous(key);
-  value = last_contiguous(value);
+// With lse_pair, lse is [2, batch, heads, query length]: rounded, and what that left out.
+std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair) {
+  PYCORE_ARRANGE;
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
   const AttentionArgs args = attention_args(PYCORE_NAMES);
   AttentionParams params = attention_params(args);
-  Tensor out = torch::stable::new_empty(query, {params.batch, params.heads, params.query_length, params.value_dim});
-  Tensor lse = torch::stable::new_empty(query, {params.batch, params.heads, params.query_length}, sum_type(params));
+  Tensor out = new_tensor(op, "out", query, {params.batch, params.heads, params.query_length, params.value_dim},
+                          query.scalar_type());
+  std::vector<int64_t> lse_shape = {params.batch, params.heads, params.query_length};
+  if (lse_pair) lse_shape.insert(lse_shape.begin(), 2);
+  Tensor lse = new_tensor(op, "lse", query, lse_shape, sum_type(params));
   params.out = out.data_ptr();
   params.lse = lse.data_ptr();
+  if (lse_pair) params.lse_low = second_lse(params, lse.data_ptr());
   if (args.query.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.query.device_index);
-    const Scratch scratch(query, launch_attention_forward_scratch(params));
+    const Scratch scratch(op, query, launch_attention_forward_scratch(params));
     throw_if(launch_attention_forward(params, scratch.data, current_cuda_stream(args.query.device_index, op.c_str())),
              op.c_str());
   } else {
     const Parallel parallel = torch_parallel();
-    const Scratch scratch(query, attention_forward_scratch(params, parallel.threads));
+    const Scratch scratch(op, query, attention_forward_scratch(params, parallel.threads));
     throw_if(attention_forward(params, parallel, scratch.data), op.c_str());
   }
   return {out, lse};
@@ -110,28 +156,28 @@ std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out,
                                                             Tensor lse, bool bias_gradient, bool sink_gradient,
                                                             PYCORE_PARAMETERS) {
-  query = last_contiguous(query);
-  key = last_contiguous(key);
-  value = last_contiguous(value);
-  grad_out = last_contiguous(grad_out);
-  if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+  PYCORE_ARRANGE;
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
+  grad_out = last_contiguous(grad_out, op, "grad_out");
+  if (grad_lse) grad_lse = dense(*grad_lse, op, "grad_lse");
   const AttentionArgs args = attention_args(PYCORE_NAMES);
   const char* name = op.c_str();
   AttentionBackwardParams params =
       attention_backward_params(args, view(grad_out, name, "grad_out"), view(grad_lse, name, "grad_lse"),
                                 view(out, name, "out"), view(lse, name, "lse"));
   const AttentionParams& shape = params.forward;
-  check_value(!bias_gradient || shape.distance_bias, op, "distance_bias has no gradient where there is none");
-  check_value(!sink_gradient || shape.sink_logits, op, "sink_logits has no gradient where there is none");
-  const auto empty = [&](std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(query, sizes, sum_type(shape));
+  check_value(!bias_gradient || args.distance_bias.defined(), op, "distance_bias has no gradient where there is none");
+  check_value(!sink_gradient || args.sink_logits.defined(), op, "sink_logits has no gradient where there is none");
+  const auto empty = [&](const char* gradient, const std::vector<int64_t>& sizes) {
+    return new_tensor(op, gradient, query, sizes, sum_type(shape));
   };
-  Tensor grad_query = empty({shape.batch, shape.heads, shape.query_length, shape.head_dim});
-  Tensor grad_key = empty({shape.batch, shape.kv_heads, shape.key_length, shape.head_dim});
-  Tensor grad_value = empty({shape.batch, shape.kv_heads, shape.key_length, shape.value_dim});
-  Tensor grad_bias = empty({bias_gradient ? shape.heads : 0, bias_gradient ? shape.bias_length : 0});
-  Tensor grad_sink = empty({sink_gradient ? shape.heads : 0});
-  Tensor delta = empty({shape.batch, shape.heads, shape.query_length});
+  Tensor grad_query = empty("grad_query", {shape.batch, shape.heads, shape.query_length, shape.head_dim});
+  Tensor grad_key = empty("grad_key", {shape.batch, shape.kv_heads, shape.key_length, shape.head_dim});
+  Tensor grad_value = empty("grad_value", {shape.batch, shape.kv_heads, shape.key_length, shape.value_dim});
+  Tensor grad_bias =
+      empty("grad_distance_bias", {bias_gradient ? shape.heads : 0, bias_gradient ? shape.bias_length : 0});
+  Tensor grad_sink = empty("grad_sink_logits", {sink_gradient ? shape.heads : 0});
+  Tensor delta = empty("delta", {shape.batch, shape.heads, shape.query_length});
   params.grad_query = grad_query.data_ptr();
   params.grad_key = grad_key.data_ptr();
   params.grad_value = grad_value.data_ptr();
@@ -140,11 +186,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
   params.delta = delta.data_ptr();
   if (args.query.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.query.device_index);
-    const Scratch scratch(query, launch_attention_backward_scratch(params));
+    const Scratch scratch(op, query, launch_attention_backward_scratch(params));
     throw_if(launch_attention_backward(params, scratch.data, current_cuda_stream(args.query.device_index, name)), name);
   } else {
     const Parallel parallel = torch_parallel();
-    const Scratch scratch(query, attention_backward_scratch(params, parallel.threads));
+    const Scratch scratch(op, query, attention_backward_scratch(params, parallel.threads));
     throw_if(attention_backward(params, parallel, scratch.data), name);
   }
   return {grad_query, grad_key, grad_value, grad_bias, grad_sink};
@@ -154,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
 }  // namespace pycore
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
-  m.def("attention(" PYCORE_SCHEMA ") -> (Tensor out, Tensor lse)");
+  m.def("attention(" PYCORE_SCHEMA ", bool lse_pair=False) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_gradient, "
       "bool sink_gradient, " PYCORE_SCHEMA

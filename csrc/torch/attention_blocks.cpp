@@ -49,9 +49,14 @@ std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probab
                                 std::string op, std::string family_name, double parameter, std::string pattern,
                                 std::string correction, int64_t batch, int64_t heads, int64_t query_length,
                                 int64_t key_length, int64_t block_size, int64_t sink_size, int64_t window_blocks,
-                                int64_t blocks_per_row, bool wide) {
+                                int64_t blocks_per_row, bool wide, OptionalTensor numbers) {
+  const FixedFloats fixed;  // for the launches
   const char* name = op.c_str();
-  probabilities = last_contiguous(probabilities);
+  probabilities = last_contiguous(probabilities, op, "distance_probs");
+  for (OptionalTensor* x : {&key_starts, &key_lengths, &key_offset, &query_lengths}) {
+    if (*x) *x = dense(**x, op, "a list of lengths");
+  }
+  if (const double* given = graph_numbers(numbers, 1, name, "numbers")) parameter = given[0];
   BlocksArgs args;
   args.op = op;
   args.seed = view(seed, name, "seed");
@@ -75,15 +80,16 @@ std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probab
   args.blocks_per_row = blocks_per_row;
   BlockFamily family;
   BlockParams params = block_params(args, &family);
-  const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(seed, std::vector<int64_t>(sizes), type);
+  const auto empty = [&](const char* what, std::initializer_list<int64_t> sizes, ScalarType type) {
+    return new_tensor(op, what, seed, std::vector<int64_t>(sizes), type);
   };
   const TileSchedule& shape = params.rows.schedule;
-  Tensor blocks = empty({batch, heads, shape.block_rows, shape.block_words}, ScalarType::Long);
+  Tensor blocks = empty("the bitmap of blocks", {batch, heads, shape.block_rows, shape.block_words}, ScalarType::Long);
   params.blocks = static_cast<uint64_t*>(blocks.data_ptr());
   const int64_t tables = correction == "none" ? 0 : params.probability_stride ? heads : 1;
   const DType dtype = wide ? DType::kFloat64 : DType::kFloat32;
-  Tensor added = empty({tables, params.probability_length}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor added =
+      empty("correction", {tables, params.probability_length}, wide ? ScalarType::Double : ScalarType::Float);
   if (args.seed.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.seed.device_index);
     std::optional<Tensor> table;
@@ -97,7 +103,8 @@ std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probab
     if (!wide) throw_if(launch_block_correction(params, tables, static_cast<float*>(added.data_ptr()), stream), name);
     return {blocks, added};
   }
-  Tensor table = empty({family == BlockFamily::kTable ? 0 : params.probability_length}, ScalarType::Double);
+  Tensor table = empty("the table of probabilities", {family == BlockFamily::kTable ? 0 : params.probability_length},
+                       ScalarType::Double);
   if (family != BlockFamily::kTable) {
     block_family(family, parameter, params.probability_length, static_cast<double*>(table.data_ptr()));
     params.probabilities = static_cast<const double*>(table.data_ptr());
@@ -107,7 +114,7 @@ std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probab
                      static_cast<char*>(added.data_ptr()) + h * params.probability_length * dtype_size(dtype));
   }
   const Parallel parallel = torch_parallel();
-  const Tensor scratch = empty({attention_blocks_scratch(params, parallel.threads)}, ScalarType::Byte);
+  const Tensor scratch = empty("scratch", {attention_blocks_scratch(params, parallel.threads)}, ScalarType::Byte);
   throw_if(attention_blocks(params, parallel, scratch.data_ptr()), name);
   return {blocks, added};
 }
@@ -120,7 +127,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
       "attention_blocks(Tensor seed, Tensor round, Tensor? distance_probs, Tensor? key_starts, Tensor? key_lengths, "
       "Tensor? key_offset, Tensor? query_lengths, str op, str family, float parameter, str pattern, str correction, "
       "SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, SymInt block_size, SymInt sink_size, "
-      "SymInt window_blocks, SymInt blocks_per_row, bool wide) -> (Tensor blocks, Tensor correction)");
+      "SymInt window_blocks, SymInt blocks_per_row, bool wide, Tensor? numbers=None) -> (Tensor blocks, Tensor "
+      "correction)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) { m.impl("attention_blocks", TORCH_BOX(&pycore::draw)); }

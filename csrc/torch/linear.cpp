@@ -14,13 +14,9 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device());
-}
-
 // Not wanted: no elements.
-Tensor empty_if(bool wanted, const Tensor& like, const std::vector<int64_t>& shape) {
-  return empty_like_shape(like, wanted ? shape : std::vector<int64_t>{0});
+Tensor empty_if(bool wanted, const char* op, const char* name, const Tensor& like, const std::vector<int64_t>& shape) {
+  return new_tensor(op, name, like, wanted ? shape : std::vector<int64_t>{0}, like.scalar_type());
 }
 
 std::vector<int64_t> shape_of(const Tensor& tensor) {
@@ -29,10 +25,9 @@ std::vector<int64_t> shape_of(const Tensor& tensor) {
 }
 
 struct Scratch {
-  explicit Scratch(int64_t bytes) {
+  Scratch(const char* op, const Tensor& like, int64_t bytes) {
     if (bytes == 0) return;
-    memory = torch::stable::empty(std::vector<int64_t>{bytes}, torch::headeronly::ScalarType::Byte, std::nullopt,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    memory = new_tensor(op, "scratch", like, {bytes}, torch::headeronly::ScalarType::Byte);
     data = memory->mutable_data_ptr();
   }
   std::optional<Tensor> memory;
@@ -41,18 +36,18 @@ struct Scratch {
 
 Tensor invariant_linear_cpu(const Tensor& x_any, const Tensor& weight_any, const std::optional<Tensor>& bias_any) {
   constexpr const char* kOp = "invariant_linear";
-  const Tensor x = last_contiguous(x_any), weight = last_contiguous(weight_any);
-  const std::optional<Tensor> bias = last_contiguous(bias_any);
+  const Tensor x = last_contiguous(x_any, kOp, "x"), weight = last_contiguous(weight_any, kOp, "weight");
+  const std::optional<Tensor> bias = last_contiguous(bias_any, kOp, "bias");
   const TensorView x_view = view(x, kOp, "x"), weight_view = view(weight, kOp, "weight");
   const TensorView bias_view = view(bias, kOp, "bias");
   check_linear(kOp, x_view, weight_view, bias_view);
   LinearParams params = linear_params(x_view, weight_view, bias_view);
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = params.out_features;
-  const Tensor out = empty_like_shape(x, shape);
+  const Tensor out = new_tensor(kOp, "out", x, shape, x.scalar_type());
   params.out = out.mutable_data_ptr();
   const Parallel parallel = torch_parallel();
-  const Scratch scratch(linear_forward_scratch(params, parallel.threads));
+  const Scratch scratch(kOp, x, linear_forward_scratch(params, parallel.threads));
   throw_if(linear_forward(params, parallel, scratch.data), kOp);
   return out;
 }
@@ -61,33 +56,35 @@ std::tuple<Tensor, Tensor, Tensor> invariant_linear_backward_cpu(const Tensor& g
                                                                  const Tensor& weight_any, bool need_x,
                                                                  bool need_weight, bool need_bias) {
   constexpr const char* kOp = "invariant_linear_backward";
-  const Tensor grad_out = last_contiguous(grad_out_any), x = last_contiguous(x_any);
-  const Tensor weight = last_contiguous(weight_any);
+  const Tensor grad_out = last_contiguous(grad_out_any, kOp, "grad_out"), x = last_contiguous(x_any, kOp, "x");
+  const Tensor weight = last_contiguous(weight_any, kOp, "weight");
   const TensorView grad_view = view(grad_out, kOp, "grad_out"), x_view = view(x, kOp, "x");
   const TensorView weight_view = view(weight, kOp, "weight");
   check_linear(kOp, x_view, weight_view, TensorView{});
   check_grad_out(kOp, grad_view, x_view, weight_view.shape[0]);
   LinearBackwardParams params = linear_backward_params(grad_view, x_view, weight_view);
-  const Tensor grad_x = empty_if(need_x, x, shape_of(x));
-  const Tensor grad_weight = empty_if(need_weight, x, shape_of(weight));
-  const Tensor grad_bias = empty_if(need_bias, x, {params.out_features});
+  const Tensor grad_x = empty_if(need_x, kOp, "grad_x", x, shape_of(x));
+  const Tensor grad_weight = empty_if(need_weight, kOp, "grad_weight", x, shape_of(weight));
+  const Tensor grad_bias = empty_if(need_bias, kOp, "grad_bias", x, {params.out_features});
   if (need_x) params.grad_x = grad_x.mutable_data_ptr();
   if (need_weight) params.grad_weight = grad_weight.mutable_data_ptr();
   if (need_bias) params.grad_bias = grad_bias.mutable_data_ptr();
   const Parallel parallel = torch_parallel();
-  const Scratch scratch(linear_backward_scratch(params, parallel.threads));
+  const Scratch scratch(kOp, x, linear_backward_scratch(params, parallel.threads));
   throw_if(linear_backward(params, parallel, scratch.data), kOp);
   return {grad_x, grad_weight, grad_bias};
 }
 
-Tensor rms_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any, double eps) {
+Tensor rms_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any, double eps,
+                    const std::optional<Tensor>& numbers) {
   constexpr const char* kOp = "rms_norm";
-  const Tensor x = last_contiguous(x_any);
-  const std::optional<Tensor> weight = last_contiguous(weight_any);
+  if (const double* given = graph_numbers(numbers, 1, kOp, "numbers")) eps = given[0];
+  const Tensor x = last_contiguous(x_any, kOp, "x");
+  const std::optional<Tensor> weight = last_contiguous(weight_any, kOp, "weight");
   const TensorView x_view = view(x, kOp, "x"), weight_view = view(weight, kOp, "weight");
   check_rms_norm(kOp, x_view, weight_view, eps);
   RmsNormParams params = rms_norm_params(x_view, weight_view, eps);
-  const Tensor out = empty_like_shape(x, shape_of(x));
+  const Tensor out = new_tensor(kOp, "out", x, shape_of(x), x.scalar_type());
   params.out = out.mutable_data_ptr();
   throw_if(rms_norm_forward(params, torch_parallel()), kOp);
   return out;
@@ -95,21 +92,22 @@ Tensor rms_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any
 
 std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad_out_any, const Tensor& x_any,
                                                  const std::optional<Tensor>& weight_any, double eps, bool need_x,
-                                                 bool need_weight) {
+                                                 bool need_weight, const std::optional<Tensor>& numbers) {
   constexpr const char* kOp = "rms_norm_backward";
-  const Tensor grad_out = last_contiguous(grad_out_any), x = last_contiguous(x_any);
-  const std::optional<Tensor> weight = last_contiguous(weight_any);
+  if (const double* given = graph_numbers(numbers, 1, kOp, "numbers")) eps = given[0];
+  const Tensor grad_out = last_contiguous(grad_out_any, kOp, "grad_out"), x = last_contiguous(x_any, kOp, "x");
+  const std::optional<Tensor> weight = last_contiguous(weight_any, kOp, "weight");
   const TensorView grad_view = view(grad_out, kOp, "grad_out"), x_view = view(x, kOp, "x");
   const TensorView weight_view = view(weight, kOp, "weight");
   check_rms_norm(kOp, x_view, weight_view, eps);
   check_grad_out(kOp, grad_view, x_view, x_view.shape[x_view.dims - 1]);
   RmsNormBackwardParams params = rms_norm_backward_params(grad_view, x_view, weight_view, eps);
-  const Tensor grad_x = empty_if(need_x, x, shape_of(x));
-  const Tensor grad_weight = empty_if(need_weight, x, {params.channels});
+  const Tensor grad_x = empty_if(need_x, kOp, "grad_x", x, shape_of(x));
+  const Tensor grad_weight = empty_if(need_weight, kOp, "grad_weight", x, {params.channels});
   if (need_x) params.grad_x = grad_x.mutable_data_ptr();
   if (need_weight) params.grad_weight = grad_weight.mutable_data_ptr();
   const Parallel parallel = torch_parallel();
-  const Scratch scratch(rms_norm_backward_scratch(params, parallel.threads));
+  const Scratch scratch(kOp, x, rms_norm_backward_scratch(params, parallel.threads));
   throw_if(rms_norm_backward(params, parallel, scratch.data), kOp);
   return {grad_x, grad_weight};
 }
@@ -122,10 +120,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
   m.def(
       "invariant_linear_backward(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, "
       "bool need_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
-  m.def("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor");
+  // numbers: eps, where a graph computes it.
+  m.def("rms_norm(Tensor x, Tensor? weight, float eps, Tensor? numbers=None) -> Tensor");
   m.def(
-      "rms_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, float eps, bool need_x, bool need_weight) "
-      "-> (Tensor grad_x, Tensor grad_weight)");
+      "rms_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, float eps, bool need_x, bool need_weight, "
+      "Tensor? numbers=None) -> (Tensor grad_x, Tensor grad_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {

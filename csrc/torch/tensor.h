@@ -2,6 +2,7 @@
 // What every op of the torch face needs: torch's tensors as views, torch's threads, and a Status as an exception.
 #pragma once
 
+#include <pycore/checks.h>
 #include <pycore/parallel.h>
 #include <pycore/status.h>
 #include <pycore/tensor_view.h>
@@ -11,6 +12,8 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
+#include <vector>
 
 namespace pycore {
 
@@ -56,6 +59,7 @@ inline TensorView view(const torch::stable::Tensor& tensor, const char* op, cons
     view.shape[i] = sizes[i];
     view.strides[i] = strides[i];
   }
+  check_span(op, argument, view);
   return view;
 }
 
@@ -64,13 +68,49 @@ inline TensorView view(const std::optional<torch::stable::Tensor>& tensor, const
   return tensor.has_value() ? view(*tensor, op, argument) : TensorView{};
 }
 
-// Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
-inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x) {
-  return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
+// A number that a graph computes: compiled code cannot change a float of the schema without being compiled again.
+// `numbers`, where given, holds `count` of them in float64 on the CPU, whatever the device of the rest.
+inline const double* graph_numbers(const std::optional<torch::stable::Tensor>& numbers, int64_t count, const char* op,
+                                   const char* argument) {
+  if (!numbers.has_value()) return nullptr;
+  const TensorView given = view(*numbers, op, argument);
+  check_value(given.dtype == DType::kFloat64 && given.device == Device::kCpu && given.dims == 1 &&
+                  given.shape[0] == count && (count == 1 || given.strides[0] == 1),
+              op, argument, " must be a contiguous float64 tensor of ", count, " numbers on the CPU");
+  return given.as<const double>();
 }
 
-inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x) {
-  return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x)) : std::nullopt;
+// What `make` allocates, or one sentence where there is no room for it; torch's own error names its source files.
+template <class Make>
+torch::stable::Tensor allocated(const std::string& op, const char* argument, const std::vector<int64_t>& sizes,
+                                const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    throw_out_of_memory(op, argument, sizes);
+  }
+}
+
+inline torch::stable::Tensor new_tensor(const std::string& op, const char* argument, const torch::stable::Tensor& like,
+                                        const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
+  return allocated(op, argument, sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
+}
+
+// A copy of x without gaps, if it has any.
+inline torch::stable::Tensor dense(const torch::stable::Tensor& x, const std::string& op, const char* argument) {
+  const auto sizes = x.sizes();
+  return allocated(op, argument, {sizes.begin(), sizes.end()}, [&] { return torch::stable::contiguous(x); });
+}
+
+// Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
+inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x, const std::string& op,
+                                             const char* argument) {
+  return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : dense(x, op, argument);
+}
+
+inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x,
+                                                            const std::string& op, const char* argument) {
+  return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x, op, argument)) : std::nullopt;
 }
 
 // torch's own thread pool, with as many slots as torch.set_num_threads allows. Inside one of torch's parallel regions
@@ -78,6 +118,9 @@ inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<
 inline Parallel torch_parallel() {
   Parallel parallel;
   parallel.threads = torch::stable::get_num_threads();
+  if (parallel.threads > kMostThreads) {
+    parallel.threads = clamped_threads(parallel.threads, std::thread::hardware_concurrency());
+  }
   parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
     torch::stable::parallel_for(0, slots, 1, [body, argument](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) body(argument, slot);

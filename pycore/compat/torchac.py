@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pycore import _load
+from pycore._checks import check_bool
+from pycore._tensors import check_tensor
 
 _load.load_ops()
 
@@ -97,6 +99,7 @@ def decode_int16_normalized_cdf(cdf_int: Tensor, byte_stream: bytes) -> Tensor:
 def _integers(op: str, cdf: Any, needs_normalization: bool) -> Tensor:
     """Cumulative frequencies, rounded to the nearest integer, ties to even; 2^16 becomes 0."""
     _check_tensors(op, cdf_float=cdf)
+    check_bool(op, "needs_normalization", needs_normalization)
     if cdf.dtype != torch.float32:
         raise ValueError(f"{op}: cdf_float has dtype {str(cdf.dtype).removeprefix('torch.')} and must have float32")
     if cdf.dim() < 1 or cdf.shape[-1] < 2:
@@ -112,8 +115,9 @@ def _integers(op: str, cdf: Any, needs_normalization: bool) -> Tensor:
 
 def _check_tensors(op: str, **tensors: Any) -> None:
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
+        check_tensor(op, name, tensor)
+        if tensor.is_meta:
+            raise ValueError(f"{op}: {name} is on meta, which has no data, and must be on the CPU")
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------

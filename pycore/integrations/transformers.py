@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from pycore._checks import check_bool, check_int
 from pycore.integrations._transformers_attention import Options, attention_function, round_of
 from pycore.integrations._transformers_cache import LambdaCache
 from pycore.integrations._transformers_mask import spans_function
-from pycore.ops.attention_blocks import check_int, draw_blocks
+from pycore.ops.attention_blocks import draw_blocks
 from pycore.schedules import DistanceFamily, Probabilistic
 
 __all__ = ["LambdaCache", "register", "register_probabilistic", "set_round"]
@@ -62,10 +63,10 @@ def register(
     if distance_limit is not None:
         sizes.append(("distance_limit", distance_limit, window_size))
     for argument, size, least in sizes:
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"register: {argument} is a {type(size).__name__} and must be an int")
-        if size < least:
-            raise ValueError(f"register: {argument} is {size} and must be at least {least}")
+        check_int("register", argument, size, least)
+    check_bool("register", "limit_distances", limit_distances)
+    if interleaved is not None:
+        check_bool("register", "interleaved", interleaved)
     if distance_limit is not None and not limit_distances:
         raise ValueError(f"register: distance_limit is {distance_limit} and must be None with limit_distances=False")
     limit = (window_size if distance_limit is None else distance_limit) if limit_distances else None

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pycore import ops
+from pycore._checks import check_int
+from pycore._tensors import check_tensor
 from pycore.cache import LambdaKVCache
 from pycore.nn.attention import POSITIONS, PositionScheme, SelfAttention
 from pycore.nn.linear import Projection, RMSNorm
@@ -58,8 +60,7 @@ class BytelmConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "dim", "heads", "kv_heads", "mlp_ratio", "max_distance"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"BytelmConfig: {name} is {getattr(self, name)} and must be at least 1")
+            check_int("BytelmConfig", name, getattr(self, name), 1)
         if self.position not in POSITIONS:
             raise ValueError(f"BytelmConfig: position is {self.position!r} and must be one of {', '.join(POSITIONS)}")
         if self.dim % self.heads != 0 or (self.dim // self.heads) % 2 != 0:
@@ -183,10 +184,13 @@ class Bytelm(nn.Module):
                 for each layer.
             IndexError: a token is not in 0..256.
         """
+        check_tensor("Bytelm", "tokens", tokens)
         if tokens.dtype != torch.int64:
             raise TypeError(f"Bytelm: tokens has dtype {tokens.dtype} and must have torch.int64")
         if tokens.dim() != 2:
             raise ValueError(f"Bytelm: tokens has {tokens.dim()} dimensions and must have 2, [batch, length]")
+        if distance_limit is not None:
+            check_int("Bytelm", "distance_limit", distance_limit, 0)
         if caches is None:
             attend = self.attention_arguments(tokens.shape[1], schedule, distance_limit)
         elif len(caches) != len(self.blocks):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycore import ops
+from pycore._checks import check_bool, check_int, check_number
 from pycore.cache import LambdaKVCache
 from pycore.nn.linear import Projection
 from pycore.positions import alibi_slopes, rope_alibi_harmonic, rope_tables, t5_bias
@@ -59,6 +60,10 @@ class PositionScheme(nn.Module):
         super().__init__()
         if name not in POSITIONS:
             raise ValueError(f"PositionScheme: name is {name!r} and must be one of {', '.join(POSITIONS)}")
+        for argument, number in (("heads", heads), ("head_dim", head_dim), ("buckets", buckets)):
+            check_int("PositionScheme", argument, number, 1)
+        for argument, number in (("max_distance", max_distance), ("bucket_distance", bucket_distance)):
+            check_int("PositionScheme", argument, number, 0)
         self.name = name
         self.bucket_distance = bucket_distance
         # Buffers are functions of the configuration, so not part of a checkpoint.
@@ -117,8 +122,9 @@ class SelfAttention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         name = type(self).__name__
         for argument, number in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: {argument} is {number} and must be at least 1")
+            if number is not None:
+                check_int(name, argument, number, 1)
+        check_bool(name, "bias", bias)
         if heads % kv_heads != 0:
             raise ValueError(f"{name}: kv_heads is {kv_heads} and must divide heads, {heads}")
         if head_dim is None and dim % heads != 0:
@@ -157,8 +163,18 @@ class SelfAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+def check_factors(op: str, softcap: float, dropout_p: float) -> tuple[float, float]:
+    """Softcap and dropout_p as the attention op takes them, or what is wrong with them."""
+    softcap, dropout_p = check_number(op, "softcap", softcap), check_number(op, "dropout_p", dropout_p)
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"{op}: softcap is {softcap} and must be finite and at least 0")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p} and must be at least 0 and less than 1")
+    return softcap, dropout_p
+
+
 class LambdaAttention(SelfAttention):
-    """Causal self-attention whose cost grows linearly with the length: sinks, a window and a distance limit.
+    """Self-attention whose cost grows linearly with the length: sinks, a window and a distance limit. Usually causal.
 
     A row's output has the same bits in one pass, in chunks, or token by token on a cache, alone or in a batch.
 
@@ -167,11 +183,14 @@ class LambdaAttention(SelfAttention):
         heads: query heads.
         sink_size: tokens kept from the start, at least 0.
         window_size: newest tokens kept, the query's own among them.
+        right: tokens kept after the query's own, for encoders, which have no cache; biases then go by the distance to
+            either side.
         kv_heads: key and value heads, which divide ``heads``; ``heads`` by default.
         head_dim: channels of a head, ``dim / heads`` by default; even for ``rope``.
         position: ``"rope"``, ``"alibi"``, ``"t5"``, ``"harmonic"`` or ``"none"``, see :class:`PositionScheme`.
         theta: base of the rotary frequencies.
-        distance_limit: the largest distance positions see, ``window_size`` by default and at least that.
+        distance_limit: the largest distance positions see; by default, and at least, the larger of ``window_size`` and
+            ``right``.
         sink_logits: whether a learned logit for each head joins the softmax and carries no value.
         softcap: logits become ``softcap * tanh(logit / softcap)``; 0 for none.
         dropout_p: share of the attention weights set to zero in training.
@@ -197,6 +216,7 @@ class LambdaAttention(SelfAttention):
         *,
         sink_size: int,
         window_size: int,
+        right: int = 0,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         position: str = "rope",
@@ -209,21 +229,33 @@ class LambdaAttention(SelfAttention):
     ) -> None:
         super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, bias=bias)
         LambdaKVCache(sink_size, window_size)  # says what is wrong with either
-        self.sink_size, self.window_size = sink_size, window_size
-        self.distance_limit = window_size if distance_limit is None else distance_limit
-        if self.distance_limit < window_size:
-            raise ValueError(
-                f"LambdaAttention: distance_limit is {distance_limit} and must be at least window_size, {window_size}"
-            )
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"LambdaAttention: dropout_p is {dropout_p} and must be at least 0 and less than 1")
-        self.softcap, self.dropout_p = softcap, dropout_p
+        check_int("LambdaAttention", "right", right, 0)
+        self.sink_size, self.window_size, self.right = sink_size, window_size, right
+        if distance_limit is not None:
+            check_int("LambdaAttention", "distance_limit", distance_limit)
+        self.distance_limit = max(window_size, right) if distance_limit is None else distance_limit
+        for name, least in (("window_size", window_size), ("right", right)):
+            if self.distance_limit < least:
+                raise ValueError(
+                    f"LambdaAttention: distance_limit is {distance_limit} and must be at least {name}, {least}"
+                )
+        check_bool("LambdaAttention", "sink_logits", sink_logits)
+        self.softcap, self.dropout_p = check_factors("LambdaAttention", softcap, dropout_p)
         self.positions = PositionScheme(position, heads, self.head_dim, max_distance=self.distance_limit, theta=theta)
         self.sink_logits = nn.Parameter(torch.zeros(heads)) if sink_logits else None
 
     def cache(self, rollback: int = 0) -> LambdaKVCache:
-        """An empty cache for this layer, whose last ``rollback`` tokens can be taken back."""
+        """An empty cache for this layer, whose last ``rollback`` tokens can be taken back.
+
+        Raises:
+            ValueError: the layer looks to the right: tokens that are still to come would change what is computed.
+        """
+        self._refuse_cache()
         return LambdaKVCache(self.sink_size, self.window_size, rollback)
+
+    def _refuse_cache(self) -> None:
+        if self.right != 0:
+            raise ValueError(f"LambdaAttention: right is {self.right} and must be 0 where there is a cache")
 
     def forward(  # type: ignore[override]
         self, x: Tensor, *, cache: LambdaKVCache | None = None, starts: Tensor | None = None
@@ -242,9 +274,12 @@ class LambdaAttention(SelfAttention):
             **self.positions(),
         }
         if cache is None:
-            attend["schedule"] = Lambda(self.sink_size, self.window_size)
+            attend["schedule"] = Lambda(self.sink_size, self.window_size, self.right)
             attend["dropout_p"] = self.dropout_p if self.training else 0.0
-        elif (cache.sink_size, cache.window_size) != (self.sink_size, self.window_size):
+            attend["symmetric_bias"] = self.right != 0
+            return super().forward(x, attend, cache, starts)
+        self._refuse_cache()
+        if (cache.sink_size, cache.window_size) != (self.sink_size, self.window_size):
             raise ValueError(
                 f"LambdaAttention: cache has sink_size {cache.sink_size} and window_size {cache.window_size} and must "
                 f"have {self.sink_size} and {self.window_size}"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycore.nn.attention import PositionScheme, SelfAttention
+from pycore._checks import check_int
+from pycore.nn.attention import PositionScheme, SelfAttention, check_factors
 from pycore.schedules import DistanceFamily, Probabilistic
 
 __all__ = ["ProbabilisticAttention"]
@@ -80,10 +81,7 @@ class ProbabilisticAttention(SelfAttention):
     ) -> None:
         super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, bias=bias)
         for name, number in (("seed", seed), ("layer", layer)):
-            if number < 0:
-                raise ValueError(f"ProbabilisticAttention: {name} is {number} and must be at least 0")
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"ProbabilisticAttention: dropout_p is {dropout_p} and must be at least 0 and less than 1")
+            check_int("ProbabilisticAttention", name, number, 0)
         self.family = None if isinstance(distance_probs, Tensor) else distance_probs
         if isinstance(distance_probs, Tensor):
             self.register_buffer("distance_table", distance_probs.detach().clone())
@@ -97,7 +95,7 @@ class ProbabilisticAttention(SelfAttention):
             "correction": correction,
             "blocks_per_row": blocks_per_row,
         }
-        self.softcap, self.dropout_p = softcap, dropout_p
+        self.softcap, self.dropout_p = check_factors("ProbabilisticAttention", softcap, dropout_p)
         self.positions = PositionScheme(position, heads, self.head_dim, max_distance=max_distance, theta=theta)
 
     def schedule(self) -> Probabilistic:

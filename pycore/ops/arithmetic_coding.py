@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from pycore import _load
+from pycore._checks import check_int, check_whole
+from pycore._tensors import check_devices, check_tensor
 from pycore.bitstreams import Bitstreams
 
 _load.load_ops()
@@ -65,7 +67,7 @@ def quantize_cdf(probs: Tensor | None = None, *, logits: Tensor | None = None, p
         raise ValueError(f"quantize_cdf: {given} of probs and logits is given and one of them must be")
     values, name = (logits, "logits") if probs is None else (probs, "probs")
     _check_tensors("quantize_cdf", **{name: values})
-    _check_int("quantize_cdf", "precision", precision)
+    check_int("quantize_cdf", "precision", precision)
     return torch.ops.pycore.quantize_cdf(values, probs is None, precision)
 
 
@@ -106,7 +108,7 @@ def ac_encode(symbols: Tensor, cdf: Tensor, *, model_id: int | None = None, lane
         True
     """
     _check_tensors("ac_encode", symbols=symbols, cdf=cdf)
-    _check_int("ac_encode", "lanes", lanes)
+    check_int("ac_encode", "lanes", lanes)
     _check_model_id("ac_encode", model_id)
     return Bitstreams(*torch.ops.pycore.ac_encode(symbols, cdf, model_id, lanes))
 
@@ -130,7 +132,7 @@ def ac_decode(streams: Bitstreams, cdf: Tensor, *, model_id: int | None = None) 
         TypeError: streams is no Bitstreams, or cdf no tensor.
     """
     _check_streams("ac_decode", streams)
-    _check_tensors("ac_decode", cdf=cdf)
+    _check_tensors("ac_decode", streams=streams.data, cdf=cdf)
     _check_model_id("ac_decode", model_id)
     return _decoded("ac_decode", torch.ops.pycore.ac_decode, streams.data, streams.offsets, cdf, model_id)
 
@@ -153,7 +155,7 @@ def ac_encode_logits(
         IndexError, ValueError, TypeError: as `ac_encode` and `quantize_cdf`.
     """
     _check_tensors("ac_encode_logits", symbols=symbols, logits=logits)
-    _check_int("ac_encode_logits", "precision", precision)
+    check_int("ac_encode_logits", "precision", precision)
     _check_model_id("ac_encode_logits", model_id)
     return Bitstreams(*torch.ops.pycore.ac_encode_logits(symbols, logits, precision, model_id))
 
@@ -180,8 +182,8 @@ def ac_decode_logits(
         BitstreamError, ValueError, TypeError: as `ac_decode` and `quantize_cdf`.
     """
     _check_streams("ac_decode_logits", streams)
-    _check_tensors("ac_decode_logits", logits=logits)
-    _check_int("ac_decode_logits", "precision", precision)
+    _check_tensors("ac_decode_logits", streams=streams.data, logits=logits)
+    check_int("ac_decode_logits", "precision", precision)
     _check_model_id("ac_decode_logits", model_id)
     op = torch.ops.pycore.ac_decode_logits
     return _decoded("ac_decode_logits", op, streams.data, streams.offsets, logits, precision, model_id)
@@ -205,7 +207,7 @@ def ac_encode_bytes(data: Tensor, *, order: int = 0) -> Bitstreams:
         TypeError: data is no tensor, or order no int.
     """
     _check_tensors("ac_encode_bytes", data=data)
-    _check_int("ac_encode_bytes", "order", order)
+    check_int("ac_encode_bytes", "order", order)
     return Bitstreams(*torch.ops.pycore.ac_encode_bytes(data, order))
 
 
@@ -231,8 +233,9 @@ def _decoded(name: str, op: Callable[..., Tensor], *args: Any) -> Tensor:
 
 def _check_tensors(op: str, **tensors: Any) -> None:
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be a Tensor")
+        check_tensor(op, name, tensor)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        check_devices(op, **tensors)
 
 
 def _check_streams(op: str, streams: Any) -> None:
@@ -240,15 +243,10 @@ def _check_streams(op: str, streams: Any) -> None:
         raise TypeError(f"{op}: streams is a {type(streams).__name__} and must be a Bitstreams")
 
 
-def _check_int(op: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
-
-
 def _check_model_id(op: str, model_id: Any) -> None:
     if model_id is None:
         return
-    _check_int(op, "model_id", model_id)
+    check_whole(op, "model_id", model_id)
     if not 0 <= model_id < 1 << 63:
         raise ValueError(f"{op}: model_id is {model_id} and must be 0 to 2^63 - 1")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pycore._tensors import as_index, check_tensor
 from pycore.schedules import KeySubset, Tree
 
 __all__ = ["key_mask", "key_words", "tree_ancestors", "tree_nodes"]
@@ -26,8 +27,8 @@ def _words(mask: Tensor) -> Tensor:
 
 def _check(op: str, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shapes: str) -> Tensor:
     """A tensor [n] or [B, n] as [1 or B, n]."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be a Tensor")
+    check_tensor(op, name, value)
+    value = as_index(value)
     if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype)[6:] for dtype in dtypes)
         raise ValueError(f"{op}: {name} is {str(value.dtype)[6:]} and must be {wanted}")
@@ -57,7 +58,11 @@ def key_mask(op: str, schedule: KeySubset, key_length: int, shifted: bool = Fals
     if keys.dtype == torch.bool:
         return keys
     _refuse_negative(op, keys)
-    n = int(keys.max()) + 1 if shifted and keys.numel() else key_length
+    n = key_length
+    if shifted and keys.numel():
+        if keys.is_meta or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(keys):
+            raise ValueError(f"{op}: keys is a list of positions and must be a mask where a graph has a key_offset")
+        n = int(keys.max()) + 1
     places = keys.masked_fill((keys < 0) | (keys > n), n)
     mask = torch.zeros(keys.shape[0], n + 1, dtype=torch.bool, device=keys.device)
     return mask.scatter(1, places, True)[:, :n]
@@ -86,5 +91,5 @@ def tree_nodes(op: str, schedule: Tree) -> Tensor:
     """int64 [1 or B, T, 2 + words]: of each node its parent, its depth, and the words of `tree_ancestors`."""
     ancestors = tree_ancestors(op, schedule)
     depth = ancestors.sum(-1, keepdim=True) - 1
-    parents = schedule.parents if schedule.parents.dim() == 2 else schedule.parents[None]
+    parents = as_index(schedule.parents if schedule.parents.dim() == 2 else schedule.parents[None])
     return torch.cat([parents[..., None], depth, _words(ancestors)], dim=-1)

@@ -3,37 +3,37 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pycore._checks import check_int, check_str
 from pycore._load import load_ops
+from pycore._tensors import as_index, check_devices, check_tensor, graph_numbers
 from pycore.schedules import DistanceFamily, Probabilistic
 
 load_ops()
 
-__all__ = ["check_int", "draw_blocks", "pr_block_mask"]
+__all__ = ["draw_blocks", "pr_block_mask"]
 
 Lengths = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def check_int(op: str, name: str, value: Any) -> None:
-    """Refuses what is no int of 64 bits; a SymInt is one."""
-    if not isinstance(value, (int, torch.SymInt)) and not isinstance(value, numbers.Integral):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be an int")
-    number: Any = value
-    if number >= 2**63:
-        raise ValueError(f"{op}: {name} is {value} and must be less than 2**63")
 
 
 def _number(op: str, name: str, value: int | Tensor, device: torch.device) -> Tensor:
     """An int or a tensor, as an int64 tensor on `device`."""
     if isinstance(value, Tensor):
-        return value.to(device)
-    check_int(op, name, value)
+        check_tensor(op, name, value)
+        return as_index(_moved(op, name, value, device))
+    check_int(op, name, value, 0 if name == "seed" else None)  # the op knows both bounds of a round
     return torch.full((1,), value, dtype=torch.int64, device=device)
+
+
+def _moved(op: str, name: str, x: Tensor, device: torch.device) -> Tensor:
+    """On `device`. What has no data cannot go where there is some."""
+    if x.is_meta and device.type != "meta":
+        raise ValueError(f"{op}: {name} is on meta, which has no data, and must be where query is")
+    return x.to(device)
 
 
 def draw_blocks(
@@ -54,35 +54,37 @@ def draw_blocks(
         wide: correction in float64.
     """
     batch, heads, query_length, key_length = shape
-    for name in ("block_size", "sink_size", "window_blocks"):
-        check_int(op, name, getattr(schedule, name))
+    check_int(op, "block_size", schedule.block_size)
+    for name in ("sink_size", "window_blocks"):
+        check_int(op, name, getattr(schedule, name), 0)
     for name in ("pattern", "correction"):
-        if not isinstance(getattr(schedule, name), str):
-            raise TypeError(f"{op}: {name} is a {type(getattr(schedule, name)).__name__} and must be a str")
+        check_str(op, name, getattr(schedule, name))
     per_row = -1
     if schedule.blocks_per_row is not None:
-        check_int(op, "blocks_per_row", schedule.blocks_per_row)
-        if schedule.blocks_per_row < 1:
-            raise ValueError(f"{op}: blocks_per_row is {schedule.blocks_per_row} and must be at least 1")
+        check_int(op, "blocks_per_row", schedule.blocks_per_row, 1)
         per_row = schedule.blocks_per_row
-    drawn = device if device.type == "cuda" and not wide else torch.device("cpu")
+    drawn = device if device.type == "meta" or (device.type == "cuda" and not wide) else torch.device("cpu")
     probs = schedule.distance_probs
-    table, family, parameter = None, "table", 0.0
+    table, family, parameter, graph = None, "table", 0.0, None
     if isinstance(probs, DistanceFamily):
         family, parameter = probs.family, float(probs.parameter)
+        if torch.compiler.is_compiling():
+            graph, parameter = graph_numbers(parameter), 0.0
     elif isinstance(probs, Tensor):
+        check_tensor(op, "distance_probs", probs)
         if not probs.is_floating_point():
             raise ValueError(f"{op}: distance_probs is {str(probs.dtype)[6:]} and must be floating-point")
-        table = probs.detach().to(drawn, torch.float64)
+        table = _moved(op, "distance_probs", probs.detach(), drawn).double()
     else:
         raise TypeError(
             f"{op}: distance_probs is a {type(probs).__name__} and must be a Tensor or a family of pycore.schedules"
         )
+    names = ("key_starts", "key_lengths", "key_offset", "query_lengths")
+    rows = (x if x is None else _moved(op, name, as_index(x), drawn) for name, x in zip(names, lengths, strict=True))
     blocks, correction = torch.ops.pycore.attention_blocks(
-        _number(op, "seed", schedule.seed, drawn), _number(op, "round", schedule.round, drawn), table,
-        *(x if x is None else x.to(drawn) for x in lengths), op, family, parameter, schedule.pattern,
-        schedule.correction, batch, heads, query_length, key_length, schedule.block_size, schedule.sink_size,
-        schedule.window_blocks, per_row, wide,
+        _number(op, "seed", schedule.seed, drawn), _number(op, "round", schedule.round, drawn), table, *rows, op,
+        family, parameter, schedule.pattern, schedule.correction, batch, heads, query_length, key_length,
+        schedule.block_size, schedule.sink_size, schedule.window_blocks, per_row, wide, graph,
     )  # fmt: skip
     added = None if schedule.correction == "none" else correction.to(device)
     return blocks.to(device), added
@@ -115,9 +117,7 @@ def pr_block_mask(
     """
     op = "pr_block_mask"
     for name, value in (("batch", batch), ("heads", heads), ("query_blocks", query_blocks), ("key_blocks", key_blocks)):
-        check_int(op, name, value)
-        if value < 0:
-            raise ValueError(f"{op}: {name} is {value} and must be at least 0")
+        check_int(op, name, value, 0)
     schedule = Probabilistic(
         distance_probs, seed, round, block_size=1, window_blocks=window_blocks, pattern=pattern,
         blocks_per_row=blocks_per_row,
@@ -133,8 +133,12 @@ def _fake(
     seed: Tensor, round: Tensor, distance_probs: Tensor | None, key_starts: Tensor | None, key_lengths: Tensor | None,
     key_offset: Tensor | None, query_lengths: Tensor | None, op: str, family: str, parameter: float, pattern: str,
     correction: str, batch: int, heads: int, query_length: int, key_length: int, block_size: int, sink_size: int,
-    window_blocks: int, blocks_per_row: int, wide: bool,
+    window_blocks: int, blocks_per_row: int, wide: bool, numbers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_devices(
+        op, seed=seed, round=round, distance_probs=distance_probs, key_starts=key_starts, key_lengths=key_lengths,
+        key_offset=key_offset, query_lengths=query_lengths,
+    )  # fmt: skip
     rows, columns = ((length + block_size - 2) // block_size + 1 for length in (query_length, key_length))
     blocks = seed.new_empty(batch, heads, rows, (columns + 63) // 64)
     entries: Any = torch.sym_max(columns, 1) if distance_probs is None else distance_probs.shape[-1]
@@ -158,8 +162,9 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, 
             continue
         arg = arg.unsqueeze(0).expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
         if place == seed_place:
-            arg = arg.reshape(info.batch_size, -1).expand(info.batch_size, args[batch_place])
+            arg = arg.reshape(info.batch_size, arg[0:1].numel() if len(arg) else 1)
+            arg = arg.expand(info.batch_size, args[batch_place])
         folded[place] = arg.flatten(0, 1)
     folded[batch_place] = args[batch_place] * info.batch_size
     blocks, correction = torch.ops.pycore.attention_blocks(*folded)
-    return (blocks.unflatten(0, (info.batch_size, -1)), correction), (0, None)
+    return (blocks.unflatten(0, (info.batch_size, args[batch_place])), correction), (0, None)

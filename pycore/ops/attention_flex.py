@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from pycore._checks import check_bool, check_int
+from pycore._tensors import as_index, check_tensor
 from pycore.ops.attention_bitmaps import key_mask, tree_ancestors
-from pycore.ops.attention_blocks import check_int, draw_blocks
+from pycore.ops.attention_blocks import draw_blocks
 from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Probabilistic, Schedule, Segments, Tree
 
 __all__ = ["flex_block_mask"]
@@ -26,9 +28,7 @@ def flex_block_mask(schedule: Schedule, shape: Shape, block_size: int, device: t
     """`pycore.schedules.to_flex_block_mask`, with batch, heads and the two lengths as `shape`."""
     names = ("batch", "heads", "query_length", "key_length", "block_size")
     for name, value in zip(names, (*shape, block_size), strict=True):
-        check_int(_OP, name, value)
-        if value < 1:
-            raise ValueError(f"{_OP}: {name} is {value} and must be at least 1")
+        check_int(_OP, name, value, 1)
     rule, batch, heads = _rule(schedule, shape, device)
     _, _, query_length, key_length = shape
     return create_block_mask(
@@ -47,6 +47,8 @@ def _rule(schedule: Schedule, shape: Shape, device: torch.device) -> tuple[Rule,
         return (lambda b, h, q, j: q + shift >= j), None, None
     if isinstance(schedule, Lambda):
         sinks, window = schedule.sink_size, schedule.window_size
+        check_int(_OP, "sink_size", sinks, 0)
+        check_int(_OP, "window_size", window, 1)
         right = key_length + query_length if schedule.right is None else schedule.right
 
         def in_window(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
@@ -55,6 +57,7 @@ def _rule(schedule: Schedule, shape: Shape, device: torch.device) -> tuple[Rule,
 
         return in_window, None, None
     if isinstance(schedule, Prefix):
+        check_tensor(_OP, "prefix_lengths", schedule.prefix_lengths)
         prefix = _of_rows("prefix_lengths", schedule.prefix_lengths, batch, False).to(device)
         return (lambda b, h, q, j: (q + shift >= j) | (j < prefix[b])), batch, None
     if isinstance(schedule, Segments):
@@ -65,6 +68,7 @@ def _rule(schedule: Schedule, shape: Shape, device: torch.device) -> tuple[Rule,
         given = _of_rows("keys", key_mask(_OP, schedule, key_length).to(device), batch)
         mask = torch.zeros(len(given), key_length, dtype=torch.bool, device=device)
         mask[:, : given.shape[1]] = given[:, :key_length]
+        check_bool(_OP, "causal", schedule.causal)
         several, causal = len(mask) > 1, schedule.causal
 
         def among_keys(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
@@ -87,6 +91,8 @@ def _of_rows(name: str, x: Tensor, batch: int, one: bool = True) -> Tensor:
 def _segments(schedule: Segments, shape: Shape, device: torch.device) -> tuple[Rule, int | None, int | None]:
     batch, _, query_length, key_length = shape
     shift, most = key_length - query_length, key_length + query_length
+    check_tensor(_OP, "boundaries", schedule.boundaries)
+    check_bool(_OP, "causal", schedule.causal)
     boundaries = schedule.boundaries.to(device)
     boundaries = _of_rows("boundaries", boundaries if boundaries.dim() == 2 else boundaries[None], batch).contiguous()
     several, entries = len(boundaries) > 1, boundaries.shape[1]
@@ -124,7 +130,7 @@ def _tree(schedule: Tree, shape: Shape, device: torch.device) -> tuple[Rule, int
     batch, _, query_length, key_length = shape
     ancestors = _of_rows("parents", tree_ancestors(_OP, schedule).to(device), batch)
     nodes = ancestors.shape[1]
-    parents, node = schedule.parents.to(device), torch.arange(nodes, device=device)
+    parents, node = as_index(schedule.parents).to(device), torch.arange(nodes, device=device)
     if not bool(((parents >= -1) & (parents < node)).all()):
         raise ValueError(f"{_OP}: parents has an entry that is less than -1 or not less than its own index")
     start, shift = key_length - nodes, key_length - query_length

@@ -21,8 +21,6 @@ Lengths = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 def check_middle(op: str, middle_topk: int, query: Tensor, placed: bool, limit: int, window_size: int) -> None:
     """Raises ValueError where middle tokens have no place."""
-    if middle_topk < 0:
-        raise ValueError(f"{op}: middle_topk is {middle_topk} and must be at least 0")
     if middle_topk and query.dim() == 4 and query.shape[2] != 1:
         raise ValueError(f"{op}: query has length {query.shape[2]} and must have 1 for middle_topk, a decoding step")
     if middle_topk and placed and limit != window_size:
@@ -62,9 +60,13 @@ def middle_tokens(
 
     # A product per key head: each score is one chain of FMAs, whatever else is in the batch.
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    scores = torch.stack(
-        [invariant_linear(grouped[b, h], key[b, h].to(query.dtype)) for b in range(batch) for h in range(kv_heads)]
-    ).view(batch, heads, rows)
+    products = [
+        invariant_linear(grouped[b, h], key[b, h].to(query.dtype)) for b in range(batch) for h in range(kv_heads)
+    ]
+    scores = torch.stack(products) if products else query.new_zeros(0)
+    scores = scores.view(batch, heads, rows)
+    # A NaN is the highest of all, so that it shows in the output; a middle key's -inf is more than none.
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(scores.dtype).min)
     scores = scores.masked_fill(~middle[:, None], -torch.inf)
     count = min(topk, rows)
     least = scores.topk(count).values[..., -1:]
@@ -78,7 +80,7 @@ def middle_tokens(
 def gathered(x: Tensor, index: Tensor) -> Tensor:
     """Rows index [B, H, k] of x [B, Hkv, L, D], for every query head: [B, H, k, D]."""
     batch, heads, count = index.shape
-    grouped = index.view(batch, x.shape[1], -1)
+    grouped = index.view(batch, x.shape[1], heads // max(1, x.shape[1]) * count)
     return x.gather(2, grouped[..., None].expand(-1, -1, -1, x.shape[3])).view(batch, heads, count, x.shape[3])
 
 

@@ -9,13 +9,16 @@ csrc/cpu/linear.*.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pycore._checks import check_number
 from pycore._load import load_ops
+from pycore._tensors import check_devices, check_tensor, graph_numbers
+from pycore.ops._autograd import no_second_derivative, register_derivatives
 
 load_ops()
 
@@ -47,8 +50,9 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         >>> torch.equal(together[:1], pycore.ops.invariant_linear(x[:1], weight))
         True
     """
-    _check_tensors("invariant_linear", x=x, weight=weight)
-    _check_tensors("invariant_linear", optional=True, bias=bias)
+    check_tensor("invariant_linear", "x", x)
+    check_tensor("invariant_linear", "weight", weight)
+    check_tensor("invariant_linear", "bias", bias, optional=True)
     return torch.ops.pycore.invariant_linear(x, weight, bias)
 
 
@@ -70,16 +74,12 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization".
     """
-    _check_tensors("rms_norm", x=x)
-    _check_tensors("rms_norm", optional=True, weight=weight)
+    check_tensor("rms_norm", "x", x)
+    check_tensor("rms_norm", "weight", weight, optional=True)
+    eps = check_number("rms_norm", "eps", eps)
+    if torch.compiler.is_compiling() and eps != 1e-6:
+        return torch.ops.pycore.rms_norm(x, weight, 0.0, graph_numbers(eps))
     return torch.ops.pycore.rms_norm(x, weight, eps)
-
-
-def _check_tensors(op: str, *, optional: bool = False, **tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and not (optional and tensor is None):
-            wanted = "a Tensor or None" if optional else "a Tensor"
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__} and must be {wanted}")
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
@@ -91,6 +91,7 @@ def _empty_if(wanted: bool, tensor: Tensor, *shape: int) -> Tensor:
 
 @torch.library.register_fake("pycore::invariant_linear")
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check_devices("invariant_linear", x=x, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -98,6 +99,7 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_backward_fake(
     grad_out: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices("invariant_linear_backward", x=x, weight=weight, grad_out=grad_out)
     return (
         _empty_if(need_x, x, *x.shape),
         _empty_if(need_weight, x, *weight.shape),
@@ -106,14 +108,17 @@ def _linear_backward_fake(
 
 
 @torch.library.register_fake("pycore::rms_norm")
-def _norm_fake(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def _norm_fake(x: Tensor, weight: Tensor | None, eps: float, numbers: Tensor | None = None) -> Tensor:
+    check_devices("rms_norm", x=x, weight=weight)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("pycore::rms_norm_backward")
 def _norm_backward_fake(
-    grad_out: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
+    grad_out: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_x: bool, need_weight: bool,
+    numbers: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_devices("rms_norm_backward", x=x, weight=weight, grad_out=grad_out)
     return _empty_if(need_x, x, *x.shape), _empty_if(need_weight, x, x.shape[-1])
 
 
@@ -131,19 +136,45 @@ def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grad if needed else None for grad, needed in zip(grads, need, strict=True))
 
 
-def _norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
+def _norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, float, Tensor | None], output: Tensor) -> None:
+    x, weight, ctx.eps, numbers = inputs
+    ctx.save_for_backward(x, weight, numbers)
 
 
 def _norm_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad[:2]
-    grads = torch.ops.pycore.rms_norm_backward(grad_out, *ctx.saved_tensors, ctx.eps, *need)
-    return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None)
+    x, weight, numbers = ctx.saved_tensors
+    grads = torch.ops.pycore.rms_norm_backward(grad_out, x, weight, ctx.eps, *need, numbers)
+    return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None)
 
 
-torch.library.register_autograd("pycore::invariant_linear", _linear_backward, setup_context=_linear_setup)
-torch.library.register_autograd("pycore::rms_norm", _norm_backward, setup_context=_norm_setup)
+def _linear_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
+    (x, weight, _), (x_tangent, weight_tangent, bias_tangent) = inputs, tangents
+    op = torch.ops.pycore.invariant_linear
+    if x_tangent is not None:
+        tangent = op(x_tangent, weight, bias_tangent)
+        return tangent if weight_tangent is None else tangent + op(x, weight_tangent, None)
+    if weight_tangent is not None:
+        return op(x, weight_tangent, bias_tangent)
+    assert bias_tangent is not None
+    return bias_tangent.expand_as(output)
+
+
+def _norm_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
+    """Of r x w with r = 1 / sqrt(mean(x^2) + eps), whose own tangent is -r^3 mean(x x')."""
+    (x, weight, eps, numbers), (x_tangent, weight_tangent) = inputs, tangents[:2]
+    factor = (x.square().mean(-1, keepdim=True) + (eps if numbers is None else numbers[0])).rsqrt()
+    tangent = torch.zeros_like(output)
+    if x_tangent is not None:
+        tangent = factor * (x_tangent - x * factor.square() * (x * x_tangent).mean(-1, keepdim=True))
+        tangent = tangent if weight is None else tangent * weight
+    return tangent if weight_tangent is None else tangent + factor * x * weight_tangent
+
+
+register_derivatives("invariant_linear", _linear_backward, _linear_setup, _linear_jvp)
+register_derivatives("rms_norm", _norm_backward, _norm_setup, _norm_jvp)
+no_second_derivative("invariant_linear_backward", lambda inputs: "invariant_linear")
+no_second_derivative("rms_norm_backward", lambda inputs: "rms_norm")
 
 
 # ---- autocast and vmap -----------------------------------------------------------------------------------------------
@@ -153,12 +184,18 @@ torch.library.register_autocast("pycore::rms_norm", "cpu", torch.float32)
 
 
 def _one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Samples run one after another."""
+    """Samples run one after another. Where there are none, one of zeros says what their results' shapes would be."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        given = list(zip(args, in_dims, strict=True))
+        if info.batch_size == 0:
+            shape = [arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:]) for arg, dim in given]
+            result = op(*shape)
+            if isinstance(result, Tensor):
+                return result.new_empty(0, *result.shape), 0
+            return tuple(x.new_empty(0, *x.shape) for x in result), (0,) * len(result)
         samples = [
-            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
+            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in given)) for i in range(info.batch_size)
         ]
         if isinstance(samples[0], Tensor):
             return torch.stack(samples), 0

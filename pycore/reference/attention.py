@@ -114,6 +114,7 @@ def attention(
     distance_limit: int | None = None,
     distance_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    symmetric_bias: bool = False,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -147,7 +148,8 @@ def attention(
         p = (end - start + offset - queries + torch.arange(queries))[:, None]
         count = end - start + offset
         d = places(schedule, p, count, b) - places(schedule, j, count, b)
-        d = d if distance_limit is None else d.clamp(max=distance_limit)
+        away = d.abs() if symmetric_bias else d.clamp(min=0)
+        d, away = (x if distance_limit is None else x.clamp(max=distance_limit) for x in (d, away))
         for h in range(heads):
             if h == 0 or isinstance(schedule, Probabilistic):  # others are the same for all heads
                 kept = keep_mask(schedule, p, j, b, h, count)
@@ -160,9 +162,9 @@ def attention(
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
             if distance_bias is not None:
-                scores = scores + distance_bias[h, d.clamp(0, distance_bias.shape[1] - 1)]
+                scores = scores + distance_bias[h, away.clamp(max=distance_bias.shape[1] - 1)]
             if alibi_slopes is not None:
-                scores = scores - alibi_slopes[h] * d.clamp(min=0)
+                scores = scores - _row(alibi_slopes[..., h, None], b) * away
             if isinstance(schedule, Probabilistic):
                 scores = scores + block_logits(schedule, p, j, h).to(scores.dtype)
             empty = ~keep.any(1)  # such rows go through the formulas with finite numbers and are replaced afterwards

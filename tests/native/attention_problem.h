@@ -72,7 +72,8 @@ std::unique_ptr<char, Freer> aligned(int64_t bytes) {
 struct Problem {
   pycore::AttentionBackwardParams params;
   std::vector<char> query, key, value, out, grad_out;
-  Buffer lse, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias, grad_sinks;
+  Buffer lse, lse_low, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias,
+      grad_sinks;
   std::vector<int64_t> starts, lengths, offsets, queries, prefixes, boundaries, bitmap;
   std::vector<uint64_t> blocks;
   Buffer block_bias;
@@ -107,6 +108,7 @@ struct Problem {
     grad_out = stored(normal(p.batch * p.heads * p.query_length * p.value_dim), p.dtype);
     out.resize(grad_out.size());
     lse.resize(p.batch * p.heads * p.query_length);
+    lse_low.resize(lse.size());
     delta.resize(lse.size());
     grad_query.resize(p.batch * p.heads * p.query_length * p.head_dim);
     grad_key.resize(keys.size());
@@ -116,6 +118,7 @@ struct Problem {
     p.value = value.data();
     p.out = out.data();
     p.lse = lse.data();
+    if (draw(0, 1)) p.lse_low = lse_low.data();  // else the backward pass finds it by itself
     params.grad_out = grad_out.data();
     params.delta = delta.data();
     params.grad_query = grad_query.data();
@@ -228,9 +231,12 @@ struct Problem {
       grad_bias.resize(p.heads * p.bias_length);
       if (draw(0, 3)) params.grad_bias = grad_bias.data();
     } else if (which == 1) {
-      for (int64_t h = 0; h < p.heads; ++h) slopes.push_back(draw(0, 20) * 0.01f);
+      p.slopes_stride = draw(0, 1) ? p.heads + draw(0, 2) : 0;
+      slopes.resize(p.slopes_stride * (p.batch - 1) + p.heads);
+      for (float& slope : slopes) slope = draw(0, 20) * 0.01f;
       p.alibi_slopes = slopes.data();
     }
+    p.symmetric_bias = draw(0, 1);
     if (draw(0, 1)) {
       sinks = normal(p.heads);
       p.sink_logits = sinks.data();

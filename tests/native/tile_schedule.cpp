@@ -167,6 +167,36 @@ void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   }
 }
 
+// The boundaries, the bitmap and the nodes of the schedule last drawn.
+std::vector<int64_t> boundaries, nodes;
+std::vector<uint64_t> blocks;
+
+// On a device nobody checks boundaries: of any numbers in any order, every function ends and overflows nothing.
+void check_any_boundaries() {
+  TileSchedule schedule;
+  schedule.kind = pycore::ScheduleKind::kSegments;
+  boundaries.resize(draw(1, 6));
+  const int64_t ends[] = {INT64_MIN, INT64_MIN + 1, -pycore::kFar, INT64_MAX, INT64_MAX - 1, pycore::kFar, 0};
+  for (int64_t& boundary : boundaries) boundary = draw(0, 1) ? ends[draw(0, 6)] : draw(-70, kKeys + 70);
+  schedule.boundaries = boundaries.data();
+  schedule.segments = static_cast<int64_t>(boundaries.size()) - 1;
+  schedule.right = draw(0, 1) ? 0 : draw(0, 1) ? pycore::kFar : 70;
+  if (draw(0, 1)) schedule.window_size = draw(1, 100);
+  if (draw(0, 1)) schedule.segment_sinks = draw(0, 1) ? pycore::kFar : 9;
+  const int64_t p_lo = draw(-70, kKeys - 1), p_hi = p_lo + draw(0, 95);
+  for (int64_t tile = 0; tile < kTiles; ++tile) {
+    int64_t lo, hi;
+    schedule.query_range(tile, &lo, &hi);
+    expect(lo >= -2 * pycore::kFar && hi <= pycore::kFar, "query_range", schedule, p_lo, p_hi, tile);
+    if (schedule.reach_bits(p_lo, p_hi, tile) != 0) schedule.cover(p_lo, p_hi, tile);
+    expect(schedule.next_tile(p_lo, p_hi, tile) >= tile, "next_tile of any boundaries", schedule, p_lo, p_hi, tile);
+    for (int64_t j = tile * kKeyTile; j < (tile + 1) * kKeyTile; ++j) {
+      expect(!schedule.keeps(p_lo, j) || j - p_lo <= schedule.right, "keeps of any boundaries", schedule, p_lo, p_hi,
+             tile);
+    }
+  }
+}
+
 // Tiles a walk visits for one tile of queries.
 int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   int64_t count = 0;
@@ -182,10 +212,6 @@ int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
 
 // The tiles of positions lo..hi.
 int64_t tiles_of(int64_t lo, int64_t hi) { return hi / kKeyTile - lo / kKeyTile + 1; }
-
-// The boundaries, the bitmap and the nodes of the schedule last drawn.
-std::vector<int64_t> boundaries, nodes;
-std::vector<uint64_t> blocks;
 
 TileSchedule random_schedule() {
   TileSchedule schedule;
@@ -265,6 +291,7 @@ int main(int argc, char** argv) {
     const int64_t p_lo = draw(-70, kKeys - 1);
     check(random_schedule(), p_lo, std::min(p_lo + draw(0, draw(0, 1) ? 5 : 95), kKeys - 1));
   }
+  for (int i = 0; i < (quick ? 3000 : 20000); ++i) check_any_boundaries();
   // The cost of Λ, and of a window on both sides: a tile of queries visits the sinks' tiles and the window's, however
   // far it stands.
   TileSchedule schedule;

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "partial-interleaved": {"rope": tables(WINDOW + 64, 8), "interleaved": True, "scale": 0.7},
     "bias": {"distance_bias": torch.linspace(-2, 2, H * 30).view(H, 30), "softcap": 3.0},
     "alibi": {"alibi_slopes": torch.tensor([0.5, 0.1, 0.01, 0.0]), "sink_logits": torch.tensor([0.0, 1.0, -1.0, 2.0])},
+    "alibi-of-rows": {"alibi_slopes": torch.tensor([[0.5, 0.1, 0.01, 0.0], [0.0, 0.3, 0.2, 1.0]]), "softcap": 3.0},
 }
 some_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 

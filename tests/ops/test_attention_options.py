@@ -7,6 +7,7 @@ Dropout has a file of its own (test_attention_dropout.py), and so have vmap, aut
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -119,10 +120,12 @@ every_case = pytest.mark.parametrize("dtype, case", DTYPED_CASES, ids=lambda x: 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of the op that has these options."""
-    if "alibi_slopes" not in options:
+    if "alibi_slopes" not in options or not isinstance(options["schedule"], Lambda):
         return attention(q, k, v, **options, return_lse=True)
-    sink_size, window_size = options.pop("schedule").args
-    return lambda_attention(q, k, v, sink_size=sink_size, window_size=window_size, **options, return_lse=True)
+    sizes = dataclasses.asdict(options.pop("schedule"))
+    if options.get("distance_limit") is None:
+        options["distance_limit"] = 2**62  # none, as in attention
+    return lambda_attention(q, k, v, **sizes, **options, return_lse=True)
 
 
 def results(function: Any, case: Case, dtype: torch.dtype, compute: torch.dtype, table: torch.dtype) -> list[Tensor]:

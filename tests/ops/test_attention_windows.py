@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_inputs import Case, lengths, qkv, tables
+from attention_inputs import Case, lengths, qkv, random_tree, tables
 from test_attention_options import NAMES, assert_same, dtype_id, expected, ours, results
 from tolerance import assert_as_accurate
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pycore import native
-from pycore.ops import attention
+from pycore.ops import attention, lambda_attention
 from pycore.reference import attention as reference
-from pycore.schedules import Causal, Full, Lambda, Schedule, Segments, to_flex_block_mask
+from pycore.schedules import Causal, Full, Lambda, Prefix, Schedule, Segments, Tree, to_flex_block_mask
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
@@ -54,14 +54,33 @@ CASES = [
     Case(30, 60, Lambda(9, 50, right=2), 32, batch=2, key_offset=(100, 0), bias=120, distance_limit=90),
     Case(4, 1300, Segments(lengths(0, 20, 2**62), window_size=100, sink_size=70), heads=1),
 ]  # fmt: skip
+CASES += [
+    Case(n, 130, schedule, 32, batch=2, symmetric=True, heads=4, kv_heads=2, distance_limit=limit, **table)
+    for schedule in (Full(), Lambda(3, 40, right=50), Lambda(3, 40, right=None), Segments(TWO, False, 40, 3, 50))
+    for n, limit, table in [
+        (130, None, {"alibi": True}), (97, 60, {"alibi": "rows", "sinks": True}), (130, 90, {"bias": 20}),
+        (131, None, {"bias": 300, "softcap": 4.0}), (9, 60, {"alibi": True}),
+    ]
+] + [
+    Case(97, 130, schedule, 40, batch=3, alibi="rows", heads=4, kv_heads=2, distance_limit=limit)
+    for schedule in (Causal(), Lambda(5, 40), Full(), Tree(random_tree(40)))
+    for limit in (None, 70)
+] + [
+    Case(30, 130, Prefix(lengths(40, 200)), batch=2, key_starts=(0, 70), key_lengths=(130, 113), alibi="rows",
+         symmetric=True, rope_dim=8, query_lengths=(30, 5)),
+    Case(70, 97, Lambda(5, 40), 16, alibi=True, symmetric=True),  # causal: nothing to be symmetric about
+]  # fmt: skip
 
 
 def case_id(x: Any) -> str:
     return str(x).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+# Half precision is a matter of loads and stores: what it shares with float32 need not be seen again.
+DTYPED_CASES = [(F32, case) for case in CASES] + [(BF16, case) for case in CASES[::5]]
+
+
+@pytest.mark.parametrize("dtype, case", DTYPED_CASES, ids=case_id)
 def test_as_accurate_as_plain_torch(dtype: torch.dtype, case: Case, isa: str) -> None:
     """Values and gradients of everything that has one."""
     actual = results(ours, case, dtype, dtype, F32)
@@ -207,6 +226,67 @@ def test_keys_outside_all_segments_have_no_gradient(isa: str) -> None:
         assert all(x.masked_select(outside).count_nonzero() == 0 for x in plain[2:])
 
 
+# ---- biases on both sides, slopes of each batch row ---------------------------------------------------------------
+
+
+def test_symmetric_biases_by_hand(isa: str) -> None:
+    """-slope |i - j|, as encoders have it, and the table's entry of |i - j|."""
+    q, k, v = qkv(2, 2, 2, 70, 70, 16)
+    slopes, table = torch.tensor([[0.5, 0.25], [0.125, 0.0]]), torch.randn(2, 70)
+    position = torch.arange(70)
+    away = (position[:, None] - position[None]).abs()
+    for options, bias in (
+        ({"alibi_slopes": slopes[0]}, -slopes[0][None, :, None, None] * away),
+        ({"alibi_slopes": slopes}, -slopes[:, :, None, None] * away),
+        ({"alibi_slopes": slopes, "distance_limit": 30}, -slopes[:, :, None, None] * away.clamp(max=30)),
+        ({"distance_bias": table}, table[:, away][None]),
+    ):
+        out = attention(q, k, v, schedule=Full(), symmetric_bias=True, **options)
+        plain = torch.softmax(q @ k.mT * 0.25 + bias, dim=3) @ v
+        torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+        near = (away <= 9)[None, None]
+        plain = torch.softmax((q @ k.mT * 0.25 + bias).masked_fill(~near, -torch.inf), dim=3) @ v
+        window = {"sink_size": 0, "window_size": 10, "right": 9, "symmetric_bias": True, "distance_limit": 70}
+        torch.testing.assert_close(lambda_attention(q, k, v, **window | options), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [Causal(), Lambda(3, 20), Segments(TWO)], ids=lambda s: s.kind)
+def test_symmetry_is_for_keys_after_the_query(schedule: Schedule, isa: str) -> None:
+    inputs, bias = qkv(2, 2, 1, 130, 130, 16), torch.randn(2, 40)
+    plain = attention(*inputs, schedule=schedule, distance_bias=bias, return_lse=True)
+    both = attention(*inputs, schedule=schedule, distance_bias=bias, symmetric_bias=True, return_lse=True)
+    assert_same(both, plain)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+@pytest.mark.parametrize("schedule", [Causal(), Lambda(3, 20, right=5), Full()], ids=lambda s: s.kind)
+def test_slopes_of_a_row_are_those_of_the_row_alone(schedule: Schedule, dtype: torch.dtype, isa: str) -> None:
+    """Bits of outputs and gradients; also a row of slopes for all, or the same for each, and slopes between others."""
+    inputs, slopes = qkv(3, 4, 2, 40, 90, 24, dtype=dtype), torch.rand(3, 4)
+    whole = with_gradients(schedule, *inputs, alibi_slopes=slopes, symmetric_bias=True)
+    for b in range(3):
+        row = [x[b : b + 1] for x in inputs]
+        for given in (slopes[b], slopes[b : b + 1]):
+            alone = with_gradients(schedule, *row, alibi_slopes=given, symmetric_bias=True)
+            assert_same(alone, tuple(x[b : b + 1] for x in whole))
+    shared = with_gradients(schedule, *inputs, alibi_slopes=slopes[1])
+    for given in (slopes[1:2], slopes[1].expand(3, 4), slopes[1].repeat(3, 2)[:, :4]):
+        assert_same(with_gradients(schedule, *inputs, alibi_slopes=given), shared)
+
+
+def test_vmap_over_slopes(isa: str) -> None:
+    q, k, v = qkv(6, 4, 2, 30, 40, 16)
+    slopes = torch.rand(3, 2, 4)
+    inputs = [x.unflatten(0, (3, 2)) for x in (q, k, v)]
+    f = lambda *x: attention(*x[:3], alibi_slopes=x[3])  # noqa: E731
+    whole = attention(q, k, v, alibi_slopes=slopes.flatten(0, 1)).unflatten(0, (3, 2))
+    assert torch.equal(torch.vmap(f)(*inputs, slopes), whole)
+    assert torch.equal(torch.vmap(f, (0, 0, 0, 2))(*inputs, slopes.permute(1, 2, 0)), whole)
+    for given, dim in ((slopes[:, 0], 0), (slopes[:, 1].T, 1), (slopes[0], None), (slopes[0, 0], None)):
+        loop = [f(*(x[i] for x in inputs), given if dim is None else given.select(dim, i)) for i in range(3)]
+        assert torch.equal(torch.vmap(f, (0, 0, 0, dim))(*inputs, given), torch.stack(loop))
+
+
 # ---- transforms ----------------------------------------------------------------------------------------------------
 
 
@@ -233,17 +313,21 @@ def test_vmap_over_boundaries(isa: str) -> None:
     assert torch.equal(mapped, torch.stack([f(*(x[0] for x in inputs), several[i]) for i in range(3)]))
 
 
-def test_compile(isa: str) -> None:
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_compile(dynamic: bool | None) -> None:
     """New boundaries, windows and lengths need no graph each."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
     def f(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, window: int, right: int) -> Tensor:
         x = attention(q, k, v, schedule=Segments(boundaries, window_size=window, sink_size=3))
-        x = x + attention(q, k, v, schedule=Segments(boundaries, False, window, 3, right))
-        return x + attention(q, k, v, schedule=Lambda(3, window, right=right))
+        x = x + attention(
+            q, k, v, schedule=Segments(boundaries, False, window, 3, right), alibi_slopes=q[:, :, 0, 0].contiguous()
+        )
+        options = {"sink_size": 3, "window_size": window, "right": right, "symmetric_bias": True}
+        return x + lambda_attention(q, k, v, alibi_slopes=q[0, :, 0, 0].contiguous(), **options)
 
-    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend=counter)
     for step, n in enumerate((50, 51, 90, 130)):
         leaves = [x.requires_grad_() for x in qkv(2, 4, 2, n, n, 8)]
         boundaries = torch.stack([torch.arange(0, n, 9 + step)[:5], torch.arange(5)])
@@ -252,6 +336,20 @@ def test_compile(isa: str) -> None:
         assert_same(*(torch.autograd.grad(x.square().sum(), leaves) for x in (actual, wanted)))
     assert counter.frame_count <= 3
     torch._dynamo.reset()
+
+
+def test_export() -> None:
+    class Encoder(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, slopes: Tensor) -> Tensor:
+            schedule = Segments(boundaries, False, 5, 2, 3)
+            return attention(q, k, v, schedule=schedule, alibi_slopes=slopes, symmetric_bias=True)
+
+    n = torch.export.Dim("n", min=2, max=500)
+    given = rows((0, 20, 50), (0, 50, 50)), torch.rand(2, 4)
+    shapes = ({2: n}, {2: n}, {2: n}, None, None)
+    exported = torch.export.export(Encoder(), (*qkv(2, 4, 2, 50, 50, 8), *given), dynamic_shapes=shapes).module()
+    inputs = qkv(2, 4, 2, 77, 77, 8)
+    assert torch.equal(exported(*inputs, *given), Encoder()(*inputs, *given))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[3:6:2] + SCHEDULES[8:9], ids=lambda s: "-".join(map(str, s.args)))
@@ -304,7 +402,6 @@ BAD: dict[str, tuple[Schedule, dict[str, Any], str]] = {
         Segments(lengths(0, 9).expand(3, 2)), {},
         "boundaries has 3 rows and must have one, or one for each of 2 batch rows",
     ),
-    "expanded": (Segments(lengths(0, 9).expand(2, 2)), {}, "boundaries must be contiguous"),
     "empty": (
         Segments(torch.zeros(2, 0, dtype=torch.int64)), {}, "boundaries is empty and must have at least one entry",
     ),
@@ -345,6 +442,22 @@ def test_bad_schedules(name: str) -> None:
 def test_numbers_are_ints(schedule: Schedule, message: str) -> None:
     with pytest.raises(TypeError, match=f"^attention: {message} and must be an int$"):
         attention(*qkv(2, 2, 1, 9, 9, 8), schedule=schedule)
+    with pytest.raises(TypeError, match="^attention: symmetric_bias is a int and must be a bool$"):
+        attention(*qkv(2, 2, 1, 9, 9, 8), symmetric_bias=1)
+
+
+def test_a_window_to_the_right_moves_the_usual_limit(isa: str) -> None:
+    """lambda_attention's distance_limit is the window's longer side where it is not given."""
+    inputs = qkv(1, 2, 1, 90, 90, 16)
+    options = {"sink_size": 3, "window_size": 10, "right": 30, "rope": tables(94, 16)}
+    given = lambda_attention(*inputs, **options, distance_limit=30)
+    assert torch.equal(lambda_attention(*inputs, **options), given)
+    other = lambda_attention(*inputs, **options | {"rope": tables(200, 16)}, distance_limit=60)
+    assert not torch.equal(other, given)
+    with pytest.raises(ValueError, match="^lambda_attention: distance_limit is 29 and must be at least right, 30$"):
+        lambda_attention(*inputs, **options, distance_limit=29)
+    all_of_it = lambda_attention(*inputs, sink_size=0, window_size=90, right=None)
+    assert torch.equal(all_of_it, attention(*inputs, schedule=Full()))
 
 
 def test_boundaries_of_any_number(isa: str) -> None:
@@ -363,3 +476,10 @@ def test_boundaries_of_any_number(isa: str) -> None:
         for window in ({}, {"window_size": 7, "sink_size": 2**62}, {"causal": False, "right": 2**62}):
             out = attention(*inputs, schedule=Segments(boundaries, **window), return_lse=True)
             assert out[0].count_nonzero() == 0 and bool((out[1] == -torch.inf).all())
+
+
+def test_expanded_boundaries_are_copied() -> None:
+    query, key, value = torch.randn(3, 2, 2, 9, 8).unbind()
+    one = attention(query, key, value, schedule=Segments(lengths(0, 4, 9)))
+    each = attention(query, key, value, schedule=Segments(lengths(0, 4, 9).expand(2, 3)))
+    assert torch.equal(one, each)

@@ -19,10 +19,12 @@
 // biases and distance_limit d is place(p) - place(j), so that each branch is seen as a text of its own.
 //
 // A logit is softcap(scale <q, k>) + bias: softcap(s) = cap tanh(s / cap), and the bias either distance_bias[h][min(d',
-// n-1)] or -alibi_slopes[h] d' (d' is 0 for keys after the query). sink_logits[h] joins the softmax and carries no
-// value. Dropout multiplies weight (b, h, p, j) by 0 or 1 / (1 - dropout_p), after the softmax's sum is taken.
+// n-1)] or -alibi_slopes[h] d' (for keys after the query d' is 0, or with symmetric_bias min(-d, distance_limit)).
+// sink_logits[h] joins the softmax and carries no value. Dropout multiplies weight (b, h, p, j) by 0 or 1 / (1 -
+// dropout_p), after the softmax's sum is taken.
 #pragma once
 
+#include <pycore/cpu_isa.h>
 #include <pycore/export.h>
 #include <pycore/parallel.h>
 #include <pycore/status.h>
@@ -39,6 +41,7 @@ struct AttentionStrides {
 };
 
 struct AttentionParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // of query, key, value and out; everything is accumulated in float32 (or float64)
   int64_t batch = 0, heads = 0, kv_heads = 0;
   int64_t query_length = 0, key_length = 0;
@@ -50,6 +53,9 @@ struct AttentionParams {
   AttentionStrides query_strides, key_strides, value_strides;
   void* out = nullptr;  // [batch, heads, query_length, value_dim], contiguous
   void* lse = nullptr;  // [batch, heads, query_length], contiguous; float32 (float64 for float64), natural log
+  // Like lse, or null: what rounding lse to its dtype left out. Where |lse| is large, weights recomputed from lse alone
+  // are off by its rounding error, while the forward pass's own know only that of differences.
+  void* lse_low = nullptr;
 
   TileSchedule schedule;
   const int64_t* prefix_lengths = nullptr;  // [batch]: schedule.prefix by batch row, for the prefix schedule
@@ -67,7 +73,9 @@ struct AttentionParams {
   // Tables: float32 (float64 for float64), null where there is none.
   const void* distance_bias = nullptr;  // [heads, bias_length], row stride bias_stride
   int64_t bias_length = 0, bias_stride = 0;
-  const void* alibi_slopes = nullptr;  // [heads]
+  const void* alibi_slopes = nullptr;  // [heads], or for each batch row its own
+  int64_t slopes_stride = 0;           // from one batch row's to the next; 0: one for all
+  bool symmetric_bias = false;         // keys after the query have the bias of those as far before it
   const void* sink_logits = nullptr;   // [heads]
   const void* block_bias = nullptr;    // [heads, block_bias_length] by block distance, row stride block_bias_stride
   int64_t block_bias_length = 0, block_bias_stride = 0;  // (0: one row for all heads); blocks schedule only
@@ -83,7 +91,9 @@ struct AttentionParams {
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;         // out and lse hold the forward pass's results
+  // out, lse and lse_low hold the forward pass's results. Without lse_low the CPU recomputes it, where lse is of these
+  // keys alone, and CUDA goes without.
+  AttentionParams forward;
   const void* grad_out = nullptr;  // [batch, heads, query_length, value_dim]
   AttentionStrides grad_out_strides;
   const void* grad_lse = nullptr;  // [batch, heads, query_length], contiguous, or null

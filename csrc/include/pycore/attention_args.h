@@ -7,6 +7,7 @@
 #include <pycore/attention_bitmap_args.h>
 #include <pycore/attention_blocks.h>
 #include <pycore/checks.h>
+#include <pycore/index_copies.h>
 
 #include <algorithm>
 #include <cmath>
@@ -35,6 +36,14 @@ struct AttentionArgs {
   double scale = 1.0;
   double softcap = 0.0;
   double dropout_p = 0.0;
+  bool symmetric_bias = false;
+  mutable IndexCopies copies;  // what was checked of the arrays of indices, and is then used
+
+  // A contiguous int64 array as kernels get it: on the CPU, where its values are checked, a copy.
+  const int64_t* kept(const TensorView& view) const {
+    return view.device == Device::kCpu ? copies.keep(op, view.as<const int64_t>(), view.count())
+                                       : view.as<const int64_t>();
+  }
 };
 
 namespace detail {
@@ -92,7 +101,7 @@ inline void check_blocks(const AttentionArgs& args, AttentionParams* params) {
               args.op, "schedule's tensor must be contiguous");
   check_value(blocks.device == args.query.device && blocks.device_index == args.query.device_index, args.op,
               "schedule's tensor is on another device than query");
-  schedule.blocks = blocks.as<const uint64_t>();
+  schedule.blocks = reinterpret_cast<const uint64_t*>(args.kept(blocks));
 }
 
 // The numbers that lambda and segments share.
@@ -117,7 +126,7 @@ inline void check_segments(const AttentionArgs& args, AttentionParams* params) {
   check_value(tensor.device == args.query.device && tensor.device_index == args.query.device_index, args.op,
               "boundaries is on another device than query");
   TileSchedule& schedule = params->schedule;
-  schedule.boundaries = tensor.as<const int64_t>();
+  schedule.boundaries = args.kept(tensor);
   schedule.segments = entries - 1;
   params->bitmap_stride = rows == 1 ? 0 : entries;
   schedule.right = numbers[0] != 0 ? 0 : kFar;
@@ -180,9 +189,12 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     check_blocks(args, params);
   } else if (found->kind == ScheduleKind::kKeySubset) {
     check_key_subset(args.op, tensor, args.query, params);
+    schedule.keys = reinterpret_cast<const uint64_t*>(args.kept(tensor));
     schedule.causal = args.schedule_args[0] != 0;
   } else if (found->kind == ScheduleKind::kTree) {
-    check_tree(args.op, tensor, args.query, params);
+    check_tree_shape(args.op, tensor, args.query, params);
+    schedule.tree = args.kept(tensor);
+    if (readable) check_tree(args.op, tensor, schedule);
     if (numbers == 2) {
       check_window(args, args.schedule_args[0], args.schedule_args[1], 0);
       schedule.sink_size = std::min(args.schedule_args[0], kFar);
@@ -192,7 +204,7 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     check_index_tensor(args, "prefix_lengths", tensor);
     check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
                 " entries and must have one for each of ", params->batch, " batch rows");
-    params->prefix_lengths = tensor.as<const int64_t>();
+    params->prefix_lengths = args.kept(tensor);
     for (int64_t b = 0; b < params->batch && readable; ++b) {
       check_value(params->prefix_lengths[b] >= 0, args.op, "prefix_lengths[", b, "] is ", params->prefix_lengths[b],
                   " and must be at least 0");
@@ -212,25 +224,59 @@ inline const void* check_table(const AttentionArgs& args, const AttentionParams&
               " has shape ", shape_text(view), " and must be ", dims == 1 ? "[heads]" : "[heads, n]", ", with ",
               params.heads, " heads");
   check_value(dims == 1 || view.shape[1] >= 1, args.op, name, " has no entries and must have at least one a head");
-  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1, args.op, name,
+  check_value(view.strides[dims - 1] == 1 || view.shape[dims - 1] <= 1 || view.count() == 0, args.op, name,
               "'s last dimension must be contiguous");
   check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
               " is on another device than query");
   return view.data;
 }
 
+// Logits are float32, in powers of two, unless query is float64: what is not finite there makes every row NaN.
+inline void check_logit_factors(const AttentionArgs& args) {
+  if (args.query.dtype == DType::kFloat64) return;
+  const float log2e = 1.44269504f, scale = static_cast<float>(args.scale), cap = static_cast<float>(args.softcap);
+  check_value(std::isfinite(scale * log2e), args.op, "scale is ", args.scale,
+              " and must be at most 2.35e+38 in size, as logits are float32");
+  if (!(args.softcap > 0) || !std::isfinite(args.softcap)) return;
+  check_value(std::isfinite(cap * log2e), args.op, "softcap is ", args.softcap,
+              " and must be at most 2.35e+38, as logits are float32");
+  check_value(cap > 0 && std::isfinite(1 / cap), args.op, "softcap is ", args.softcap,
+              " and must be 0 or at least 2.94e-39, as logits are float32");
+  check_value(std::isfinite(scale * (1 / cap)), args.op, "softcap is ", args.softcap, " and scale is ", args.scale,
+              "; scale / softcap must be finite in float32");
+}
+
+// A float table [heads], or [1 or batch, heads].
+inline void check_slopes(const AttentionArgs& args, AttentionParams* params) {
+  const TensorView& slopes = args.alibi_slopes;
+  if (!slopes.defined()) return;
+  const int last = slopes.dims - 1;
+  const bool rows = last == 1;
+  check_value((last == 0 || rows) && slopes.shape[last] == params->heads, args.op, "alibi_slopes has shape ",
+              shape_text(slopes), " and must be [heads] or [batch, heads], with ", params->heads, " heads");
+  check_value(!rows || slopes.shape[0] == 1 || slopes.shape[0] == params->batch, args.op, "alibi_slopes has ",
+              slopes.shape[0], " rows and must have one, or one for each of ", params->batch, " batch rows");
+  TensorView first = slopes;
+  first.dims = 1;
+  first.shape[0] = slopes.shape[last];
+  first.strides[0] = slopes.strides[last];
+  params->alibi_slopes = check_table(args, *params, "alibi_slopes", first, 1);
+  params->slopes_stride = rows && slopes.shape[0] > 1 ? slopes.strides[0] : 0;
+}
+
 inline void check_options(const AttentionArgs& args, AttentionParams* params) {
   check_value(!(args.distance_bias.defined() && args.alibi_slopes.defined()), args.op,
               "distance_bias and alibi_slopes are both given; only one may be");
   params->distance_bias = check_table(args, *params, "distance_bias", args.distance_bias, 2);
-  if (params->distance_bias) {
+  if (args.distance_bias.defined()) {  // without heads it has no memory, but a length
     params->bias_length = args.distance_bias.shape[1];
     params->bias_stride = args.distance_bias.strides[0];
   }
-  params->alibi_slopes = check_table(args, *params, "alibi_slopes", args.alibi_slopes, 1);
+  check_slopes(args, params);
+  params->symmetric_bias = args.symmetric_bias;
   params->sink_logits = check_table(args, *params, "sink_logits", args.sink_logits, 1);
   params->block_bias = check_table(args, *params, "block_bias", args.block_bias, 2, true);
-  if (params->block_bias) {
+  if (args.block_bias.defined()) {
     check_value(params->schedule.kind == ScheduleKind::kBlocks, args.op, "block_bias comes with schedule \"blocks\"");
     params->block_bias_length = args.block_bias.shape[1];
     params->block_bias_stride = args.block_bias.shape[0] == 1 ? 0 : args.block_bias.strides[0];
@@ -247,7 +293,7 @@ inline void check_options(const AttentionArgs& args, AttentionParams* params) {
               "dropout_seed must be one int64 number");
   check_value(seed.device == args.query.device && seed.device_index == args.query.device_index, args.op,
               "dropout_seed is on another device than query");
-  params->dropout_seed = seed.as<const int64_t>();
+  params->dropout_seed = args.kept(seed);
 }
 
 inline const int64_t* check_lengths(const AttentionArgs& args, const char* name, const TensorView& view,
@@ -259,7 +305,7 @@ inline const int64_t* check_lengths(const AttentionArgs& args, const char* name,
   check_value(view.strides[0] == 1 || batch <= 1, args.op, name, " must be contiguous");
   check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
               " is on another device than query");
-  return view.as<const int64_t>();
+  return args.kept(view);
 }
 
 inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
@@ -271,14 +317,16 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   check_value(args.key_ring <= params->key_length && params->schedule.sink_size <= params->key_length - args.key_ring,
               args.op, "key has length ", params->key_length, " and must have room for a ring of ", args.key_ring,
               " and ", params->schedule.sink_size, " sinks");
-  check_value(params->key_lengths && !params->key_starts && !params->key_offset, args.op,
+  check_value(args.key_lengths.defined() && !args.key_starts.defined() && !args.key_offset.defined(), args.op,
               "key_ring comes with key_lengths, and without key_starts and key_offset");
   params->key_ring = args.key_ring;
 }
 
 // Values of the length arguments; on the CPU, where reading them costs nothing.
 inline void check_length_values(const AttentionArgs& args, const AttentionParams& params) {
-  for (int64_t b = 0; b < params.batch; ++b) {
+  // Without an array all rows are like the first.
+  const bool differ = params.key_starts || params.key_lengths || params.key_offset || params.query_lengths;
+  for (int64_t b = 0; b < (differ ? params.batch : std::min<int64_t>(params.batch, 1)); ++b) {
     const int64_t start = params.key_starts ? params.key_starts[b] : 0;
     const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
     const int64_t offset = params.key_offset ? params.key_offset[b] : 0;
@@ -315,12 +363,13 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
     check_value(view->dims == 2, args.op, name, " has ", view->dims, " dimensions and must have 2: [n, R / 2]");
     check_value(view->dtype == table, args.op, name, " is ", dtype_name(view->dtype), " and must be ",
                 dtype_name(table));
-    check_value(view->strides[1] == 1 || view->shape[1] <= 1, args.op, name, "'s last dimension must be contiguous");
+    check_value(view->strides[1] == 1 || view->shape[1] <= 1 || view->count() == 0, args.op, name,
+                "'s last dimension must be contiguous");
     check_value(view->device == args.query.device && view->device_index == args.query.device_index, args.op, name,
                 " is on another device than query");
   }
   check_value(cosine.shape[0] == sine.shape[0] && cosine.shape[1] == sine.shape[1] &&
-                  (cosine.strides[0] == sine.strides[0] || cosine.shape[0] <= 1),
+                  (cosine.strides[0] == sine.strides[0] || cosine.shape[0] <= 1 || cosine.count() == 0),
               args.op, "rope's cos has shape ", shape_text(cosine), " and sin ", shape_text(sine),
               "; both must have the same shape and strides");
   check_value(2 * cosine.shape[1] <= params->head_dim, args.op, "rope rotates ", 2 * cosine.shape[1],
@@ -408,6 +457,7 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
 
   detail::check_schedule(args, &params);
   check_value(std::isfinite(args.scale), op, "scale is ", args.scale, " and must be finite");
+  detail::check_logit_factors(args);
   params.scale = args.scale;
   check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
   params.distance_limit = args.distance_limit < 0 ? kFar : std::min(args.distance_limit, kFar);
@@ -431,10 +481,16 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   return params;
 }
 
-// grad_out and grad_lse against what the forward pass returned.
+// Where the second half of a pair of lse begins.
+inline void* second_lse(const AttentionParams& params, void* pair) {
+  const int64_t rows = params.batch * params.heads * params.query_length;
+  return static_cast<char*>(pair) + rows * (params.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+// grad_out and grad_lse against what the forward pass returned. lse_low comes behind lse, by itself or not at all.
 inline AttentionBackwardParams attention_backward_params(const AttentionArgs& args, const TensorView& grad_out,
                                                          const TensorView& grad_lse, const TensorView& out,
-                                                         const TensorView& lse) {
+                                                         const TensorView& lse, const TensorView& lse_low = {}) {
   AttentionBackwardParams params;
   params.forward = attention_params(args);
   const AttentionParams& forward = params.forward;
@@ -450,26 +506,35 @@ inline AttentionBackwardParams attention_backward_params(const AttentionArgs& ar
                                              (shape[0] == 1 || view.strides[0] == shape[1] * shape[2] * shape[3]));
     check_value(!contiguous || dense, op, name, " must be contiguous");
   };
-  const auto check_like_lse = [&](const char* name, const TensorView& view) {
-    check_value(view.dims == 3 && view.shape[0] == forward.batch && view.shape[1] == forward.heads &&
-                    view.shape[2] == forward.query_length,
+  const auto check_like_lse = [&](const char* name, const TensorView& view, bool pair) {
+    const int64_t* shape = view.shape + (pair ? 1 : 0);
+    check_value(view.dims == (pair ? 4 : 3) && (!pair || view.shape[0] == 2) && shape[0] == forward.batch &&
+                    shape[1] == forward.heads && shape[2] == forward.query_length,
                 op, name, " has shape ", shape_text(view), " and must be [batch, heads, query length]");
     const DType sum = args.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     check_value(view.dtype == sum, op, name, " is ", dtype_name(view.dtype), " and must be ", dtype_name(sum));
-    check_value(view.count() == 0 || ((view.shape[2] == 1 || view.strides[2] == 1) &&
-                                      (view.shape[1] == 1 || view.strides[1] == view.shape[2]) &&
-                                      (view.shape[0] == 1 || view.strides[0] == view.shape[1] * view.shape[2])),
-                op, name, " must be contiguous");
+    int64_t stride = 1;
+    bool dense = true;
+    for (int d = view.dims - 1; d >= 0; stride *= view.shape[d--]) {
+      dense = dense && (view.shape[d] == 1 || view.strides[d] == stride);
+    }
+    check_value(view.count() == 0 || dense, op, name, " must be contiguous");
   };
   check_like_out("grad_out", grad_out, false);
   check_like_out("out", out, true);
-  check_like_lse("lse", lse);
+  const bool pair = lse.dims == 4;
+  check_like_lse("lse", lse, pair);
   params.forward.out = out.data;
   params.forward.lse = lse.data;
+  if (pair) params.forward.lse_low = second_lse(forward, lse.data);
+  if (lse_low.defined()) {
+    check_like_lse("lse_low", lse_low, false);
+    params.forward.lse_low = lse_low.data;
+  }
   params.grad_out = grad_out.data;
   params.grad_out_strides = {grad_out.strides[0], grad_out.strides[1], grad_out.strides[2]};
   if (grad_lse.defined()) {
-    check_like_lse("grad_lse", grad_lse);
+    check_like_lse("grad_lse", grad_lse, false);
     params.grad_lse = grad_lse.data;
   }
   return params;

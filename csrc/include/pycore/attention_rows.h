@@ -48,9 +48,10 @@ PYCORE_HOST_DEVICE inline int64_t key_turn(const TileSchedule& schedule, int64_t
   return schedule.in_place(tile) ? c : schedule.place(tile * kKeyTile + c) - tile * kKeyTile;
 }
 
-// The distance that rotations and biases see.
+// The distance that biases see.
 PYCORE_HOST_DEVICE inline int64_t seen_distance(const AttentionParams& params, int64_t d) {
-  return d < 0 ? 0 : d < params.distance_limit ? d : params.distance_limit;
+  const int64_t seen = d >= 0 ? d : params.symmetric_bias ? -d : 0;
+  return seen < params.distance_limit ? seen : params.distance_limit;
 }
 
 // Where the bias of distance d lies in a head's row of distance_bias (or of its gradient).
@@ -64,11 +65,16 @@ PYCORE_HOST_DEVICE inline bool has_bias(const AttentionParams& params) {
 }
 
 template <class T>
-PYCORE_HOST_DEVICE inline T bias_of(const AttentionParams& params, int64_t h, int64_t d) {
+PYCORE_HOST_DEVICE inline T slope_of(const AttentionParams& params, int64_t b, int64_t h) {
+  return static_cast<const T*>(params.alibi_slopes)[b * params.slopes_stride + h];
+}
+
+template <class T>
+PYCORE_HOST_DEVICE inline T bias_of(const AttentionParams& params, int64_t b, int64_t h, int64_t d) {
   if (params.distance_bias) {
     return static_cast<const T*>(params.distance_bias)[h * params.bias_stride + bias_index(params, d)];
   }
-  return -static_cast<const T*>(params.alibi_slopes)[h] * static_cast<T>(seen_distance(params, d));
+  return -slope_of<T>(params, b, h) * static_cast<T>(seen_distance(params, d));
 }
 
 // What block_bias adds to the logit of a kept pair: nothing for sinks and in window blocks.

@@ -24,6 +24,7 @@ inline void check_dtype_is(const char* op, const char* argument, const TensorVie
 
 inline void check_last_contiguous(const char* op, const char* argument, const TensorView& view) {
   const int last = view.dims - 1;
+  if (view.count() == 0) return;  // strides of no elements mean nothing; an expanded gradient has zeros
   check_value(view.shape[last] <= 1 || view.strides[last] == 1, op, argument, " has stride ", view.strides[last],
               " in its last dimension, which must be contiguous");
 }
@@ -58,6 +59,8 @@ inline void check_rms_norm(const char* op, const TensorView& x, const TensorView
   check_float_cpu(op, "x", x);
   check_value(x.dims >= 1, op, "x is a scalar and must have shape [..., channels]");
   check_value(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, " and must be finite and not negative");
+  check_value(x.dtype == DType::kFloat64 || std::isfinite(static_cast<float>(eps)), op, "eps is ", eps,
+              " and must be finite in float32, as x is");
   check_last_contiguous(op, "x", x);
   if (!weight.defined()) return;
   check_dtype_is(op, "weight", weight, x.dtype);

@@ -374,7 +374,8 @@ struct TileSchedule {
     int64_t start, end;
     segment_of(first, &start, &end);
     if (start < end && start > *lo) *lo = start;
-    segment_of(last < boundaries[segments] ? last : boundaries[segments] - 1, &start, &end);
+    const int64_t past = bounded(boundaries[segments]);
+    segment_of(last < past ? last : past - 1, &start, &end);
     // Boundaries may be any numbers, and callers add to these. Segments that end in the tile have no row after it.
     *hi = end > kFar ? kFar : end - 1;
     const bool sinks = segment_sinks > 0 && bounded(start) + segment_sinks > first;

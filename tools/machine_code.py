@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiler made of the CUDA kernels: registers, stack and instructions by kind, whole and in the hottest loop.
 
-python -m bench.machine_code                        the built libpycore.so, its code for sm_90a
-python -m bench.machine_code LIBRARY --arch sm_80   another library, another architecture
-python -m bench.machine_code --only "forward<"      kernels whose name contains a text, which is much faster
-python -m bench.machine_code --json FILE            also as a file: a line per kernel, kinds that are 0 left out
+python -m tools.machine_code                        the built libpycore.so, its code for sm_90a
+python -m tools.machine_code LIBRARY --arch sm_80   another library, another architecture
+python -m tools.machine_code --only "forward<"      kernels whose name contains a text, which is much faster
+python -m tools.machine_code --json FILE            also as a file: a line per kernel, kinds that are 0 left out
 
 A source can say neither that an array stayed in registers, nor that a copy was one instruction, nor how much surrounds
 a matrix product; all of that can be read without a GPU. cuobjdump, which runs nvdisasm, is taken from the variables
@@ -39,7 +39,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pycore
-from bench import sass
+from tools import sass
 
 # LD and ST: of no known address space. LDS.32: or less. MUFU: the others. ATOM: every atomic, RED included.
 KINDS = (
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = list(kernels(options.library, options.arch, options.only))
     except (FileNotFoundError, ValueError) as error:
-        print(f"bench.machine_code: {error}", file=sys.stderr)
+        print(f"tools.machine_code: {error}", file=sys.stderr)
         return 2
     print(table(found))
     if options.json:

@@ -113,7 +113,7 @@ fi
 
 # ---- sanitizers -------------------------------------------------------------------------------------------------------
 
-# sanitize TOOL SECONDS [ARGUMENT...]: bench/sanitize_cuda.py under it. Loading torch under the sanitizer takes most of
+# sanitize TOOL SECONDS [ARGUMENT...]: tools/sanitize_cuda.py under it. Loading torch under the sanitizer takes most of
 # the 40 s that the program is not given; it stops by itself, because a sanitizer that is killed says nothing.
 sanitize() {
   local tool=$1 limit=$2 left=$((LIMIT - SECONDS))
@@ -125,7 +125,7 @@ sanitize() {
   fi
   # Without torch's caching allocator every tensor is an allocation of its own, so an overrun is seen.
   stage "compute-sanitizer $tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m bench.sanitize_cuda --seconds $((limit - 40)) "$@"
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m tools.sanitize_cuda --seconds $((limit - 40)) "$@"
 }
 
 if ! wanted sanitize || [[ $PYCORE_CUDA == off ]]; then

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Derivatives of an op in both directions, under every transform of torch.func.
+
+`torch.library.register_autograd` knows the reverse direction only: a tangent is lost without a word, and under
+torch.func's transforms it refuses. What it registers is a kernel for the dispatcher's Autograd key, and so is what
+stands here: where a tensor carries a tangent the op's `jvp` answers, and elsewhere autograd records the op, at the one
+level of torch.func's transforms that the dispatcher is at. Other levels are the dispatcher's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+__all__ = ["no_second_derivative", "refuse_tangents", "register_derivatives"]
+
+Tangents = list[Tensor | None]
+Jvp = Callable[[Sequence[Any], Tangents, Any], Any]
+
+_library = torch.library.Library("pycore", "IMPL")  # what it registers lasts as long as it does
+
+
+def register_derivatives(name: str, backward: Callable[..., Any], setup_context: Callable[..., None], jvp: Jvp) -> None:
+    """Registers what `torch.library.register_autograd` does, and a rule for tangents.
+
+    Args:
+        name: of the op in torch.ops.pycore.
+        backward: backward(ctx, *grads), a gradient or None for each of the op's arguments.
+        setup_context: setup_context(ctx, inputs, output), with all arguments of the schema as inputs.
+        jvp: jvp(inputs, tangents, output) with a tangent or None for each input, none of which is left out: what
+            tangents output has, as one tensor or a tuple. May raise, where there is no rule.
+    """
+    op = getattr(torch.ops.pycore, name).default
+    defaults = [argument.default_value for argument in op._schema.arguments]
+
+    def below(keyset: Any, args: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Recorded(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, keyset = args
+            output = below(keyset, inputs)
+            setup_context(ctx, tuple(inputs), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            ctx.needs_input_grad = ctx.needs_input_grad[: len(defaults)]  # without the keyset
+            given = backward(ctx, *grads)
+            return (*given, None) if isinstance(given, tuple) else (given, None)
+
+    Recorded.__name__ = f"{name}Backward"
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if _forward_mode():
+            inputs = [*args, *defaults[len(args) :]]  # the dispatcher leaves out what has its default value
+            pairs = [_unpacked(x) for x in inputs]
+            tangents = [tangent for _, tangent in pairs]
+            if any(tangent is not None for tangent in tangents):
+                primals = [primal for primal, _ in pairs]
+                output = op(*primals)
+                return _dual(output, jvp(primals, tangents, output))
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            with _single_level():
+                return Recorded.apply(*args, *defaults[len(args) :], keyset)
+        return below(keyset, args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def no_second_derivative(name: str, op_of: Callable[[Sequence[Any]], str]) -> None:
+    """For an op that computes gradients. Without this, torch would only warn and leave the second derivative out.
+
+    Args:
+        name: of the op in torch.ops.pycore.
+        op_of: how the message calls the op of an argument list.
+    """
+
+    def refuse(op: str) -> None:
+        raise NotImplementedError(f"{op}: second derivatives are not available")
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = op_of(inputs)
+
+    register_derivatives(
+        name, lambda ctx, *grads: refuse(ctx.op), setup, lambda inputs, tangents, output: refuse(op_of(inputs))
+    )
+
+
+def refuse_tangents(op: str, **tensors: Any) -> None:
+    """For what has no rule for tangents, and would lose them without a word."""
+    if not _forward_mode():
+        return
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and _has_tangent(x):
+            raise NotImplementedError(f"{op}: {name} carries a tangent, and {op} has no forward-mode derivative")
+
+
+@contextmanager
+def _single_level() -> Iterator[None]:
+    """Lets autograd record at the level of torch.func's transforms that the dispatcher is at, as it does C++ ops."""
+    functorch = torch._C._functorch
+    before = functorch.get_single_level_autograd_function_allowed()
+    functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        yield
+    finally:
+        functorch.set_single_level_autograd_function_allowed(before)
+
+
+def _forward_mode() -> bool:
+    """Whether any tensor may carry a tangent: within torch.func.jvp or torch.autograd.forward_ad.dual_level."""
+    return forward_ad._current_level >= 0
+
+
+def _has_tangent(x: Tensor) -> bool:
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return _unpacked(x)[1] is not None
+
+
+def _unpacked(x: Any) -> tuple[Any, Tensor | None]:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x, None
+    pair = forward_ad.unpack_dual(x)
+    return pair.primal, pair.tangent
+
+
+def _dual(output: Any, tangents: Any) -> Any:
+    if isinstance(output, Tensor):
+        return forward_ad.make_dual(output, tangents.to(output.dtype))
+    return tuple(_dual(x, tangent) for x, tangent in zip(output, tangents, strict=True))
