@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int
+from pycore._tangents import refuse_tangents
 from pycore._tensors import as_index, check_devices, check_tensor
 from pycore.ops.attention import call_attention, lambda_attention
 from pycore.schedules import Lambda
@@ -130,6 +131,7 @@ class LambdaKVCache:
                     f"LambdaKVCache.append: {name} has {tensor.dim()} dimensions and must have 4: "
                     "[batch, kv_heads, tokens, head_dim]"
                 )
+        refuse_tangents("LambdaKVCache.append", key=key, value=value)
         if starts is not None:
             check_tensor("LambdaKVCache.append", "starts", starts)
             starts = as_index(starts)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pycore._checks import check_int, check_str
 from pycore._load import load_ops
+from pycore._tangents import refuse_tangents
 from pycore._tensors import as_index, check_devices, check_tensor, graph_numbers
 from pycore.schedules import DistanceFamily, Probabilistic
 
@@ -72,6 +73,7 @@ def draw_blocks(
             graph, parameter = graph_numbers(parameter), 0.0
     elif isinstance(probs, Tensor):
         check_tensor(op, "distance_probs", probs)
+        refuse_tangents(op, distance_probs=probs)
         if not probs.is_floating_point():
             raise ValueError(f"{op}: distance_probs is {str(probs.dtype)[6:]} and must be floating-point")
         table = _moved(op, "distance_probs", probs.detach(), drawn).double()
@@ -83,8 +85,8 @@ def draw_blocks(
     rows = (x if x is None else _moved(op, name, as_index(x), drawn) for name, x in zip(names, lengths, strict=True))
     blocks, correction = torch.ops.pycore.attention_blocks(
         _number(op, "seed", schedule.seed, drawn), _number(op, "round", schedule.round, drawn), table, *rows, op,
-        family, parameter, schedule.pattern, schedule.correction, batch, heads, query_length, key_length, schedule.block_size, schedule.sink_size,
-        schedule.window_blocks, per_row, wide, graph,
+        family, parameter, schedule.pattern, schedule.correction, batch, heads, query_length, key_length,
+        schedule.block_size, schedule.sink_size, schedule.window_blocks, per_row, wide, graph,
     )  # fmt: skip
     added = None if schedule.correction == "none" else correction.to(device)
     return blocks.to(device), added

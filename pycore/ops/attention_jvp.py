@@ -5,11 +5,11 @@ With P the weights (D P where dropout multiplies them by D), a logit z = cap(s <
 
     z' = s cap' (<q', k> + <q, k'>),    lse' = sum P z' (+ P_sink sink'),    out' = sum D P (z' v + v') - lse' out.
 
-The backward kernel adds up w (<u, y> - delta) x over a query's keys, with w = D P s cap', u as grad_out, y as value, x as
-key, and delta = 0 where it is told that out was zero. So its grad_query for the keys [k, v], the queries [q, 0], the
-values [k, k'] and grad_out [q', q] has sum D P z' v behind it, in one call. Rotation by distance
-happens between query and key alone, so with it the call is made the other way round: the values are one channel of v,
-the keys [k, k'], and <grad_query, [q', q]> is sum D P z' v of that channel.
+The backward kernel adds up w (<u, y> - delta) x over a query's keys, with w = D P s cap', u as grad_out, y as value, x
+as key, and delta = 0 where it is told that out was zero. So its grad_query for the keys [k, v], the queries [q, 0], the
+values [k, k'] and grad_out [q', q] has sum D P z' v behind it, in one call. Rotation by distance happens between query
+and key alone, so with it the call is made the other way round: the values are one channel of v, the keys [k, k'], and
+<grad_query, [q', q]> is sum D P z' v of that channel: as many calls as v has channels.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Call:
         return moved, lse_tangent
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
-        """Channels of x and y beside each other, so that a pair that is rotated stays one and all of them come first."""
+        """Channels of x and y beside each other; pairs that are rotated stay pairs, and all of them come first."""
         if not self.rope:
             return torch.cat([x, y], -1)
         turned = 2 * self.tensors[0].shape[1]
