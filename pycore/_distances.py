@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int, check_number
+from pycore._tensors import check_tensor
 
 __all__ = [
     "Constant", "DistanceFamily", "Gaussian", "Geometric", "Harmonic", "PowerLaw", "expected_density",
@@ -165,6 +166,7 @@ def expected_density(
             "pycore.schedules"
         )
     else:
+        check_tensor(op, "distance_probs", distance_probs)
         if distance_probs.dim() not in (1, 2) or distance_probs.numel() == 0:
             raise ValueError(
                 f"{op}: distance_probs has shape {list(distance_probs.shape)} and must be [n] or [heads, n]"

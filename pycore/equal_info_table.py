@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycore import _load
-from pycore._checks import check_whole
+from pycore._checks import check_int, check_whole
 from pycore.equal_info_windows import NextProbs, Rows
 
 if TYPE_CHECKING:
@@ -79,12 +79,10 @@ class EqualInfoTable:
             TypeError: bits or max_batch is no int, or the model has no next_probs.
         """
         op = "EqualInfoTable.build"
-        for name, value in (("bits", bits), ("max_batch", max_batch)):
-            check_whole(op, name, value)
+        check_whole(op, "bits", bits)
+        check_int(op, "max_batch", max_batch, 1)
         if not _LEAST_BITS <= bits <= _MOST_BITS:
             raise ValueError(f"{op}: bits is {bits} and must be {_LEAST_BITS} to {_MOST_BITS}")
-        if max_batch < 1:
-            raise ValueError(f"{op}: max_batch is {max_batch} and must be at least 1")
         strings = _most_probable(Rows(op, model, 256, max_batch), bits, max_batch, _Progress(progress))
         return cls(_load.native().pack_equal_info(strings))
 
@@ -136,8 +134,12 @@ class EqualInfoTable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table to a file, in the format of docs/formats.md."""
         part = Path(f"{os.fspath(path)}.part")
-        part.write_bytes(self._file)
-        os.replace(part, path)  # a file of that name is whole at all times
+        try:
+            part.write_bytes(self._file)
+            os.replace(part, path)  # a file of that name is whole at all times
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EqualInfoTable:

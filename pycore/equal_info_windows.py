@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycore import _load
-from pycore._checks import check_whole
+from pycore._checks import check_int, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,12 +66,10 @@ class EqualInfoWindows:
     """
 
     def __init__(self, bits: int = 16, *, max_batch: int = 4096) -> None:
-        for name, value in (("bits", bits), ("max_batch", max_batch)):
-            check_whole("EqualInfoWindows", name, value)
+        check_whole("EqualInfoWindows", "bits", bits)
+        check_int("EqualInfoWindows", "max_batch", max_batch, 1)
         if not _LEAST_BITS <= bits <= _MOST_BITS:
             raise ValueError(f"EqualInfoWindows: bits is {bits} and must be {_LEAST_BITS} to {_MOST_BITS}")
-        if max_batch < 1:
-            raise ValueError(f"EqualInfoWindows: max_batch is {max_batch} and must be at least 1")
         self.bits = bits
         self.max_batch = max_batch
 

@@ -96,6 +96,7 @@ def attention(
     block_bias: Any = None,
     out: Any = None,
     lse: Any = None,
+    lse_low: Any = None,
     threads: int | None = None,
     stream: int = 0,
 ) -> tuple[Any, Any]: ...
@@ -129,6 +130,7 @@ def attention_backward(
     dropout_p: float = 0.0,
     dropout_seed: Any = None,
     block_bias: Any = None,
+    lse_low: Any = None,
     grad_query: Any = None,
     grad_key: Any = None,
     grad_value: Any = None,

@@ -180,20 +180,29 @@ class Tree(Schedule):
     """The last T positions are the nodes of a tree of drafts: each keeps its ancestors and what came before the tree.
 
     One call then scores all branches: the row of a node is that of plain causal attention on the context followed by
-    the path from the root to the node. For this, distances go by depth: a node of depth t stands t positions behind the
-    first that follows the context. Positions before the tree are causal, also where they are queries.
+    the path from the root to the node; with a window, that of Λ attention. For this, distances, windows and sinks go by
+    depth: a node of depth t stands t positions behind the first that follows the context. Positions before the tree are
+    causal, also where they are queries.
 
     Args:
         parents: int64 [T] or [B, T], the parent of each node, which comes before it: -1 <= parents[t] < t, with -1 for
             a root. Roots hang on the last token of the context, and there may be several. Rows with fewer nodes than T
             begin with a chain (-1, 0, 1, ...) of the last tokens of their context. On the device of the query.
+        sink_size: tokens kept from the start whatever the window, at least 0.
+        window_size: newest tokens kept, the query's own among them, at least 1; None for all.
 
     Source: Miao et al., "SpecInfer" (arXiv 2305.09781); Cai et al., "Medusa" (arXiv 2401.10774): tree attention.
     """
 
     parents: Tensor
+    sink_size: int = 0
+    window_size: int | None = None
 
     kind: ClassVar[str] = "tree"
+
+    @property
+    def args(self) -> list[int]:
+        return [] if self.window_size is None else [self.sink_size, self.window_size]
 
 
 _LAYER_STEP = 0x1E3779B97F4A7C15  # odd, so that no two layers below 2**63 share a seed
@@ -250,12 +259,16 @@ class Probabilistic(Schedule):
             ValueError, TypeError: layer or an int seed is no int or negative.
         """
         check_int("Probabilistic.for_layer", "layer", layer, 0)
-        step = layer * _LAYER_STEP % 2**63
-        if isinstance(self.seed, Tensor):  # sums of int64 wrap at 2**64; what is below 2**63 of them is the same
-            seed = as_index(self.seed)
-            return replace(self, seed=torch.where(seed < 0, seed, (seed + step) & (2**63 - 1)))
-        check_int("Probabilistic.for_layer", "seed", self.seed, 0)
-        return replace(self, seed=(self.seed + step) % 2**63)
+        seed = self.seed
+        if not isinstance(seed, Tensor):
+            check_int("Probabilistic.for_layer", "seed", seed, 0)
+            if not torch.compiler.is_compiling():
+                return replace(self, seed=(seed + layer * _LAYER_STEP) % 2**63)
+            seed = torch.full((1,), seed, dtype=torch.int64, device="cpu")  # a graph's ints end at 2**63
+        # Sums and products of int64 wrap at 2**64, which leaves what is below 2**63 of them as it is.
+        step = torch.full((), layer, dtype=torch.int64, device=seed.device) * _LAYER_STEP
+        seed = as_index(seed)
+        return replace(self, seed=torch.where(seed < 0, seed, (seed + step) & (2**63 - 1)))
 
 
 def to_flex_block_mask(

@@ -69,10 +69,11 @@ def test_same_bits(sizes: list[int], sinks: int, window: int, rollback: int, isa
     [
         {},
         {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])},
+        {"alibi_slopes": torch.linspace(0, 1, 4 * BATCH).view(BATCH, 4)},
         {"distance_bias": torch.randn(HEADS, 90), "softcap": 5.0, "scale": 0.3},
         {"sink_logits": torch.randn(HEADS), "rope": rope_tables(264, 24), "distance_limit": 200, "interleaved": True},
     ],
-    ids=["plain", "alibi", "bias", "rope"],
+    ids=["plain", "alibi", "alibi-of-rows", "bias", "rope"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ import torch
 from pycore import schedules
 from pycore.ops import attention
 from pycore.reference.attention import keep_mask
-from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
+from pycore.schedules import Causal, Constant, Full, KeySubset, Lambda, Prefix, Probabilistic, Schedule, Segments, Tree
 
 ALL = [
     Full(), Causal(), Lambda(0, 1), Lambda(4, 8), Lambda(100, 3), Lambda(3, 100), Lambda(2**62, 2**62), Lambda(4, 8, 2),
@@ -144,4 +144,26 @@ def test_tile_functions_agree_with_the_definition(run_native: Callable[..., None
 
 def test_threads_share_the_work_evenly(run_native: Callable[..., None]) -> None:
     """tests/native/attention_balance.cpp: the busiest of 2 and of 16 simulated threads has at most 1.1 of the mean."""
-    run_native("attention_balance", sources=("cpu/attention.blocks.cpp",))
+    run_native("attention_balance", sources=("cpu/attention.blocks.cpp", "cpu/cpu_isa.cpp"))
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**62 + 5, 2**63 - 1])
+def test_seeds_of_layers_are_the_same_as_ints_and_in_a_tensor(seed: int) -> None:
+    for layer in (0, 1, 2, 31, 1000):
+        alone = Probabilistic(Constant(0.5), seed).for_layer(layer).seed
+        folded = Probabilistic(Constant(0.5), torch.tensor([seed, 3])).for_layer(layer).seed
+        assert isinstance(alone, int) and isinstance(folded, torch.Tensor)
+        assert 0 <= alone < 2**63 and folded.dtype == torch.int64 and int(folded[0]) == alone
+        assert int(folded[1]) == Probabilistic(Constant(0.5), 3).for_layer(layer).seed
+    small = Probabilistic(Constant(0.5), torch.tensor([3], dtype=torch.int32)).for_layer(7).seed
+    assert isinstance(small, torch.Tensor) and int(small[0]) == Probabilistic(Constant(0.5), 3).for_layer(7).seed
+
+
+def test_a_negative_seed_stays_negative() -> None:
+    """Folding a layer in would hide it: the op refuses it."""
+    q = torch.zeros(2, 1, 20, 8)
+    schedule = Probabilistic(Constant(0.5), torch.tensor([3, -3]), block_size=16).for_layer(2)
+    with pytest.raises(ValueError, match="^attention: seed is -3 and must be at least 0$"):
+        attention(q, q, q, schedule=schedule)
+    with pytest.raises(ValueError, match=r"^Probabilistic.for_layer: seed is -3 and must be at least 0$"):
+        Probabilistic(Constant(0.5), -3).for_layer(2)

@@ -70,6 +70,32 @@ PROBLEMS: list[tuple[str, Shape, tuple[int, ...], Callable[[int], dict[str, Any]
     ("ALiBi", (1, 2, 2, 70, 90), (64,), lambda dim: {"alibi_slopes": torch.tensor([0.5, 0.25])}),
     ("prefix", (2, 2, 2, 70, 90), (64,), lambda dim: {"schedule": Prefix(torch.tensor([5, 80]))}),
     ("packed", (1, 2, 2, 90, 90), (64,), lambda dim: {"schedule": Segments(torch.tensor([0, 30, 90]))}),
+    (
+        "packed by rows, windows",
+        (2, 2, 2, 90, 200),
+        (64,),
+        lambda dim: {"schedule": Segments(torch.tensor([[0, 130, 200], [9, 140, 140]]), False, 40, 3, 20)},
+    ),
+    (
+        "both sides, ALiBi of rows",
+        (2, 2, 2, 90, 130),
+        (64,),
+        lambda dim: {
+            "schedule": Lambda(3, 40, right=20),
+            "alibi_slopes": torch.tensor([[0.5, 0.25], [0.1, 0.0]]),
+            "symmetric_bias": True,
+        },
+    ),
+    (
+        "distance bias on both sides",
+        (1, 2, 2, 130, 130),
+        (64,),
+        lambda dim: {
+            "schedule": Full(),
+            "distance_bias": torch.linspace(-2, 1, 100).reshape(2, 50),
+            "symmetric_bias": True,
+        },
+    ),
 ]
 
 

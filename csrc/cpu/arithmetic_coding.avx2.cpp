@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <pycore/arithmetic_coding_frame.h>
 #include <pycore/arithmetic_coding_table.h>
+#include <pycore/crc_run.h>
 #include <pycore/dtype.h>
 
 #include "arithmetic_coding_kernels.h"
@@ -22,9 +23,11 @@ namespace {
 #include "arithmetic_coding_encode.inl.h"
 //
 #include "arithmetic_coding_adaptive.inl.h"
+//
+#include "arithmetic_coding_claims.inl.h"
 }  // namespace
 
-const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams,
+const CoderKernels coder = {quantize_row, encode_stream, open_stream, decode_streams, probe_stream,
                             encode_bytes, decode_bytes,  add_bytes,   put_tokens};
 
 }  // namespace pycore::avx2

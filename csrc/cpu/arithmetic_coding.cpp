@@ -3,6 +3,7 @@
 #include <pycore/arithmetic_coding.h>
 #include <pycore/arithmetic_coding_frame.h>
 #include <pycore/cpu_isa.h>
+#include <pycore/sizes.h>
 
 #include <algorithm>
 #include <cstring>
@@ -12,8 +13,8 @@
 namespace pycore {
 namespace {
 
-const CoderKernels& kernels() {
-  switch (cpu_isa()) {
+const CoderKernels& kernels_for(CpuIsa isa) {
+  switch (isa) {
     case CpuIsa::kAvx512: return avx512::coder;
     case CpuIsa::kAvx2: return avx2::coder;
     case CpuIsa::kScalar: break;
@@ -35,14 +36,14 @@ char* cleared(void* scratch, int64_t slot_bytes, int64_t threads) {
 }  // namespace
 
 int64_t quantize_cdf_scratch(const QuantizeParams& params, int64_t threads) {
-  return threads * coder_slot_bytes(params.symbols);
+  return size_product({threads, coder_slot_bytes(params.symbols)});
 }
 
 Status quantize_cdf(const QuantizeParams& params, const Parallel& parallel, void* scratch) {
   const int64_t rows = params.values.rows, bytes = coder_slot_bytes(params.symbols);
   const int64_t height = std::max<int64_t>(1, kSerialSymbols / (params.symbols + 1));
-  const CoderKernels& run = kernels();
-  for_each_item(limited(parallel, rows * params.symbols), (rows + height - 1) / height,
+  const CoderKernels& run = kernels_for(params.isa);
+  for_each_item(limited(parallel, size_product({rows, params.symbols})), (rows + height - 1) / height,
                 [&](int64_t slot, int64_t item) {
                   void* memory = static_cast<char*>(scratch) + slot * bytes;
                   const int64_t end = std::min(rows, (item + 1) * height);
@@ -60,22 +61,23 @@ int64_t encode_capacity(const EncodeParams& params) {
 }
 
 int64_t encode_scratch(const EncodeParams& params, int64_t threads) {
-  return threads *
-         (params.order == kNoOrder ? coder_slot_bytes(params.model.symbols) : adaptive_slot_bytes(params.order));
+  return size_product(
+      {threads, params.order == kNoOrder ? coder_slot_bytes(params.model.symbols) : adaptive_slot_bytes(params.order)});
 }
 
 Status encode(const EncodeParams& params, const Parallel& parallel, void* scratch) {
-  const CoderKernels& run = kernels();
+  const CoderKernels& run = kernels_for(params.isa);
   if (params.order != kNoOrder) {
     const int64_t bytes = adaptive_slot_bytes(params.order);
-    for_each_item(limited(parallel, params.streams * params.length), params.streams, [&](int64_t slot, int64_t stream) {
-      run.encode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
-    });
+    for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams,
+                  [&](int64_t slot, int64_t stream) {
+                    run.encode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
+                  });
     return {};
   }
   const int64_t bytes = coder_slot_bytes(params.model.symbols);
   char* slots = cleared(scratch, bytes, parallel.threads);
-  for_each_item(limited(parallel, params.streams * params.length), params.streams,
+  for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams,
                 [&](int64_t slot, int64_t stream) { run.encode(params, stream, slots + slot * bytes); });
   return {};
 }
@@ -90,7 +92,7 @@ Status pack_streams(const EncodeParams& params, const int64_t* offsets, uint8_t*
 }
 
 Status open_streams(const DecodeParams& params, const Parallel& parallel) {
-  const CoderKernels& run = kernels();
+  const CoderKernels& run = kernels_for(params.isa);
   const int64_t bytes = params.streams ? params.offsets[params.streams] - params.offsets[0] : 0;
   for_each_item(limited(parallel, bytes / 16), params.streams,
                 [&](int64_t, int64_t stream) { run.open(params, stream); });
@@ -98,24 +100,34 @@ Status open_streams(const DecodeParams& params, const Parallel& parallel) {
 }
 
 int64_t decode_scratch(const DecodeParams& params, int64_t threads) {
-  return threads * (params.adaptive ? adaptive_slot_bytes(1) : coder_slot_bytes(params.model.symbols));
+  return size_product({threads, params.adaptive ? adaptive_slot_bytes(1) : coder_slot_bytes(params.model.symbols)});
+}
+
+Status check_claims(const DecodeParams& params, const Parallel& parallel, void* scratch) {
+  const CoderKernels& run = kernels_for(params.isa);
+  const int64_t bytes = params.adaptive ? adaptive_slot_bytes(1) : coder_slot_bytes(params.model.symbols);
+  char* slots = params.adaptive ? static_cast<char*>(scratch) : cleared(scratch, bytes, parallel.threads);
+  for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams,
+                [&](int64_t slot, int64_t stream) { run.probe(params, stream, slots + slot * bytes); });
+  return {};
 }
 
 Status decode(const DecodeParams& params, const Parallel& parallel, void* scratch) {
-  const CoderKernels& run = kernels();
+  const CoderKernels& run = kernels_for(params.isa);
   if (params.adaptive) {
     const int64_t bytes = adaptive_slot_bytes(1);
-    for_each_item(limited(parallel, params.streams * params.length), params.streams, [&](int64_t slot, int64_t stream) {
-      run.decode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
-    });
+    for_each_item(limited(parallel, size_product({params.streams, params.length})), params.streams,
+                  [&](int64_t slot, int64_t stream) {
+                    run.decode_bytes(params, stream, static_cast<char*>(scratch) + slot * bytes);
+                  });
     return {};
   }
   const int64_t bytes = coder_slot_bytes(params.model.symbols);
   char* slots = cleared(scratch, bytes, parallel.threads);
   // Fewer streams at once where that would leave threads without work.
   const int64_t height = std::clamp<int64_t>(params.streams / parallel.threads, 1, kStreamsAtOnce);
-  for_each_item(limited(parallel, params.streams * params.length), (params.streams + height - 1) / height,
-                [&](int64_t slot, int64_t item) {
+  for_each_item(limited(parallel, size_product({params.streams, params.length})),
+                (params.streams + height - 1) / height, [&](int64_t slot, int64_t item) {
                   const int64_t first = item * height, count = std::min(height, params.streams - first);
                   run.decode(params, first, count, slots + slot * bytes);
                 });

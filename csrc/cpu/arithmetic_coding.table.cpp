@@ -208,10 +208,12 @@ Status decode_tokens(const TokenTable& table, const int64_t* tokens, int64_t cou
     for (; i + kTogether <= count && end - out >= kTogether * kStringBytes; i += kTogether) {
       uint64_t any_token = 0, any_length = 0, lengths[kTogether];
       const uint8_t* entries[kTogether];
-      for (int k = 0; k < kTogether; ++k) any_token |= static_cast<uint64_t>(tokens[i + k]);
+      // Read once: what is checked is what is used, whoever writes to them meanwhile.
+      uint64_t some[kTogether];
+      for (int k = 0; k < kTogether; ++k) any_token |= some[k] = static_cast<uint64_t>(tokens[i + k]);
       if (__builtin_expect(any_token >= all, 0)) break;
       for (int k = 0; k < kTogether; ++k) {
-        entries[k] = strings + tokens[i + k] * kStringBytes;
+        entries[k] = strings + some[k] * kStringBytes;
         lengths[k] = entries[k][kShortString];
         any_length |= lengths[k];
       }

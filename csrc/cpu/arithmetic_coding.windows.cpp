@@ -3,6 +3,7 @@
 // takes far longer than this.
 #include <pycore/arithmetic_coding_windows.h>
 #include <pycore/dtype.h>
+#include <pycore/sizes.h>
 
 #include <algorithm>
 #include <cstring>
@@ -66,7 +67,7 @@ WindowFault count_row(const WindowCountsParams& params, int64_t row) {
 template <class F>
 void for_walks(const WindowStepParams& params, const Parallel& parallel, const F& f) {
   const int64_t items = (params.walks + kWalksAtOnce - 1) / kWalksAtOnce;
-  for_each_item(limited(parallel, 16 * params.walks), items, [&](int64_t, int64_t item) {
+  for_each_item(limited(parallel, size_product({16, params.walks})), items, [&](int64_t, int64_t item) {
     const int64_t end = std::min(params.walks, (item + 1) * kWalksAtOnce);
     for (int64_t walk = item * kWalksAtOnce; walk < end; ++walk) f(walk);
   });
@@ -76,7 +77,7 @@ void for_walks(const WindowStepParams& params, const Parallel& parallel, const F
 
 Status window_counts(const WindowCountsParams& params, const Parallel& parallel) {
   const auto run = [&](auto from) {
-    for_each_item(limited(parallel, params.probs.rows * params.symbols), params.probs.rows,
+    for_each_item(limited(parallel, size_product({params.probs.rows, params.symbols})), params.probs.rows,
                   [&](int64_t, int64_t row) { params.faults[row] = count_row<decltype(from)>(params, row); });
   };
   switch (params.dtype) {

@@ -63,36 +63,57 @@ void encode_bytes(const EncodeParams& params, int64_t stream, void* scratch) {
   put_bytes(out + kCrcOffset, frame_crc(out, result->bytes, add_bytes), 4);
 }
 
-inline int take_nibble(Reader* reader, const AdaptiveModel& model, int64_t context) {
+// *spent grows by what the nibble is worth at least, in bits times 2^kAdaptivePrecision.
+inline int take_nibble(Reader* reader, const AdaptiveModel& model, int64_t context, int64_t* spent) {
   // A damaged code may lie beyond the model; it is folded into it, and the CRC of the symbols tells.
   const uint32_t value =
       static_cast<uint32_t>(range_locate(reader->coder, kAdaptivePrecision)) & ((1u << kAdaptivePrecision) - 1);
   const int symbol = find_nibble(model.entries[context], value);
-  take_symbol<false, true>(reader, nibble_share(model.entries[context], symbol), kAdaptivePrecision);
+  const Share share = nibble_share(model.entries[context], symbol);
+  *spent += (1 << kAdaptivePrecision) - static_cast<int64_t>(share.width);
+  take_symbol<false, true>(reader, share, kAdaptivePrecision);
   learn_nibble(model, context, symbol);
   return symbol;
 }
 
-void decode_bytes(const DecodeParams& params, int64_t stream, void* scratch) {
-  StreamResult* result = params.results + stream;
-  const uint8_t* begin = params.data + params.offsets[stream];
-  const Frame frame = frame_of(params, stream);
-  const int order = begin[2] == kBytesOrder1 ? 1 : 0;
-  if (frame.lanes != 1 || frame.has_id || frame.model != kFingerprintStart) {
-    result->fault = CoderFault::kForeign;
-    return;
+struct AdaptiveDecoder {
+  Reader reader;
+  AdaptiveModel model;
+  int order;
+  int64_t first = 0;  // of the contexts after the byte before
+
+  uint8_t take(int64_t* spent) {
+    const int high = take_nibble(&reader, model, first, spent);
+    const int low = take_nibble(&reader, model, first + 1 + high, spent);
+    const uint8_t byte = static_cast<uint8_t>(high << 4 | low);
+    if (order == 1) first = int64_t{byte} * kByteContexts;
+    return byte;
   }
-  const AdaptiveModel model = start_model(scratch, order);
-  Reader reader = open_lane(begin + kFrameBytes, begin + kFrameBytes + frame.payload);
+};
+
+bool open_adaptive(const DecodeParams& params, int64_t stream, void* scratch, AdaptiveDecoder* decoder) {
+  const uint8_t* begin = params.data + params.offsets[stream] + kFrameBytes;
+  const Frame& frame = params.frames[stream];
+  if (frame.lanes != 1 || frame.has_id || frame.model != kFingerprintStart) {
+    params.results[stream].fault = CoderFault::kForeign;
+    return false;
+  }
+  decoder->order = frame.kind == kBytesOrder1 ? 1 : 0;
+  decoder->model = start_model(scratch, decoder->order);
+  decoder->reader = open_lane(begin, begin + frame.payload);
+  return true;
+}
+
+void decode_bytes(const DecodeParams& params, int64_t stream, void* scratch) {
+  AdaptiveDecoder opened;
+  if (!open_adaptive(params, stream, scratch, &opened)) return;
+  AdaptiveDecoder decoder = opened;  // in registers
   uint8_t* out = params.bytes + stream * params.length;
   uint32_t crc = ~0u;
-  int64_t first = 0;
+  int64_t spent = 0;
   for (int64_t i = 0; i < params.length; ++i) {
-    const int high = take_nibble(&reader, model, first);
-    const int low = take_nibble(&reader, model, first + 1 + high);
-    out[i] = static_cast<uint8_t>(high << 4 | low);
+    out[i] = decoder.take(&spent);
     crc = crc_four(crc, out[i]);
-    if (order == 1) first = int64_t{out[i]} * kByteContexts;
   }
-  if (~crc != frame.symbols_crc) result->fault = CoderFault::kSymbols;
+  if (~crc != params.frames[stream].symbols_crc) params.results[stream].fault = CoderFault::kSymbols;
 }

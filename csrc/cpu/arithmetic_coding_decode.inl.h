@@ -59,17 +59,20 @@ inline void take_symbol(Reader* reader, Share share, int precision) {
   reader->coder = coder;
 }
 
-// `count` symbols of one stream, from row 0 on. A code that no row has ends it.
+// `count` symbols of one stream, from row 0 on. A code that no row has ends it, and *position says where.
 template <bool kFine, class Rows>
 CoderFault decode_rows(Reader reader, const Rows& rows, int64_t first, int64_t step, int64_t count, int precision,
-                       int64_t* out) {
+                       int64_t* out, int64_t* position) {
   for (int64_t i = 0; i < count; ++i) {
     const uint64_t value = range_locate(reader.coder, precision);
-    if (__builtin_expect(value >> precision != 0, 0)) return CoderFault::kSymbols;
     Share share;
-    const CoderFault fault =
-        rows.find(first + i * step, static_cast<uint32_t>(value), out + (first + i * step), &share);
-    if (__builtin_expect(fault != CoderFault::kNone, 0)) return fault;
+    const CoderFault fault = value >> precision != 0 ? CoderFault::kSymbols
+                                                     : rows.find(first + i * step, static_cast<uint32_t>(value),
+                                                                 out + (first + i * step), &share);
+    if (__builtin_expect(fault != CoderFault::kNone, 0)) {
+      *position = first + i * step;
+      return fault;
+    }
     take_symbol<kFine, true>(&reader, share, precision);
   }
   return CoderFault::kNone;
@@ -211,17 +214,6 @@ void check_symbols(const DecodeParams& params, int64_t stream, const Frame& fram
   if (crc != frame.symbols_crc) result->fault = CoderFault::kSymbols;
 }
 
-Frame frame_of(const DecodeParams& params, int64_t stream) {
-  const uint8_t* begin = params.data + params.offsets[stream];
-  Frame frame;
-  frame.has_id = (begin[2] & kModelIdFlag) != 0;
-  frame.lanes = begin[3];
-  frame.symbols_crc = static_cast<uint32_t>(get_bytes(begin + 8, 4));
-  frame.model = get_bytes(begin + 12, 8);
-  frame.payload = static_cast<int64_t>(get_bytes(begin + 26, 6));
-  return frame;
-}
-
 // Prepares the slot for the stream's first row and compares the model. True: the stream may be decoded.
 template <class Rows>
 bool model_fits(const DecodeParams& params, int64_t stream, const Frame& frame, const Slot& slot, const Rows& rows,
@@ -244,7 +236,7 @@ bool model_fits(const DecodeParams& params, int64_t stream, const Frame& frame, 
 
 void decode_stream(const DecodeParams& params, int64_t stream, const Slot& slot) {
   const CoderModel& model = params.model;
-  const Frame frame = frame_of(params, stream);
+  const Frame& frame = params.frames[stream];
   StreamResult* result = params.results + stream;
   const bool fixed = model.position_stride == 0 || params.length <= 1;
   int64_t* symbols = params.symbols + stream * params.length;
@@ -279,9 +271,10 @@ void decode_stream(const DecodeParams& params, int64_t stream, const Slot& slot)
     }
     for (int64_t lane = 0; lane < lanes && result->fault == CoderFault::kNone; ++lane) {
       const int64_t of_lane = count + (lane < longer);
-      result->fault = precision > 16
-                          ? decode_rows<true>(readers[lane], rows, lane, lanes, of_lane, precision, symbols)
-                          : decode_rows<false>(readers[lane], rows, lane, lanes, of_lane, precision, symbols);
+      result->fault =
+          precision > 16
+              ? decode_rows<true>(readers[lane], rows, lane, lanes, of_lane, precision, symbols, &result->position)
+              : decode_rows<false>(readers[lane], rows, lane, lanes, of_lane, precision, symbols, &result->position);
     }
   });
   if (!checked) check_symbols(params, stream, frame);
@@ -293,7 +286,7 @@ bool decode_streams_together(const DecodeParams& params, int64_t stream, const S
   Reader readers[kTogether];
   int64_t* outs[kTogether];
   for (int64_t s = 0; s < kStreamsAtOnce; ++s) {
-    const Frame frame = frame_of(params, stream + s);
+    const Frame& frame = params.frames[stream + s];
     if (frame.lanes != 1) return false;
     bool fits = false;
     with_rows(params.model, stream + s, slot,
@@ -309,7 +302,7 @@ bool decode_streams_together(const DecodeParams& params, int64_t stream, const S
   } else {
     decode_together<false, kTogether>(readers, slot, params.length, precision, outs, 1);
   }
-  for (int64_t s = 0; s < kStreamsAtOnce; ++s) check_symbols(params, stream + s, frame_of(params, stream + s));
+  for (int64_t s = 0; s < kStreamsAtOnce; ++s) check_symbols(params, stream + s, params.frames[stream + s]);
   return true;
 }
 
@@ -325,8 +318,8 @@ void decode_streams(const DecodeParams& params, int64_t stream, int64_t streams,
 
 void open_stream(const DecodeParams& params, int64_t stream) {
   const int64_t begin = params.offsets[stream];
-  const Frame frame =
-      read_frame(params.data + begin, params.offsets[stream + 1] - begin, add_bytes, params.results + stream);
+  Frame& frame = params.frames[stream];
+  frame = read_frame(params.data + begin, params.offsets[stream + 1] - begin, add_bytes, params.results + stream);
   if (params.results[stream].fault == CoderFault::kNone && (frame.kind != kRowsKind) != params.adaptive) {
     params.results[stream].fault = CoderFault::kKind;
     params.results[stream].value = frame.kind;

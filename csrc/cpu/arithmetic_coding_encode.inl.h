@@ -161,6 +161,7 @@ void quantize_row(const QuantizeParams& params, int64_t row, void* scratch) {
     int32_t highest;
     fault = highest_point(logits, params.symbols, &highest);
     if (fault == CoderFault::kNone) sum = logit_counts(logits, params.symbols, highest, slot.counts, slot.blocks);
+    if (fault == CoderFault::kNone && sum == 0) fault = CoderFault::kNoMass;  // another thread wrote to them since
   } else {
     fault = counts_of_probs(params.dtype, params.values.data, offset, params.entry_stride, params.symbols, slot.floats,
                             slot.counts, &sum);

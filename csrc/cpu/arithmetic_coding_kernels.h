@@ -18,6 +18,7 @@ struct CoderKernels {
   void (*encode)(const EncodeParams& params, int64_t stream, void* scratch);
   void (*open)(const DecodeParams& params, int64_t stream);
   void (*decode)(const DecodeParams& params, int64_t stream, int64_t streams, void* scratch);
+  void (*probe)(const DecodeParams& params, int64_t stream, void* scratch);
   void (*encode_bytes)(const EncodeParams& params, int64_t stream, void* scratch);
   void (*decode_bytes)(const DecodeParams& params, int64_t stream, void* scratch);
   uint32_t (*crc)(uint32_t crc, const uint8_t* data, int64_t bytes);

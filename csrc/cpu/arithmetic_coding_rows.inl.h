@@ -128,8 +128,10 @@ struct GivenRows {
   CoderFault share(int64_t position, int32_t symbol, Share* out) const {
     const T* r = row(position);
     if (!is_cumulative(r, model.symbols, model.precision)) return CoderFault::kNotCumulative;
-    out->begin = entry(r, symbol, model.symbols);
-    out->width = entry(r, symbol + 1, model.symbols) - out->begin;
+    const uint32_t begin = entry(r, symbol, model.symbols), end = entry(r, symbol + 1, model.symbols);
+    // Another thread may have written to the row since: what is used must be a share all the same.
+    if (__builtin_expect(begin > end || end > 1u << model.precision, 0)) return CoderFault::kNotCumulative;
+    *out = {begin, end - begin};
     return out->width ? CoderFault::kNone : CoderFault::kNoShare;
   }
 
@@ -154,9 +156,13 @@ struct GivenRows {
 
   CoderFault cumulate(int64_t position, uint32_t* out) const {
     const T* r = row(position);
-    if (!is_cumulative(r, model.symbols, model.precision)) return CoderFault::kNotCumulative;
-    for (int64_t i = 0; i <= model.symbols; ++i) out[i] = entry(r, i, model.symbols);
-    return CoderFault::kNone;
+    const uint32_t last = entry(r, model.symbols, model.symbols);
+    if (sizeof(T) == 2 && r[model.symbols] != 0) return CoderFault::kNotCumulative;
+    for (int64_t i = 0; i < model.symbols; ++i) out[i] = entry(r, i, model.symbols);
+    out[model.symbols] = last;
+    // The copy is what is checked, since it is what is used.
+    const bool good = is_cumulative(reinterpret_cast<const int32_t*>(out), model.symbols, model.precision);
+    return good ? CoderFault::kNone : CoderFault::kNotCumulative;
   }
 };
 
@@ -254,6 +260,8 @@ struct LogitRows {
     uint64_t before;
     const uint64_t sum = logit_sums(logits, model.symbols, highest, symbol, &before);
     const uint64_t after = before + logit_count(highest - logit_point(logits[symbol]));
+    // Not so unless another thread wrote to the logits since.
+    if (__builtin_expect(sum == 0 || after > sum, 0)) return CoderFault::kNoMass;
     out->begin = cdf_entry(symbol, before, sum, model.symbols, model.precision);
     out->width = cdf_entry(symbol + 1, after, sum, model.symbols, model.precision) - out->begin;
     return CoderFault::kNone;
@@ -312,6 +320,7 @@ struct LogitRows {
     const CoderFault fault = highest_point(logits, model.symbols, &highest);
     if (fault != CoderFault::kNone) return fault;
     const uint64_t sum = logit_counts(logits, model.symbols, highest, counts, blocks);
+    if (__builtin_expect(sum == 0, 0)) return CoderFault::kNoMass;
     __extension__ typedef unsigned __int128 Large;
     uint64_t before;
     const bool small = sum >> (63 - model.precision) == 0;
@@ -328,6 +337,7 @@ struct LogitRows {
     const CoderFault fault = highest_point(logits, model.symbols, &highest);
     if (fault != CoderFault::kNone) return fault;
     const uint64_t sum = logit_counts(logits, model.symbols, highest, counts, blocks);
+    if (__builtin_expect(sum == 0, 0)) return CoderFault::kNoMass;
     cumulate_counts(counts, sum, model.symbols, model.precision, out);
     return fault;
   }

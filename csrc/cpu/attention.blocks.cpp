@@ -3,6 +3,8 @@
 // nothing beside the block's products.
 #include <pycore/attention_blocks.h>
 #include <pycore/block_draw.h>
+#include <pycore/float_environment.h>
+#include <pycore/sizes.h>
 
 #include <algorithm>
 #include <cmath>
@@ -79,6 +81,7 @@ int64_t slot_bytes(const BlockParams& params) {
 }  // namespace
 
 void block_family(BlockFamily family, double parameter, int64_t count, double* probabilities) {
+  const FixedFloats fixed;
   for (int64_t i = 0; i < count; ++i) {
     const double distance = static_cast<double>(i);
     double p = parameter;
@@ -91,6 +94,7 @@ void block_family(BlockFamily family, double parameter, int64_t count, double* p
 }
 
 void block_correction(const double* probabilities, int64_t count, DType dtype, void* out) {
+  const FixedFloats fixed;
   for (int64_t i = 0; i < count; ++i) {
     const double added = added_logit(probabilities[i]);
     if (dtype == DType::kFloat64) {
@@ -101,13 +105,15 @@ void block_correction(const double* probabilities, int64_t count, DType dtype, v
   }
 }
 
-int64_t attention_blocks_scratch(const BlockParams& params, int64_t threads) { return threads * slot_bytes(params); }
+int64_t attention_blocks_scratch(const BlockParams& params, int64_t threads) {
+  return size_product({threads, slot_bytes(params)});
+}
 
 Status attention_blocks(const BlockParams& params, const Parallel& given, void* scratch) {
   const AttentionParams& rows = params.rows;
-  const int64_t block_rows = rows.schedule.block_rows, items = rows.batch * rows.heads * block_rows;
+  const int64_t block_rows = rows.schedule.block_rows, items = size_product({rows.batch, rows.heads, block_rows});
   if (rows.schedule.block_words == 0) return {};
-  const Parallel parallel = limited(given, items * rows.schedule.block_words * 64, kSerialDraws);
+  const Parallel parallel = limited(given, size_product({items, rows.schedule.block_words, 64}), kSerialDraws);
   const int64_t bytes = slot_bytes(params);
   for_each_item(parallel, items, [&](int64_t slot, int64_t item) {
     const int64_t head = item / block_rows;

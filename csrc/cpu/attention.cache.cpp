@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copies new tokens to the rows of an evicting cache. Copying has no faster form than memcpy, so there is one version.
 #include <pycore/attention_cache.h>
+#include <pycore/sizes.h>
 
 #include <algorithm>
 #include <cstring>
@@ -12,7 +13,7 @@ constexpr int64_t kSerialBytes = 1 << 18;  // not worth waking a second thread f
 
 void append(const CacheAppendParams& params, const CacheSource& source, char* cache, int64_t b, int64_t h) {
   const int64_t rows = params.sinks + params.ring, start = params.starts ? params.starts[b] : 0;
-  const int64_t length = params.lengths[b], end = length + params.tokens - start;
+  const int64_t length = (params.seen ? params.seen : params.lengths)[b], end = length + params.tokens - start;
   char* const head = cache + (b * params.kv_heads + h) * rows * source.row_bytes;
   const char* const tokens = source.data + b * source.batch + h * source.head + start * source.token;
   const auto copy = [&](int64_t j) {
@@ -32,9 +33,11 @@ Status lambda_cache_append(const CacheAppendParams& params, const Parallel& para
     append(params, params.value, params.value_cache, pair / params.kv_heads, pair % params.kv_heads);
   };
   const int64_t pairs = params.batch * params.kv_heads;
-  for_each_item(limited(parallel, pairs * params.tokens * params.key.row_bytes, kSerialBytes), pairs, item);
+  for_each_item(limited(parallel, size_product({pairs, params.tokens, params.key.row_bytes}), kSerialBytes), pairs,
+                item);
   for (int64_t b = 0; b < params.batch; ++b) {
-    params.lengths[b] += params.tokens - (params.starts ? params.starts[b] : 0);
+    const int64_t length = (params.seen ? params.seen : params.lengths)[b];
+    params.lengths[b] = length + params.tokens - (params.starts ? params.starts[b] : 0);
   }
   return {};
 }

@@ -2,7 +2,7 @@
 // Attention in plain loops, one query row at a time: the definition every faster kernel is tested against.
 //   s_j = softcap(scale * <q rotated, k_j rotated>) + bias,  p_j = exp(s_j - lse),  out = sum_j p_j v_j
 // The softmax runs online: a key tile at a time inside a segment, then the segments' (max, sum, accumulator) merge
-// in order. Backward recomputes p from lse:  ds_j = p_j (<grad_out, v_j> - delta).
+// in order. Backward recomputes p from lse, kept in two parts:  ds_j = p_j (<grad_out, v_j> - delta).
 #include <pycore/attention_rows.h>
 
 #include <cmath>
@@ -230,15 +230,23 @@ void forward_row(const AttentionParams& params, const RowMap& map, int64_t b, in
     }
   }
   total.merge(segment, n);
-  if (params.sink_logits) {
-    const T sink = static_cast<const T*>(params.sink_logits)[h];
+  const T none = -std::numeric_limits<T>::infinity();
+  const T sink = params.sink_logits ? static_cast<const T*>(params.sink_logits)[h] : none;
+  if (sink != none) {  // which adds nothing, and has no distance to a row without a key
     if (sink > total.max) total.rescale(sink, n);
     total.sum += std::exp(sink - total.max);
   }
   for (int64_t d = 0; d < n; ++d) total.accumulator[d] = total.sum != 0 ? total.accumulator[d] / total.sum : 0;
   const int64_t index = row_index(params, b, h, i);
   store_row(params.dtype, total.accumulator, n, static_cast<char*>(params.out) + index * n * dtype_size(params.dtype));
-  static_cast<T*>(params.lse)[index] = total.max + std::log(total.sum);
+  const double max = total.max, rest = std::log(static_cast<double>(total.sum)), sum = max + rest;
+  const T lse = static_cast<T>(sum);
+  static_cast<T*>(params.lse)[index] = lse;
+  if (params.lse_low) {
+    // What rounding to T left out, and before it the addition; of an infinity or NaN, nothing.
+    const double seen = sum - max, low = (sum - lse) + ((max - (sum - seen)) + (rest - seen));
+    static_cast<T*>(params.lse_low)[index] = static_cast<T>(sum - sum == 0 ? low : 0.0);
+  }
 }
 
 template <class T>
@@ -281,18 +289,19 @@ void backward_row(const AttentionBackwardParams& params, const RowMap& map, int6
   const AttentionParams& forward = params.forward;
   const int64_t n = forward.head_dim, m = forward.value_dim;
   const RowTile<T> row(forward, map, b, h, i, tile, rows);
-  if (row.kept == 0) return;
+  const int64_t index = row_index(forward, b, h, i);
+  // A row whose logits are all -inf has no weights.
+  if (row.kept == 0 || static_cast<const T*>(forward.lse)[index] == -std::numeric_limits<T>::infinity()) return;
   clear(rows.grad_near, n);
   clear(rows.grad_far, n);
-  const int64_t index = row_index(forward, b, h, i);
-  const T lse = static_cast<const T*>(forward.lse)[index];
+  const T lse = static_cast<const T*>(forward.lse)[index], lse_low = static_cast<const T*>(forward.lse_low)[index];
   const T row_delta = static_cast<const T*>(params.delta)[index];
   const T* grad_out =
       load_row(forward.dtype, row_of(forward, params.grad_out, params.grad_out_strides, b, h, i), m, rows.grad_out);
   for (int64_t c = 0; c < kKeyTile; ++c) {
     if (!row.keeps(c)) continue;
     T slope;
-    const T weight = std::exp(row.logit(c, &slope) - lse), factor = row.keep_factor(c);
+    const T weight = std::exp(row.logit(c, &slope) - lse - lse_low), factor = row.keep_factor(c);
     const T grad_weight = factor == 0 ? 0 : factor * dot(grad_out, row.value(c), m);
     const T grad_logit = weight * (grad_weight - row_delta), grad_score = grad_logit * slope;
     if (parts.query) add_scaled(row.is_far(c) ? rows.grad_far : rows.grad_near, grad_score, row.seen_key(c), n);
@@ -344,12 +353,15 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   };
   int64_t lo, hi;
   map.schedule.query_range(tile, &lo, &hi);
+  // Of all the queries, those that may reach the tile; others would add zeros.
+  const int64_t p0 = map.query_position(0);
+  const int64_t first = lo > p0 ? lo - p0 : 0, last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;
+  if (first > last) return;
   RowMap head_map = map;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     bind_head(forward, b, h, &head_map);
-    for (int64_t i = 0; i < map.queries; ++i) {
-      const int64_t p = map.query_position(i);
-      if (p >= lo && p <= hi) backward_row<T>(params, head_map, b, h, i, tile, parts, rows);
+    for (int64_t i = first; i <= last; ++i) {
+      backward_row<T>(params, head_map, b, h, i, tile, parts, rows);
       if (i % kSumQueries == kSumQueries - 1) close_sums();
     }
     close_sums();

@@ -171,8 +171,13 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   const Places span(map, first, count, places);
   const bool in_place = map.schedule.in_place(tile);
   const bool alike = map.schedule.keep_alike(p_first, p_first + count - 1, tile);
+  const int64_t index = row_index(forward, b, h, first);
+  const float* lse = static_cast<const float*>(forward.lse) + index;
+  const float* lse_low = static_cast<const float*>(forward.lse_low) + index;
+  uint64_t bits = 0;
   for (int64_t r = 0; r < count; ++r) {
-    kept[r] = r > 0 && alike ? kept[0] : map.schedule.keep_bits(p_first + r, tile) & loaded.present;
+    if (r == 0 || !alike) bits = map.schedule.keep_bits(p_first + r, tile) & loaded.present;
+    kept[r] = lse[r] == -kInfinity ? 0 : bits;  // a row whose logits are all -inf has no weights
     const uint64_t beyond = far_bits(forward, map.schedule, places[r], tile);
     far[r] = kept[r] & beyond;
     near_bits[r] = kept[r] & ~beyond;
@@ -197,10 +202,9 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
     query_near = buffers.query;
     near_stride = d;
   }
-  const int64_t index = row_index(forward, b, h, first);
-  const float* lse = static_cast<const float*>(forward.lse) + index;
   const float* delta = static_cast<const float*>(params.delta) + index;
-  const Vec scale2 = Vec::broadcast(static_cast<float>(forward.scale) * kLog2E);
+  const Vec factor = Vec::broadcast(base2_factor(forward));
+  const double natural = natural_factor(forward);
   const Vec scale = Vec::broadcast(static_cast<float>(forward.scale));
   const bool plain = plain_logits(forward);
   if (buffers.strip && in_place) fill_strip(forward, b, h, span, tile, buffers.strip);
@@ -237,7 +241,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
                         buffers.value_columns, kKeyTile, begin, end, StoreBlock{grad_scores, kKeyTile});
     for (int m = 0; m < rows; ++m) {
       // lse in base 2 as a sum of two floats: rounded to one, it would be the largest error of every weight.
-      const double exact = lse[row + m] / kLn2;
+      const double exact = (static_cast<double>(lse[row + m]) + lse_low[row + m]) / natural;
       const float rounded = static_cast<float>(exact);
       const Vec row_lse = Vec::broadcast(-rounded), row_rest = Vec::broadcast(static_cast<float>(exact - rounded));
       const Vec row_delta = Vec::broadcast(delta[row + m]);
@@ -263,7 +267,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
       }
       for (int64_t c = begin; c < end; c += Vec::kWidth) {
         const Vec score = Vec::load(row_weights + c);
-        const Vec p = ((plain ? Vec::fma(score, scale2, row_lse) : score + row_lse) - row_rest).exp2();
+        const Vec p = (Vec::fma(score, factor, row_lse) - row_rest).exp2();
         p.store(row_weights + c);
         Vec grad = p * (Vec::load(row_grads + c) - row_delta);
         if (parts.bias && in_place) {
@@ -384,7 +388,8 @@ void grad_key_value(const AttentionBackwardParams& params, const RowMap& map, in
   const int64_t p0 = map.query_position(0);
   const int64_t first = lo > p0 ? lo - p0 : 0;
   const int64_t last = hi - p0 < map.queries - 1 ? hi - p0 : map.queries - 1;
-  uint64_t reached = group == 0 ? ~uint64_t{0} : 0;  // without heads, only this function clears the gradients
+  if (first > last) return;  // no query reaches the tile: its gradients stay zeros
+  uint64_t reached = 0;
   RowMap head_map = map;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     bind_head(forward, b, h, &head_map);

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward pass in vectors. A tile of query rows walks its key tiles in order; for each tile, blocks of
 // kProductRows rows do scores, softmax and values back to back, so that a block's scores live in L1. The softmax is in
-// base 2 (scale * log2 e folded into one factor).
+// base 2: 2^(factor (x - max)), with the logit's scale, if that is all there is to it, in the factor. The difference
+// comes first, so that a row's largest weight is 1 to the bit, and where it has all the weight, its value the result.
 //
 // Floors for one block against one full tile, D channels: 2 * 6 * 64 * D FMAs (3072 cycles at D = 64 with two 8-lane or
 // one 16-lane FMA a cycle) against 6 * 64 exponentials (about 20 instructions a vector). The tile's own bytes are
 // shared by all blocks. Include after attention_logits.inl.h and attention_few_rows.inl.h.
 
-constexpr float kNegativeInfinity = -__builtin_inff();
+constexpr float kInfinity = __builtin_inff();
 
 struct ForwardBuffers {
   float* query = nullptr;        // [rows, padded D] unrotated
@@ -21,7 +22,7 @@ struct ForwardBuffers {
   float* value_rows = nullptr;   // [64, padded Dv]
   float* scores = nullptr;       // [6, 64]
   float* scores_far = nullptr;   // [6, 64]
-  float* max = nullptr;          // [rows] of the open segment; base-2 logits
+  float* max = nullptr;          // [rows] of the open segment; scores, or logits
   float* sum = nullptr;          // [rows, width] of the open segment, by lane
   float* accumulator = nullptr;  // [rows, padded Dv] of the open segment
   float* total_max = nullptr;    // the segments merged so far
@@ -63,21 +64,15 @@ PYCORE_INLINE float exp2_of(float x) {
   return lanes[0];
 }
 
-// Whether a logit is its score times a factor that stays positive in float32, so that the largest score has the largest
-// logit; the factor then waits until the exponential.
-PYCORE_INLINE bool folds_scale(const AttentionParams& params) {
-  return plain_logits(params) && static_cast<float>(params.scale) * kLog2E > 0;
-}
-
 PYCORE_INLINE void scale_row(float* row, int64_t n, Vec factor) {
   for (int64_t d = 0; d < n; d += Vec::kWidth) (Vec::load(row + d) * factor).store(row + d);
 }
 
-// The maximum of one row's scores (columns begin..end-1, whole vectors; what is not kept becomes -inf) times `scale` >
-// 0 joins the row's open segment, which is rescaled when it grows.
-PYCORE_INLINE void update_max(float* scores, int64_t begin, int64_t end, uint64_t kept, bool masked, float scale,
+// The maximum of one row's scores (columns begin..end-1, whole vectors; what is not kept becomes -inf) joins the row's
+// open segment, which is rescaled when it grows.
+PYCORE_INLINE void update_max(float* scores, int64_t begin, int64_t end, uint64_t kept, bool masked, float factor,
                               float* max, float* sum, float* accumulator, int64_t dv) {
-  const Vec nothing = Vec::broadcast(kNegativeInfinity);
+  const Vec nothing = Vec::broadcast(-kInfinity);
   Vec row_max = nothing;
   if (masked) {
     for (int64_t c = begin; c < end; c += Vec::kWidth) {
@@ -88,19 +83,19 @@ PYCORE_INLINE void update_max(float* scores, int64_t begin, int64_t end, uint64_
   } else {
     for (int64_t c = begin; c < end; c += Vec::kWidth) row_max = Vec::max(row_max, Vec::load(scores + c));
   }
-  const float tile_max = row_max.reduce_max() * scale;
+  const float tile_max = row_max.reduce_max();
   if (!(tile_max > *max) && tile_max == tile_max) return;  // NaN enters, and stays
-  if (*max != kNegativeInfinity) {                         // else there is nothing to rescale yet
-    const Vec factor = Vec::broadcast(exp2_of(*max - tile_max));
-    scale_row(accumulator, dv, factor);
-    (Vec::load(sum) * factor).store(sum);
+  if (*max != -kInfinity) {                                // else there is nothing to rescale yet
+    const Vec shrunk = Vec::broadcast(exp2_of((*max - tile_max) * factor));
+    scale_row(accumulator, dv, shrunk);
+    (Vec::load(sum) * shrunk).store(sum);
   }
   *max = tile_max;
 }
 
-// Scores of one row in place -> weights 2^(scale s - max), which join the row's sum.
-PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float scale, float* max, float* sum) {
-  if (*max == kNegativeInfinity) {  // nothing kept so far, or NaN, which a maximum may drop
+// Scores of one row in place -> weights 2^(factor (s - max)), which join the row's sum.
+PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float factor, float* max, float* sum) {
+  if (*max == -kInfinity) {  // nothing kept so far, or NaN, which a maximum may drop
     Vec seen = Vec::zero();
     for (int64_t c = begin; c < end; c += Vec::kWidth) {
       const Vec weight = Vec::load(scores + c).exp2();
@@ -108,13 +103,15 @@ PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float sc
       seen = seen + weight;
     }
     const float total = seen.reduce_add();
-    if (!(total == 0)) *max = total;
+    if (total == 0) return;
+    *max = total;
+    Vec::broadcast(total).store(sum);  // also where dropout leaves no weight that says so
     return;
   }
-  const Vec factor = Vec::broadcast(scale), shift = Vec::broadcast(-*max);
+  const Vec power = Vec::broadcast(factor), largest = Vec::broadcast(*max);
   Vec row_sum = Vec::load(sum);
   for (int64_t c = begin; c < end; c += Vec::kWidth) {
-    const Vec weight = Vec::fma(Vec::load(scores + c), factor, shift).exp2();
+    const Vec weight = ((Vec::load(scores + c) - largest) * power).exp2();
     weight.store(scores + c);
     row_sum = row_sum + weight;
   }
@@ -126,20 +123,20 @@ PYCORE_INLINE void weigh_row(float* scores, int64_t begin, int64_t end, float sc
 struct MergeFactors {
   float max[Vec::kWidth], total[Vec::kWidth], state[Vec::kWidth];
 
-  PYCORE_INLINE MergeFactors(Vec total_max, Vec state_max) {
-    const Vec largest = Vec::max(state_max, total_max);
+  PYCORE_INLINE MergeFactors(Vec total_max, Vec state_max, float factor) {
+    const Vec largest = Vec::max(state_max, total_max), power = Vec::broadcast(factor);
     largest.store(max);
-    (total_max - largest).exp2().store(total);
-    (state_max - largest).exp2().store(state);
+    ((total_max - largest) * power).exp2().store(total);
+    ((state_max - largest) * power).exp2().store(state);
   }
 };
 
 // Row r after a later segment joins its total; `lane` is its place in the factors.
 PYCORE_INLINE void merge_row(const ForwardBuffers& buffers, int64_t r, float max, float sum, const float* accumulator,
                              int64_t dv, const MergeFactors& factors, int64_t lane) {
-  if (max == kNegativeInfinity) return;
+  if (max == -kInfinity) return;
   float* total = buffers.total + r * dv;
-  if (buffers.total_max[r] == kNegativeInfinity) {
+  if (buffers.total_max[r] == -kInfinity) {
     buffers.total_max[r] = max;
     buffers.total_sum[r] = sum;
     copy_row(accumulator, dv, total);
@@ -155,15 +152,15 @@ PYCORE_INLINE void merge_row(const ForwardBuffers& buffers, int64_t r, float max
 
 // The open segment joins the total, and a new one opens. Factors come for a vector of rows at a time: where few tiles
 // of a segment are visited, merging is a good part of the time.
-PYCORE_INLINE void merge_segment(const ForwardBuffers& buffers, int64_t rows, int64_t dv) {
+PYCORE_INLINE void merge_segment(const ForwardBuffers& buffers, int64_t rows, int64_t dv, float factor) {
   for (int64_t first = 0; first < rows; first += Vec::kWidth) {
-    const MergeFactors factors(Vec::load(buffers.total_max + first), Vec::load(buffers.max + first));
+    const MergeFactors factors(Vec::load(buffers.total_max + first), Vec::load(buffers.max + first), factor);
     for (int64_t r = first; r < first + Vec::kWidth && r < rows; ++r) {
-      if (buffers.max[r] == kNegativeInfinity) continue;
+      if (buffers.max[r] == -kInfinity) continue;
       float* accumulator = buffers.accumulator + r * dv;
       merge_row(buffers, r, buffers.max[r], Vec::load(buffers.sum + r * Vec::kWidth).reduce_add(), accumulator, dv,
                 factors, r - first);
-      buffers.max[r] = kNegativeInfinity;
+      buffers.max[r] = -kInfinity;
       Vec::zero().store(buffers.sum + r * Vec::kWidth);
       zero_rows(accumulator, dv);
     }
@@ -286,7 +283,7 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
       }
     }
   }
-  const float scale = folds_scale(params) ? static_cast<float>(params.scale) * kLog2E : 1.0f;
+  const float factor = base2_factor(params);
   for (int m = 0; m < rows && !plain_logits(params); ++m) {
     const int64_t head = (row + m) / queries.count;
     float biases[kKeyTile];
@@ -305,11 +302,11 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
   const uint64_t columns = bit_range(begin, end);
   for (int m = 0; m < rows; ++m) {
     const bool masked = (keeps.bits[m] & columns) != columns;
-    update_max(buffers.scores + m * kKeyTile, begin, end, keeps.bits[m], masked, scale, buffers.max + row + m,
+    update_max(buffers.scores + m * kKeyTile, begin, end, keeps.bits[m], masked, factor, buffers.max + row + m,
                buffers.sum + (row + m) * Vec::kWidth, buffers.accumulator + (row + m) * dv, dv);
   }
   for (int m = 0; m < rows; ++m) {
-    weigh_row(buffers.scores + m * kKeyTile, begin, end, scale, buffers.max + row + m,
+    weigh_row(buffers.scores + m * kKeyTile, begin, end, factor, buffers.max + row + m,
               buffers.sum + (row + m) * Vec::kWidth);
     if (params.dropout_p > 0) {
       const int64_t h = queries.head + (row + m) / queries.count;
@@ -333,22 +330,31 @@ PYCORE_INLINE void forward_block(const AttentionParams& params, const RowMap& ma
 // The rows' results from their totals.
 PYCORE_INLINE void finish_rows(const AttentionParams& params, const QueryTile& queries, const ForwardBuffers& buffers) {
   const int64_t dv = padded(params.value_dim);
+  const double factor = base2_factor(params), natural = natural_factor(params);
   for (int64_t r = 0; r < queries.rows(); ++r) {
-    const int64_t index =
-        row_index(params, queries.batch, queries.head + r / queries.count, queries.first + r % queries.count);
-    float max = buffers.total_max[r], sum = buffers.total_sum[r];
-    if (params.sink_logits) {
-      const float sink = static_cast<const float*>(params.sink_logits)[queries.head + r / queries.count] * kLog2E;
-      const float new_max = max > sink ? max : sink, rescale = exp2_of(max - new_max);
-      sum = sum * rescale + exp2_of(sink - new_max);
-      max = new_max;
-      scale_row(buffers.total + r * dv, dv, Vec::broadcast(rescale));
+    const int64_t h = queries.head + r / queries.count;
+    const int64_t index = row_index(params, queries.batch, h, queries.first + r % queries.count);
+    double max = buffers.total_max[r] * factor;  // in base 2 from here on
+    float sum = buffers.total_sum[r];
+    const float sink = params.sink_logits ? static_cast<const float*>(params.sink_logits)[h] : -kInfinity;
+    if (sink != -kInfinity) {  // which adds nothing, and has no distance to a row without a key
+      const double sink2 = sink / natural, larger = max > sink2 ? max : sink2;
+      const float shrunk = exp2_of(static_cast<float>(max - larger));
+      sum = sum * shrunk + exp2_of(static_cast<float>(sink2 - larger));
+      max = larger;
+      scale_row(buffers.total + r * dv, dv, Vec::broadcast(shrunk));
     }
     // A row that kept no key has an accumulator of zeros, and without a sink a sum of 0; NaN goes through.
     scale_row(buffers.total + r * dv, dv, Vec::broadcast(sum == 0 ? 0.0f : 1.0f / sum));
     store_row(params.dtype, buffers.total + r * dv, params.value_dim,
               static_cast<char*>(params.out) + index * params.value_dim * dtype_size(params.dtype));
-    static_cast<float*>(params.lse)[index] = static_cast<float>(max * kLn2 + __builtin_log(static_cast<double>(sum)));
+    const double lse = (max + __builtin_log(static_cast<double>(sum)) / kLn2) * natural;
+    const float rounded = static_cast<float>(lse);
+    static_cast<float*>(params.lse)[index] = rounded;
+    if (params.lse_low) {
+      // Of an infinity or NaN, nothing is left.
+      static_cast<float*>(params.lse_low)[index] = lse - lse == 0 ? static_cast<float>(lse - rounded) : 0.0f;
+    }
   }
 }
 
@@ -362,6 +368,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   const int64_t d = padded(params.head_dim), dv = padded(params.value_dim), rows = queries.rows();
   const int64_t p_lo = map.query_position(queries.first), p_hi = p_lo + queries.count - 1;
   const bool rope = params.rope_cos != nullptr;
+  const float factor = base2_factor(params);
   int64_t positions[kForwardRows], places[kForwardRows];
   const Places span(map, queries.first, queries.count, places);
   const bool reaches_far = rope && params.distance_limit < span.hi;
@@ -371,12 +378,8 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     if (r >= queries.count) places[r] = places[r - queries.count];
     load_row(params.dtype, row_of(params, params.query, params.query_strides, queries.batch, h, i), params.head_dim,
              buffers.query + r * d);
-    // update_max wants a positive scale; any other is put into the query.
-    if (plain_logits(params) && !folds_scale(params)) {
-      scale_row(buffers.query + r * d, d, Vec::broadcast(static_cast<float>(params.scale) * kLog2E));
-    }
     if (reaches_far) rotate(params, buffers.query + r * d, params.distance_limit, buffers.query_far + r * d);
-    buffers.max[r] = buffers.total_max[r] = kNegativeInfinity;
+    buffers.max[r] = buffers.total_max[r] = -kInfinity;
     buffers.total_sum[r] = 0;
   }
   zero_rows(buffers.sum, rows * Vec::kWidth);
@@ -391,7 +394,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
     loaded.present = map.present_bits(tile) & map.schedule.reach_bits(p_lo, p_hi, tile);
     if (loaded.present == 0 || map.schedule.cover(p_lo, p_hi, tile) == Cover::kNone) continue;
     if (tile / kSegmentTiles != open_segment) {
-      merge_segment(buffers, rows, dv);
+      merge_segment(buffers, rows, dv, factor);
       open_segment = tile / kSegmentTiles;
     }
     const int64_t base = tile * kKeyTile;
@@ -413,7 +416,7 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
       forward_block(params, map, queries, loaded, positions + row, places + row, span, buffers, row, count);
     }
   }
-  merge_segment(buffers, rows, dv);
+  merge_segment(buffers, rows, dv, factor);
   if (partial == nullptr) return finish_rows(params, queries, buffers);
   float* state = static_cast<float*>(partial);
   for (int64_t r = 0; r < rows; ++r, state += state_floats(params)) {
@@ -432,15 +435,16 @@ void forward_merge(const AttentionParams& params, const QueryTile& queries, cons
   ForwardBuffers buffers;
   buffers.bind(params, memory);
   const int64_t dv = padded(params.value_dim), rows = queries.rows();
+  const float factor = base2_factor(params);
   zero_rows(buffers.total, rows * dv);
   for (int64_t r = 0; r < rows; ++r) {
-    buffers.total_max[r] = kNegativeInfinity;
+    buffers.total_max[r] = -kInfinity;
     buffers.total_sum[r] = 0;
   }
   for (int64_t n = 0; n < count; ++n) {
     const float* state = reinterpret_cast<const float*>(static_cast<const char*>(partials) + n * stride);
     for (int64_t r = 0; r < rows; ++r, state += state_floats(params)) {
-      const MergeFactors factors(Vec::broadcast(buffers.total_max[r]), Vec::broadcast(state[0]));
+      const MergeFactors factors(Vec::broadcast(buffers.total_max[r]), Vec::broadcast(state[0]), factor);
       merge_row(buffers, r, state[0], state[1], state + 2, dv, factors, 0);
     }
   }

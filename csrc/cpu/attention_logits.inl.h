@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // From scores to logits where more than a scale stands between them: softcap, distance bias, ALiBi; and dropout.
-// Logits are in base 2. Include after attention_tiles.inl.h.
+// Include after attention_tiles.inl.h.
 
 constexpr float kTanh[] = {-3.333333323e-1f, 1.333331329e-1f,  -5.396164700e-2f,
                            2.178906705e-2f,  -8.412441214e-3f, 2.373401437e-3f};
@@ -12,16 +12,31 @@ PYCORE_INLINE Vec tanh_of(Vec x) {
   for (int i = 4; i >= 0; --i) y = Vec::fma(y, z, Vec::broadcast(kTanh[i]));
   const Vec near_zero = Vec::fma(x * z, y, x);
   const Vec one = Vec::broadcast(1.0f), top = Vec::broadcast(20.0f);  // tanh(20) is 1
-  const Vec clamped = Vec::zero() - Vec::max(Vec::zero() - x, Vec::zero() - top);
+  // Vec::max gives its second argument where either is NaN.
+  const Vec clamped = Vec::zero() - Vec::max(Vec::zero() - top, Vec::zero() - x);
   const Vec power = (clamped * Vec::broadcast(2 * kLog2E)).exp2();
   const Vec far = Vec::fnma(Vec::broadcast(2.0f), one / (power + one), one);
   const Vec magnitude = Vec::max(x, Vec::zero() - x);
   return near_zero.select(magnitude.below(Vec::broadcast(0.6f)), far);
 }
 
-// Whether a logit is its score times a positive factor, the common case.
+// Whether a logit is its score times a factor that stays positive in float32, the common case: the largest score then
+// has the largest logit, and the factor waits until the exponential. The backward pass asks the same, so that its
+// weights are those of the forward pass.
 PYCORE_INLINE bool plain_logits(const AttentionParams& params) {
-  return params.softcap == 0 && !has_bias(params) && params.block_bias == nullptr;
+  return params.softcap == 0 && !has_bias(params) && params.block_bias == nullptr &&
+         static_cast<float>(params.scale) * kLog2E > 0;
+}
+
+// What a score, if plain, or else a logit is multiplied with for base 2.
+PYCORE_INLINE float base2_factor(const AttentionParams& params) {
+  return plain_logits(params) ? static_cast<float>(params.scale) * kLog2E : kLog2E;
+}
+
+// And what turns the product into a natural logit: undone with the rounded factor, a large one loses nothing.
+PYCORE_INLINE double natural_factor(const AttentionParams& params) {
+  const double scale = plain_logits(params) ? static_cast<float>(params.scale) : 1.0f;
+  return scale / base2_factor(params);
 }
 
 // Where queries stand for distances, first and last.
@@ -54,7 +69,7 @@ PYCORE_INLINE void fill_strip(const AttentionParams& params, int64_t b, int64_t 
                               float* strip) {
   const int64_t distance = places.hi - tile * kKeyTile;
   for (int64_t t = 0; t < strip_length(places.count()); ++t) {
-    strip[t] = bias_of<float>(params, b, h, distance - t) * kLog2E;
+    strip[t] = bias_of<float>(params, b, h, distance - t);
   }
 }
 
@@ -63,7 +78,7 @@ PYCORE_INLINE void fill_biases(const AttentionParams& params, const TileSchedule
                                int64_t place, int64_t tile, float* biases) {
   const int64_t distance = place - tile * kKeyTile;
   for (int64_t c = 0; c < kKeyTile; ++c) {
-    biases[c] = bias_of<float>(params, b, h, distance - key_turn(schedule, tile, c)) * kLog2E;
+    biases[c] = bias_of<float>(params, b, h, distance - key_turn(schedule, tile, c));
   }
 }
 
@@ -72,8 +87,8 @@ PYCORE_INLINE void fill_biases(const AttentionParams& params, const TileSchedule
 PYCORE_INLINE void logits_of(const AttentionParams& params, float* scores, int64_t begin, int64_t end,
                              const float* strip, float* slopes) {
   const float cap = static_cast<float>(params.softcap);
-  const Vec scale = Vec::broadcast(static_cast<float>(params.scale) * (cap > 0 ? 1 / cap : kLog2E));
-  const Vec one = Vec::broadcast(1.0f), height = Vec::broadcast(cap * kLog2E);
+  const Vec scale = Vec::broadcast(static_cast<float>(params.scale) * (cap > 0 ? 1 / cap : 1.0f));
+  const Vec one = Vec::broadcast(1.0f), height = Vec::broadcast(cap);
   for (int64_t c = begin; c < end; c += Vec::kWidth) {
     Vec x = Vec::load(scores + c) * scale;
     if (cap > 0) {
@@ -93,7 +108,7 @@ PYCORE_INLINE void add_block_bias(const AttentionParams& params, int64_t h, int6
   const uint64_t sinks = tile_bits(base, 0, params.schedule.sink_size);
   for (int64_t c = begin; c < end; c += Vec::kWidth) {
     // The last key of the vector: where some are sinks, they are the first.
-    const float bias = block_bias_of<float>(params, h, p, base + c + Vec::kWidth - 1) * kLog2E;
+    const float bias = block_bias_of<float>(params, h, p, base + c + Vec::kWidth - 1);
     const Vec x = Vec::load(logits + c);
     x.select(sinks >> c, x + Vec::broadcast(bias)).store(logits + c);
   }

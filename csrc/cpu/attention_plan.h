@@ -23,11 +23,15 @@ inline int64_t next_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64
   return map.next_tile(p_lo, p_hi, (tile / kSegmentTiles + 1) * kSegmentTiles);
 }
 
-// The n-th segment that rows p_lo..p_hi visit, or -1.
-inline int64_t visited_segment(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t n) {
+// The first `count` segments that rows p_lo..p_hi visit, or, where they visit fewer, empty ranges.
+inline void list_segments(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t count, SegmentRange* segments) {
   int64_t tile = map.next_tile(p_lo, p_hi, 0);
-  for (; n > 0 && tile != kNoTile; --n) tile = next_segment(map, p_lo, p_hi, tile);
-  return tile == kNoTile ? -1 : tile / kSegmentTiles;
+  for (int64_t n = 0; n < count; ++n) {
+    segments[n] = {0, 0};
+    if (tile == kNoTile) continue;
+    segments[n] = {tile / kSegmentTiles, tile / kSegmentTiles + 1};
+    tile = next_segment(map, p_lo, p_hi, tile);
+  }
 }
 
 constexpr int64_t kTilesPerThread = 8, kSmallForwardRows = 64;
@@ -66,6 +70,10 @@ struct ForwardPlan {
       segments = std::max(segments, count);
     }
   }
+
+  // Of a tile in segments: how many, and each one's state and place in the list of segments.
+  int64_t items() const { return tiles * segments; }
+  int64_t item_bytes() const { return partial_bytes + static_cast<int64_t>(sizeof(SegmentRange)); }
 
   QueryTile tile(int64_t index, RowMap* map) const {
     QueryTile tile;

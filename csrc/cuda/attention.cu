@@ -11,6 +11,7 @@ namespace pycore {
 namespace {
 
 constexpr int64_t kPartialBytes = int64_t{256} << 20;  // what splitting may take
+constexpr int64_t kListedSplits = 128;                 // from so many on, one walk lists the segments for all blocks
 constexpr int64_t kTileRows = 64, kWideRows = 128, kFewRows = 32;
 
 Status check(const AttentionParams& params) {
@@ -89,12 +90,18 @@ int64_t wanted_splits(const AttentionParams& params, const TilePlan& plan) {
   constexpr int64_t kSegment = kKeyTile * kSegmentTiles;
   int64_t keys = params.key_length;
   if (params.schedule.kind == ScheduleKind::kLambda) {
-    const int64_t sinks = params.schedule.sink_size, reached = params.schedule.window_size + params.schedule.right + plan.rows;
+    const int64_t sinks = params.schedule.sink_size,
+                  reached = params.schedule.window_size + params.schedule.right + plan.rows;
     if (sinks < keys && reached < keys - sinks) keys = sinks + reached;
   }
   const int64_t splits = keys / kSegment + 4;
   if (params.key_length <= kKeyTile * kSegmentTiles || plan.items >= 2 * multiprocessors()) return 1;
   return partial_bytes(params, plan, splits) <= kPartialBytes ? splits : 1;
+}
+
+// Of the list of segments, which stands behind the partials.
+int64_t list_bytes(const TilePlan& plan, int64_t splits) {
+  return splits > kListedSplits ? plan.items * splits * static_cast<int64_t>(sizeof(int64_t)) : 0;
 }
 
 // use(dtype's function of float32, float16 and bfloat16).
@@ -118,7 +125,7 @@ int64_t launch_attention_forward_scratch(const AttentionParams& params) {
   if (!check(params).ok() || !has_work(params)) return 0;
   const TilePlan plan = forward_plan(params);
   const int64_t splits = forward_in_tiles(params, plan) ? wanted_splits(params, plan) : 1;
-  return splits > 1 ? partial_bytes(params, plan, splits) : 0;
+  return splits > 1 ? partial_bytes(params, plan, splits) + 8 + list_bytes(plan, splits) : 0;
 }
 
 Status launch_attention_forward(const AttentionParams& params, void* scratch, void* stream) {
@@ -129,6 +136,10 @@ Status launch_attention_forward(const AttentionParams& params, void* scratch, vo
   if (scratch != nullptr) {
     plan.splits = wanted_splits(params, plan);
     plan.partials = static_cast<float*>(scratch);
+    if (list_bytes(plan, plan.splits) > 0) {
+      const int64_t partials = (partial_bytes(params, plan, plan.splits) + 7) / 8 * 8;
+      plan.starts = reinterpret_cast<int64_t*>(static_cast<char*>(scratch) + partials);
+    }
   }
   return for_dtype(params.dtype, launch_forward_float32, launch_forward_float16, launch_forward_bfloat16)(params, plan,
                                                                                                           stream);

@@ -63,8 +63,8 @@ __global__ void plain_forward_kernel(const __grid_constant__ AttentionParams par
   };
   row.walk(visit, [](int64_t) {});
   total.merge(segment);
-  if (row.valid && params.sink_logits) {
-    const float sink = static_cast<const float*>(params.sink_logits)[row.h];
+  const float sink = row.valid && params.sink_logits ? static_cast<const float*>(params.sink_logits)[row.h] : -INFINITY;
+  if (sink != -INFINITY) {  // which adds nothing, and has no distance to a row without a key
     if (sink > total.max) total.rescale(sink);
     total.sum += expf(sink - total.max);
   }
@@ -73,7 +73,11 @@ __global__ void plain_forward_kernel(const __grid_constant__ AttentionParams par
     const int64_t c = k * kLanes + lane;
     if (c < params.value_dim) out[c] = from_float<T>(total.sum == 0 ? 0.0f : total.accumulator[k] / total.sum);
   }
-  if (lane == 0) static_cast<float*>(params.lse)[index] = total.max + logf(total.sum);
+  if (lane != 0) return;
+  const bool finite = total.sum > 0 && total.sum < INFINITY && fabsf(total.max) < INFINITY;
+  store_lse(params, index,
+            finite ? TwoParts{total.max, 0.0f}.plus(two_part_log2(total.sum).times({kLn2, kLn2Low}))
+                   : TwoParts{total.max + logf(total.sum), 0.0f});
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ __global__ void plain_grad_query_kernel(const __grid_constant__ AttentionBackwar
   float* near = reinterpret_cast<float*>(shared_memory()) + threadIdx.x / kLanes * 3 * n;
   float* turning = near + 2 * n;
   const QueryRow<T> row(forward, index, near, near + n);
-  const float lse = static_cast<const float*>(forward.lse)[index];
+  const TwoParts lse = load_lse(forward, index);
   const float delta = static_cast<const float*>(params.delta)[index];
   const T* grad_out = row_pointer<T>(params.grad_out, params.grad_out_strides, row.b, row.h, row.i);
   float total[kChannelsPerLane] = {}, near_sum[kChannelsPerLane] = {}, far_sum[kChannelsPerLane] = {};
@@ -57,14 +57,15 @@ __global__ void plain_grad_query_kernel(const __grid_constant__ AttentionBackwar
       });
     }
   };
-  row.walk(visit, [&](int64_t tile) {
+  const auto close = [&](int64_t tile) {
     if (forward.rope_cos) {
       turn_back(near_sum, row.place - tile * kKeyTile);
     } else {
       for (int k = 0; k < kChannelsPerLane; ++k) total[k] += near_sum[k];
     }
     for (int k = 0; k < kChannelsPerLane; ++k) near_sum[k] = 0;
-  });
+  };
+  if (lse.high != -INFINITY) row.walk(visit, close);
   if (row.valid && forward.rope_cos && row.place > forward.distance_limit) turn_back(far_sum, forward.distance_limit);
   float* grad_query = static_cast<float*>(params.grad_query) + index * n;
   each_channel(n, [&](int k, int64_t c) { grad_query[c] = total[k]; });
@@ -119,7 +120,9 @@ __global__ void plain_grad_key_kernel(const __grid_constant__ AttentionBackwardP
         sums = KeySums();
       }
       const int64_t i = first + lane, p = p0 + i;
-      const bool kept = i <= last_query && map.schedule.keep_bits(p, tile) >> c0 & 1;
+      const int64_t index = row_index(forward, b, h, i <= last_query ? i : 0);
+      const TwoParts lse = load_lse(forward, index);
+      const bool kept = i <= last_query && lse.high != -INFINITY && map.schedule.keep_bits(p, tile) >> c0 & 1;
       const uint32_t bits = __ballot_sync(kAllLanes, kept);
       if (bits == 0) continue;
       const auto is_far = [&](int64_t position) {
@@ -143,8 +146,7 @@ __global__ void plain_grad_key_kernel(const __grid_constant__ AttentionBackwardP
           const bool dropped = dropped_bits(forward, b, h, p, j / 4) >> (j % 4) & 1;
           keep_factor = dropped ? 0.0f : static_cast<float>(1 / (1 - forward.dropout_p));
         }
-        const int64_t index = row_index(forward, b, h, i);
-        mine = pair_gradient(params, map.schedule, b, h, p, j, product, static_cast<const float*>(forward.lse)[index],
+        mine = pair_gradient(params, map.schedule, b, h, p, j, product, lse,
                              static_cast<const float*>(params.delta)[index], keep_factor,
                              row_pointer<T>(params.grad_out, params.grad_out_strides, b, h, i), value);
       }

@@ -58,7 +58,7 @@ __global__ void plain_grad_bias_kernel(const __grid_constant__ AttentionBackward
     const int64_t index = ChunkRows::index(forward, r, h);
     __syncwarp();
     const QueryRow<T> row(forward, index, near, near + n);
-    const float lse = static_cast<const float*>(forward.lse)[index];
+    const TwoParts lse = load_lse(forward, index);
     const float delta = static_cast<const float*>(params.delta)[index];
     const T* grad_out = row_pointer<T>(params.grad_out, params.grad_out_strides, row.b, row.h, row.i);
     const auto visit = [&](int64_t first, uint32_t bits) {
@@ -75,7 +75,7 @@ __global__ void plain_grad_bias_kernel(const __grid_constant__ AttentionBackward
       }
       __syncwarp();
     };
-    row.walk(visit, [](int64_t) {});
+    if (lse.high != -INFINITY) row.walk(visit, [](int64_t) {});
   }
 }
 
@@ -96,7 +96,8 @@ __global__ void grad_sink_kernel(const __grid_constant__ AttentionBackwardParams
     const int64_t index = row_index(forward, b, h, i);
     if (b != bound) queries = bounded_row_map(forward, b, h).queries;
     bound = b;
-    if (i >= queries) continue;
+    const TwoParts lse = load_lse(forward, index);
+    if (i >= queries || lse.high == -INFINITY) continue;
     const T* grad_out = row_pointer<T>(params.grad_out, params.grad_out_strides, b, h, i);
     const T* out = static_cast<const T*>(forward.out) + index * forward.value_dim;
     double delta = 0;
@@ -105,7 +106,7 @@ __global__ void grad_sink_kernel(const __grid_constant__ AttentionBackwardParams
     }
     delta = warp_sum(delta);
     if (params.grad_lse) delta -= static_cast<const float*>(params.grad_lse)[index];
-    sum -= exp(sink - static_cast<const float*>(forward.lse)[index]) * delta;
+    sum -= exp(sink - lse.high - lse.low) * delta;
   }
   if (lane == 0) sums[chunk * forward.heads + h] = sum;
 }

@@ -30,7 +30,8 @@ struct BackwardShared {
   static constexpr int kStride = row_stride<T>(kChannels);
   T query[kTile * kStride], grad_out[kTile * kStride], key[kTile * kStride], value[kTile * kStride];
   T turned[kOptions ? kTile * kStride : 8];  // the queries as a key tile sees them, or the keys as near queries do
-  float lse[kTile], delta[kTile];            // of the query tile
+  // Of the query tile; lse in base 2, in two floats where one would be the largest error of every weight.
+  float lse[kTile], lse_low[sizeof(T) == 4 ? kTile : 1], delta[kTile];
   uint64_t kept[kTile], dropped[kOptions ? kTile : 1];  // of its rows, the keys
   float diagonals[kOptions ? 2 * kTile : 1];            // of a tile of gradients, the sums
   // The same for all threads, here because registers are short.
@@ -39,14 +40,14 @@ struct BackwardShared {
   TileList<kBackwardThreads> list;
 };
 
-// A row's lse as weights need it: in base 2, in two floats where one would be the largest error of every weight.
+// A row's weights, from its lse in shared memory. Half-precision ones do without the second part.
 template <class T>
-struct Base2 {
+struct RowWeights {
   float high, low;
 
-  __device__ explicit Base2(float lse)
-      : high(lse * kLog2E),
-        low(sizeof(T) == 4 && fabsf(high) < INFINITY ? fmaf(lse, kLog2ELow, fmaf(lse, kLog2E, -high)) : 0.0f) {}
+  template <class Shared>
+  __device__ RowWeights(const Shared& shared, int r)
+      : high(shared.lse[r]), low(sizeof(T) == 4 ? shared.lse_low[r] : 0) {}
   // 2^(factor * logit) over the row's sum.
   __device__ float weight(float logit, float factor) const {
     const float power = fmaf(logit, factor, -high);
@@ -58,11 +59,11 @@ struct Base2 {
 struct TilePairs {
   const AttentionParams& params;
   const TileSchedule& schedule;
-  int64_t b, h, p_lo, base;        // the first query and the first key
-  const float *lse, *delta;        // by query
-  const uint64_t *kept, *dropped;  // by query, the keys; null where all are kept, and none is dropped
-  int first_row;                   // of the warp
-  bool rows_are_keys, of_logits;   // gradients of the logits instead of the scores
+  int64_t b, h, p_lo, base;            // the first query and the first key
+  const float *lse, *lse_low, *delta;  // by query, in base 2; without lse_low for half precision
+  const uint64_t *kept, *dropped;      // by query, the keys; null where all are kept, and none is dropped
+  int first_row;                       // of the warp
+  bool rows_are_keys, of_logits;       // gradients of the logits instead of the scores
 
   // A lane's scores to weights, after dropout, and grad_weights to the scores' gradients, one at a time and whatever
   // they take.
@@ -77,7 +78,8 @@ struct TilePairs {
       if (kept == nullptr || kept[q] >> key & 1) {
         float slope;
         const float logit = logit_of(params, schedule, b, h, p_lo + q, base + key, scores[n], &slope);
-        weight = exp2_approx(fmaf(logit, kLog2E, -lse[q] * kLog2E));
+        const float power = fmaf(logit, kLog2E, -lse[q]);
+        weight = exp2_approx(lse_low == nullptr ? power : power - lse_low[q]);
         const float factor = dropped == nullptr ? 1.0f : dropped[q] >> key & 1 ? 0.0f : keep_factor;
         grad = weight * fmaf(grad_weights[n], factor, -delta[q]) * (of_logits ? 1.0f : slope);
         weight *= factor;
@@ -125,9 +127,7 @@ struct Backward {
     return !kOptions || (!drops() && DistanceLogits::apply<T>(forward, map.schedule, tile));
   }
   __device__ bool turns() const { return kOptions && forward.rope_cos != nullptr; }
-  // Without options: what a score is multiplied with to be a base-2 logit, and the sums of scores' gradients in the
-  // end.
-  __device__ float scale2() const { return static_cast<float>(forward.scale) * kLog2E; }
+  // Without options, what the sums of scores' gradients are multiplied with in the end.
   __device__ float factor() const { return kOptions ? 1.0f : static_cast<float>(forward.scale); }
   __device__ void load_key(const VisitedTile& keys) const {
     load_key_rows<T, kChannels, kThreads>(shared.key, forward.key, forward.key_strides, forward.head_dim,
@@ -156,6 +156,23 @@ struct Backward {
     float* to = threadIdx.x < kTile ? shared.lse : shared.delta;
     const int64_t index = row_index(forward, b, h, r < count ? first + r : first);
     copy_async<4>(to + r, static_cast<const float*>(from) + index, r < count ? 4 : 0);
+    if (sizeof(T) == 2 || threadIdx.x >= kTile || !forward.lse_low) return;
+    copy_async<4>(shared.lse_low + r, static_cast<const float*>(forward.lse_low) + index, r < count ? 4 : 0);
+  }
+  // What load_softmax brought, once the thread has waited for it and before others may read: lse goes to base 2. All
+  // threads, and a barrier; true if a row of the tile has no weights at all, and so no gradients.
+  __device__ bool settle_softmax() const {
+    const int r = static_cast<int>(threadIdx.x);
+    bool empty = false;
+    if (r < kTile) {
+      const float lse = shared.lse[r], low = sizeof(T) == 4 && forward.lse_low ? shared.lse_low[r] : 0.0f;
+      empty = lse == -INFINITY;
+      TwoParts base2 = TwoParts{lse, low}.times(inverse_factor(forward, kOptions));
+      if (!base2.finite()) base2 = {lse, 0.0f};
+      shared.lse[r] = base2.high;
+      if (sizeof(T) == 4) shared.lse_low[r] = base2.low;
+    }
+    return __syncthreads_or(empty);
   }
 
   // The warp's sums turned back by distance_of(row), in shared memory (`rows`, 64 of kChannels numbers): added to

@@ -107,10 +107,14 @@ struct GradKey : Backward<T, kChannels, kOptions> {
   __device__ GradKey(const AttentionBackwardParams& params, const TilePlan& plan)
       : Base(params, plan), shared(*reinterpret_cast<KeyShared<T, kChannels, kOptions>*>(shared_memory())) {}
 
-  __device__ void mask(const Item& item, bool far) const {
+  // Before lse is settled, as if every query had weights.
+  __device__ void mask(const Item& item, bool far, bool settled) const {
     const VisitedTile keys = {shared.items.key_tile, shared.items.bits, true};
     mask_rows<kOptions>(forward, map, b, keys, far ? Turned::kFar : Turned::kNear, warp_row, kWarpRows, shared.kept,
-                        shared.dropped, [&](int r) { return RowPlace{r < item.count, item.h, item.p_lo + r}; });
+                        shared.dropped, [&](int r) {
+                          const bool empty = settled && shared.lse[r] == -INFINITY;
+                          return RowPlace{r < item.count && !empty, item.h, item.p_lo + r};
+                        });
   }
 
   // Scores of the warp's keys (rows) and the item's queries (columns) to weights, and grad_weights to the scores'
@@ -120,28 +124,28 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     const int64_t key_tile = shared.items.key_tile, base = key_tile * kKeyTile;
     if constexpr (kOptions) {
       if (!this->simple(key_tile) || map.schedule.kind == ScheduleKind::kTree) {
-        return this->run_pairs(
-            {forward, map.schedule, b, item.h, item.p_lo, base, shared.lse, shared.delta,
-             masked ? shared.kept : nullptr, this->drops() ? shared.dropped : nullptr, warp_row, true, false},
-            scores, grad_weights);
+        return this->run_pairs({forward, map.schedule, b, item.h, item.p_lo, base, shared.lse,
+                                sizeof(T) == 4 ? shared.lse_low : nullptr, shared.delta, masked ? shared.kept : nullptr,
+                                this->drops() ? shared.dropped : nullptr, warp_row, true, false},
+                               scores, grad_weights);
       }
     }
-    const float scale2 = this->scale2();
+    const float factor = base2_factor<kOptions>(forward);
     const DistanceLogits logits(forward, b, item.h, kOptions ? item.p_lo - base - warp_row - lane / 4 : 0);
     PYCORE_UNROLL
     for (int n = 0; n < 8; ++n) {
       PYCORE_UNROLL
       for (int k = 0; k < 2; ++k) {
         const int q = 8 * n + 2 * (lane % 4) + k;
-        const Base2<T> lse(shared.lse[q]);
+        const RowWeights<T> weights(shared, q);
         const float delta = shared.delta[q];
         const uint64_t kept = masked ? shared.kept[q] >> (warp_row + lane / 4) : ~uint64_t{0};
         PYCORE_UNROLL
         for (int half = 0; half < 2; ++half) {
           float &score = scores[0][n][2 * half + k], slope = 1;
           const bool left_out = masked && !(kept >> (8 * half) & 1);
-          const float weight =
-              kOptions ? lse.weight(logits.base2(8 * half - q, score, &slope), 1.0f) : lse.weight(score, scale2);
+          const float logit = kOptions ? logits.natural(8 * half - q, score, &slope) : score;
+          const float weight = weights.weight(logit, factor);
           score = left_out ? 0.0f : weight;
           if (!kKey) continue;
           float& grad_weight = grad_weights[0][n][2 * half + k];
@@ -177,15 +181,19 @@ struct GradKey : Backward<T, kChannels, kOptions> {
     copy_async_commit();
     leave(next_item<kOptions>(&shared.list, &forward, &map, &shared.items, b, far, visited.index + 1), at ^ 1);
     const TurnPasses<kOptions> passes(forward, map, item.p_lo, item.p_lo + item.count - 1, shared.items.key_tile);
-    const bool masked = visited.masked || (kOptions && ((passes.far && passes.near) || this->drops()));
-    if (masked) mask(item, far);
+    bool masked = visited.masked || (kOptions && ((passes.far && passes.near) || this->drops()));
+    if (masked) mask(item, far, false);
     float grad_weights[1][8][4];
     if (!kKey && kOptions) clear(grad_weights);
     if (kKey) {
       RowsTimesTile<T, kChannels, 1>::run(grad_weights, shared.value + warp_row * kStride, shared.grad_out);
     }
     copy_async_wait<0>();
-    __syncthreads();  // the queries are here
+    if (this->settle_softmax()) {  // the queries are here
+      masked = true;
+      mask(item, far, true);
+      __syncthreads();
+    }
     if (turns()) {
       turn_rows<T, kChannels>(forward, shared.query, shared.query, warp, kTile, kBackwardWarps, [&](int r) {
         const int64_t base = shared.items.key_tile * kKeyTile;

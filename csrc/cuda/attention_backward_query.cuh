@@ -18,6 +18,7 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
   using Sums = typename Base::Sums;
 
   int64_t h = 0, first = 0, count = 0, p_lo = 0;  // the tile's queries
+  bool some_empty = false;                        // some of which have no weights
   Sums sums;
   double* table = nullptr;  // the block's own
 
@@ -25,7 +26,7 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
 
   __device__ bool mask(const VisitedTile& keys, Turned turned) const {
     return mask_rows<kOptions>(forward, map, b, keys, turned, warp_row, kWarpRows, shared.kept, shared.dropped,
-                               [&](int r) { return RowPlace{r < count, h, p_lo + r}; });
+                               [&](int r) { return RowPlace{r < count && shared.lse[r] != -INFINITY, h, p_lo + r}; });
   }
 
   // Grad_weights to the scores' gradients, left in the scores' place.
@@ -37,10 +38,10 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
         float grads[1][8][4];
         PYCORE_UNROLL
         for (int n = 0; n < 32; ++n) grads[0][n / 4][n % 4] = grad_weights[0][n / 4][n % 4];
-        this->run_pairs(
-            {forward, map.schedule, b, h, p_lo, base, shared.lse, shared.delta, masked ? shared.kept : nullptr,
-             this->drops() ? shared.dropped : nullptr, warp_row, false, kBias},
-            scores, grads);
+        this->run_pairs({forward, map.schedule, b, h, p_lo, base, shared.lse, sizeof(T) == 4 ? shared.lse_low : nullptr,
+                         shared.delta, masked ? shared.kept : nullptr, this->drops() ? shared.dropped : nullptr,
+                         warp_row, false, kBias},
+                        scores, grads);
         PYCORE_UNROLL
         for (int n = 0; n < 32; ++n) scores[0][n / 4][n % 4] = grads[0][n / 4][n % 4];
         return;
@@ -50,16 +51,16 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
     for (int half = 0; half < 2; ++half) {
       const int r = row_of(half), column = 2 * (lane % 4);
       const RowBits kept(masked ? shared.kept[r] >> column : ~uint64_t{0});
-      const Base2<T> lse(shared.lse[r]);
-      const float delta = shared.delta[r], scale2 = this->scale2();
+      const RowWeights<T> weights(shared, r);
+      const float delta = shared.delta[r], factor = base2_factor<kOptions>(forward);
       const DistanceLogits logits(forward, b, h, kOptions ? map.schedule.place(p_lo + r) - base : 0);
       PYCORE_UNROLL
       for (int n = 0; n < 8; ++n) {
         PYCORE_UNROLL
         for (int k = 0; k < 2; ++k) {
           float &score = scores[0][n][2 * half + k], slope = 1;
-          const float weight =
-              kOptions ? lse.weight(logits.base2(column + 8 * n + k, score, &slope), 1.0f) : lse.weight(score, scale2);
+          const float logit = kOptions ? logits.natural(column + 8 * n + k, score, &slope) : score;
+          const float weight = weights.weight(logit, factor);
           const float grad = weight * (grad_weights[0][n][2 * half + k] - delta);
           score = masked && !kept.at(8 * n + k) ? 0.0f : kOptions && !kBias ? grad * slope : grad;
         }
@@ -125,7 +126,7 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
     const VisitedTile found = next_key_tile(&shared.list, &map, p_lo, p_hi, keys.index + 1, -1);
     if (threadIdx.x == 0) next = found;
     const TurnPasses<kOptions> passes(forward, map, p_lo, p_hi, keys.index);
-    const bool masked = keys.masked || (kOptions && ((passes.far && passes.near) || this->drops()));
+    const bool masked = keys.masked || some_empty || (kOptions && ((passes.far && passes.near) || this->drops()));
     float grad_weights[1][8][4];
     RowsTimesTile<T, kChannels, 1>::run(grad_weights, shared.grad_out + warp_row * kStride, shared.value);
     copy_async_wait<0>();
@@ -203,7 +204,8 @@ struct GradQuery : Backward<T, kChannels, kOptions> {
     this->load_softmax(h, first, count);
     if (found.any()) this->load_value(found);
     copy_async_commit();
-    __syncthreads();
+    copy_async_wait<0>();
+    some_empty = this->settle_softmax();
     for (int at = 0; shared.visited[at].any(); at ^= 1) visit(shared.visited[at], shared.visited[at ^ 1]);
     copy_async_wait<0>();
   }

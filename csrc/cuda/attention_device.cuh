@@ -17,6 +17,7 @@ namespace {
 constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kMostChannels = 256;  // of head_dim and value_dim
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f, kLn2Low = -1.9046543e-9f;
 
 __device__ inline float warp_max(float x) {
   for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
@@ -66,6 +67,46 @@ __device__ float rotated(const AttentionParams& params, const T* x, int64_t dist
   const float sine = static_cast<const float*>(params.rope_sin)[row * params.rope_stride + i];
   const float turned = to_float(x[other]) * sine;
   return fmaf(to_float(x[c]), cosine, (distance < 0) == second ? -turned : turned);
+}
+
+// The sum of two floats, as its rounded value and what that leaves out.
+struct TwoParts {
+  float high = 0, low = 0;
+
+  __device__ static TwoParts sum(float a, float b) {
+    const float high = a + b, seen = high - a;
+    return {high, (a - (high - seen)) + (b - seen)};
+  }
+  __device__ TwoParts plus(TwoParts other) const {
+    const TwoParts sum = TwoParts::sum(high, other.high);
+    return TwoParts::sum(sum.high, sum.low + low + other.low);
+  }
+  __device__ TwoParts times(TwoParts other) const {
+    const float product = high * other.high;
+    return TwoParts::sum(product, fmaf(high, other.high, -product) + (high * other.low + low * other.high));
+  }
+  __device__ static TwoParts quotient(float a, float b) {
+    const float high = a / b;
+    return {high, fmaf(-high, b, a) / b};
+  }
+  __device__ bool finite() const { return fabsf(high) < INFINITY; }
+};
+
+// log2(x) of a positive finite x.
+__device__ inline TwoParts two_part_log2(float x) {
+  int exponent;
+  const float fraction = frexpf(x, &exponent);
+  return TwoParts::sum(static_cast<float>(exponent), log2f(fraction));
+}
+
+// A row's lse; of an infinity or NaN, the second part is 0.
+__device__ inline void store_lse(const AttentionParams& params, int64_t index, TwoParts lse) {
+  static_cast<float*>(params.lse)[index] = lse.high;
+  if (params.lse_low) static_cast<float*>(params.lse_low)[index] = lse.finite() ? lse.low : 0.0f;
+}
+__device__ inline TwoParts load_lse(const AttentionParams& params, int64_t index) {
+  const auto* low = static_cast<const float*>(params.lse_low);
+  return {static_cast<const float*>(params.lse)[index], low ? low[index] : 0.0f};
 }
 
 // What softcap and the biases make of the <q, k> of the pair at positions p and j; *slope is the derivative.

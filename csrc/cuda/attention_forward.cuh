@@ -35,14 +35,14 @@ struct ForwardShared {
   TileList<kWarps * kLanes> list;
 };
 
-// A lane's scores of a row, 8 keys times two from j on, to base-2 logits, one at a time and whatever they take.
+// A lane's scores of a row, 8 keys times two from j on, to logits, one at a time and whatever they take.
 __device__ __noinline__ void any_logits(const AttentionParams& params, const TileSchedule& schedule, int64_t b,
                                         int64_t h, int64_t p, int64_t j, uint64_t kept, float* scores) {
   PYCORE_UNROLL_BY(1)
   for (int n = 0; n < 16; ++n) {
     const int column = n / 2 * 8 + n % 2;
     float slope;
-    if (kept >> column & 1) scores[n] = logit_of(params, schedule, b, h, p, j + column, scores[n], &slope) * kLog2E;
+    if (kept >> column & 1) scores[n] = logit_of(params, schedule, b, h, p, j + column, scores[n], &slope);
   }
 }
 
@@ -107,7 +107,7 @@ struct Forward {
     __syncwarp();
   }
 
-  // Scores to base-2 logits, which where nothing else applies are `scale` times these.
+  // Scores to natural logits.
   __device__ void logits_of(float (&scores)[8][4], int half, int r, uint64_t kept, int64_t key_tile) const {
     // Rows past the tile's heads read a table too, the last head's; what comes of it is masked, or not stored.
     const int head = r / tile.rows < tile.heads ? r / tile.rows : tile.heads - 1;
@@ -120,7 +120,7 @@ struct Forward {
         PYCORE_UNROLL
         for (int k = 0; k < 2; ++k) {
           float slope;
-          scores[n][2 * half + k] = logits.base2(first + 8 * n + k, scores[n][2 * half + k], &slope);
+          scores[n][2 * half + k] = logits.natural(first + 8 * n + k, scores[n][2 * half + k], &slope);
         }
       }
       return;
@@ -136,7 +136,7 @@ struct Forward {
 
   // Scores to weights, which join the rows' sums.
   __device__ void soften(float (&scores)[kBlocks][8][4], int64_t key_tile, bool masked) {
-    const float scale = kOptions ? 1.0f : static_cast<float>(params.scale) * kLog2E;
+    const float scale = base2_factor<kOptions>(params);
     PYCORE_UNROLL
     for (int m = 0; m < kBlocks; ++m) {
       float factors[2];
@@ -269,7 +269,7 @@ struct Forward {
     }
   }
 
-  __device__ void store_row(int m, int half, float factor, float lse) const {
+  __device__ void store_row(int m, int half, float factor, TwoParts lse) const {
     const int r = row_of(m, half);
     const int64_t index = row_index(params, tile.b, tile.head + r / tile.rows, tile.query(r));
     T* row = static_cast<T*>(params.out) + index * params.value_dim;
@@ -282,7 +282,7 @@ struct Forward {
       const float two = empty ? 0.0f : out[m][n][2 * half + 1] * factor + 0.0f;
       store_two(row, c, params.value_dim, plan.pairs_out, one, two);
     }
-    if (lane % 4 == 0) static_cast<float*>(params.lse)[index] = empty ? -INFINITY : lse;
+    if (lane % 4 == 0) store_lse(params, index, empty ? TwoParts{-INFINITY, 0.0f} : lse);
   }
 
   // The open segment's state, for merge_kernel.
@@ -323,7 +323,9 @@ struct Forward {
   __device__ VisitedTile find_first() {
     const bool split = plan.splits > 1;
     if (tile.valid_rows(map) <= 0) return VisitedTile();
-    const int64_t start = split ? SegmentStart(map, shared.p_lo, shared.p_hi, tile.split).tile : 0;
+    const int64_t start = !split        ? 0
+                          : plan.starts ? plan.starts[tile.item * plan.splits + tile.split]
+                                        : SegmentStart(map, shared.p_lo, shared.p_hi, tile.split).tile;
     if (start == kNoTile) return VisitedTile();
     if (split) {
       if (threadIdx.x == 0) shared.segment = start / kSegmentTiles;
@@ -400,8 +402,8 @@ struct Forward {
         SoftmaxTotal total;
         total.max = max[m][half];
         total.sum = sum[m][half];
-        const float factor = total.finish(params, tile.head + r / tile.rows);
-        store_row(m, half, factor, total.lse());
+        const float factor = total.finish(params, tile.head + r / tile.rows, kOptions);
+        store_row(m, half, factor, total.lse(params, kOptions));
       }
     }
   }
@@ -446,7 +448,9 @@ int64_t forward_shared_of(const TilePlan& plan) {
 
 template <class T>
 Status launch_forward_of(const AttentionParams& params, const TilePlan& plan, void* stream) {
-  const Status status = with_channels(plan.channels, [&](auto channels) {
+  Status status = launch_list<T>(params, plan, stream);
+  if (!status.ok()) return status;
+  status = with_channels(plan.channels, [&](auto channels) {
     return with_forward_kernel<T, decltype(channels)::value>(plan, [&](auto kernel, int threads, int64_t shared) {
       return launch(kernel, plan.items * plan.splits, threads, shared, stream, params, plan);
     });

@@ -26,6 +26,7 @@ struct TilePlan {
   int64_t query_tiles = 0, head_tiles = 0, items = 0;
   int64_t splits = 1;  // blocks for an item: more than one, and each segment it visits is a block of its own
   float* partials = nullptr;
+  int64_t* starts = nullptr;  // [items, splits], where each segment begins, or null: each block looks for itself
   bool aligned_query = false, aligned_key = false, aligned_value = false;  // rows start at multiples of 16 bytes
   bool aligned_grad_out = false;
   bool pairs_out = false;  // pairs of out start at multiples of their size

@@ -48,9 +48,25 @@ __device__ void store_two(T* row, int c, int64_t channels, bool pairs, float one
   if (c + 1 < channels) row[c + 1] = from_float<T>(two);
 }
 
+// What a score, or with options a natural logit, is multiplied with for base 2, and what turns that into natural
+// logits: undone with the rounded factor, a large one loses nothing.
+template <bool kOptions>
+__device__ float base2_factor(const AttentionParams& params) {
+  return kOptions ? kLog2E : static_cast<float>(params.scale) * kLog2E;
+}
+__device__ inline TwoParts natural_factor(const AttentionParams& params, bool options) {
+  return options ? TwoParts::quotient(1.0f, kLog2E)
+                 : TwoParts::quotient(static_cast<float>(params.scale), static_cast<float>(params.scale) * kLog2E);
+}
+__device__ inline TwoParts inverse_factor(const AttentionParams& params, bool options) {
+  return options ? TwoParts{kLog2E, 0.0f}
+                 : TwoParts::quotient(static_cast<float>(params.scale) * kLog2E, static_cast<float>(params.scale));
+}
+
 // Largest base-2 logit and sum of weights of what was merged so far; empty while the sum is 0.
 struct SoftmaxTotal {
   float max = -INFINITY, sum = 0;
+  float max_low = 0;                 // what max leaves out of a sink's base-2 logit
   float old_factor = 1, factor = 0;  // what the last merge multiplies the total and the newcomer with
 
   __device__ void merge(float other_max, float other_sum) {
@@ -72,18 +88,24 @@ struct SoftmaxTotal {
   __device__ float merged(float total, float newcomer) const {
     return factor == 0 ? total * old_factor : fmaf(newcomer, factor, total * old_factor);
   }
-  // The sink joins; returns what the values are multiplied with in the end.
-  __device__ float finish(const AttentionParams& params, int64_t h) {
-    if (params.sink_logits) {
-      const float sink = static_cast<const float*>(params.sink_logits)[h] * kLog2E;
-      const float larger = fmaxf(max, sink), shrunk = sum == 0 ? 0.0f : exp2_approx(max - larger);
-      sum = fmaf(sum, shrunk, exp2_approx(sink - larger));
-      max = larger;
-      return shrunk * (1.0f / sum);
-    }
-    return sum == 0 ? 0.0f : 1.0f / sum;
+  // The sink joins; returns what the values are multiplied with in the end. A sink of -inf adds nothing, and has no
+  // distance to a row without a key.
+  __device__ float finish(const AttentionParams& params, int64_t h, bool options) {
+    const float sink = params.sink_logits ? static_cast<const float*>(params.sink_logits)[h] : -INFINITY;
+    if (sink == -INFINITY) return sum == 0 ? 0.0f : 1.0f / sum;
+    TwoParts sink2 = inverse_factor(params, options).times({sink, 0.0f});
+    if (!sink2.finite()) sink2.low = 0;
+    const float larger = fmaxf(max, sink2.high);
+    max_low = sink2.high > max ? sink2.low : 0.0f;
+    const float shrunk = sum == 0 ? 0.0f : exp2_approx((max - larger) - max_low);
+    sum = fmaf(sum, shrunk, exp2_approx((sink2.high - larger) + (sink2.low - max_low)));
+    max = larger;
+    return shrunk * (1.0f / sum);
   }
-  __device__ float lse() const { return fmaf(max, kLn2, logf(sum)); }
+  __device__ TwoParts lse(const AttentionParams& params, bool options) const {
+    if (!(sum > 0 && sum < INFINITY && fabsf(max) < INFINITY)) return {fmaf(max, kLn2, logf(sum)), 0.0f};
+    return TwoParts{max, max_low}.plus(two_part_log2(sum)).times(natural_factor(params, options));
+  }
 };
 
 // One tile of query rows: row r is query first + r % rows of head head + r / rows.
@@ -139,6 +161,41 @@ struct SegmentStart {
 
 constexpr int kMergeWarps = 4;
 
+// Where each of the segments that an item visits begins, a warp an item. A walk from the first in every block would be
+// quadratic in the keys.
+template <class T>
+__global__ void __launch_bounds__(kMergeWarps* kLanes)
+    list_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ TilePlan plan) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  if (item >= plan.items) return;
+  QueryTile tile;
+  tile.bind(params, plan, item * plan.splits);
+  const RowMap map = bounded_row_map(params, tile.b, tile.head);
+  const int64_t rows = tile.valid_rows(map), p_lo = map.query_position(tile.first), p_hi = p_lo + rows - 1;
+  int64_t count = 0;
+  PYCORE_UNROLL_BY(1)
+  for (int64_t at = rows > 0 ? map.next_tile(p_lo, p_hi, 0) : kNoTile; at != kNoTile;) {
+    const int64_t segment = at / kSegmentTiles + lane;
+    const int64_t start = map.next_tile(p_lo, p_hi, lane == 0 ? at : segment * kSegmentTiles);
+    const bool visited = start != kNoTile && start / kSegmentTiles == segment;
+    const uint32_t found = __ballot_sync(kAllLanes, visited);
+    const int64_t n = count + __popc(found & ((1u << lane) - 1));
+    if (visited && n < plan.splits) plan.starts[item * plan.splits + n] = start;
+    count += __popc(found);
+    at = map.next_tile(p_lo, p_hi, (at / kSegmentTiles + kLanes) * kSegmentTiles);
+  }
+  PYCORE_UNROLL_BY(1)
+  for (int64_t n = count + lane; n < plan.splits; n += kLanes) plan.starts[item * plan.splits + n] = kNoTile;
+}
+
+template <class T>
+Status launch_list(const AttentionParams& params, const TilePlan& plan, void* stream) {
+  if (plan.starts == nullptr) return {};
+  return launch(list_kernel<T>, (plan.items + kMergeWarps - 1) / kMergeWarps, kMergeWarps * kLanes, 0, stream, params,
+                plan);
+}
+
 // A warp for each row of a tile whose segments were blocks of their own.
 template <class T>
 __global__ void __launch_bounds__(kMergeWarps* kLanes)
@@ -179,14 +236,14 @@ __global__ void __launch_bounds__(kMergeWarps* kLanes)
     }
   }
   const int64_t h = tile.head + r / tile.rows, index = row_index(params, tile.b, h, tile.query(r));
-  const float factor = total.finish(params, h);
+  const float factor = total.finish(params, h, plan.options);
   T* row = static_cast<T*>(params.out) + index * params.value_dim;
   PYCORE_UNROLL
   for (int k = 0; k < kEach; ++k) {
     const int64_t c = k * kLanes + lane;
     if (c < params.value_dim) row[c] = from_float<T>(valid ? out[k] * factor + 0.0f : 0.0f);
   }
-  if (lane == 0) static_cast<float*>(params.lse)[index] = valid ? total.lse() : -INFINITY;
+  if (lane == 0) store_lse(params, index, valid ? total.lse(params, plan.options) : TwoParts{-INFINITY, 0.0f});
 }
 
 template <class T>

@@ -7,8 +7,6 @@
 namespace pycore {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f, kLog2ELow = 1.9259629911266175e-8f, kLn2 = 0.6931471805599453f;
-
 // A tile to visit: of keys, or, where a block holds keys, of queries.
 struct VisitedTile {
   int64_t index = kNoTile;

@@ -101,7 +101,7 @@ struct TurnPasses {
   }
 };
 
-// Base-2 logits where they take only the score and a distance: a row's against a tile whose keys stand in place.
+// Logits where they take only the score and a distance: a row's against a tile whose keys stand in place.
 struct DistanceLogits {
   const float* table = nullptr;  // distance_bias of the head
   float scale, cap, alibi = 0;
@@ -127,8 +127,8 @@ struct DistanceLogits {
       alibi = slope_of<float>(params, b, h);
     }
   }
-  // *slope is the natural logit's derivative.
-  __device__ float base2(int column, float product, float* slope) const {
+  // *slope is the logit's derivative.
+  __device__ float natural(int column, float product, float* slope) const {
     int seen = distance - column;
     seen = seen < 0 ? seen * after : seen;
     seen = seen < limit ? seen : limit;
@@ -141,7 +141,7 @@ struct DistanceLogits {
       logit = cap * bent;
       *slope *= 1 - bent * bent;
     }
-    return (logit + bias) * kLog2E;
+    return logit + bias;
   }
 };
 

@@ -102,11 +102,11 @@ struct WarpPair {
 // `product` is the pair's <q, k>.
 template <class T>
 __device__ WarpPair pair_gradient(const AttentionBackwardParams& params, const TileSchedule& schedule, int64_t b,
-                                  int64_t h, int64_t p, int64_t j, float product, float lse, float delta,
+                                  int64_t h, int64_t p, int64_t j, float product, TwoParts lse, float delta,
                                   float keep_factor, const T* grad_out, const T* value) {
   WarpPair pair;
   float slope;
-  const float weight = expf(logit_of(params.forward, schedule, b, h, p, j, product, &slope) - lse);
+  const float weight = expf(logit_of(params.forward, schedule, b, h, p, j, product, &slope) - lse.high - lse.low);
   float grad_weight = 0;
   if (keep_factor != 0) {
     for (int64_t c = 0; c < params.forward.value_dim; ++c) {
@@ -121,7 +121,7 @@ __device__ WarpPair pair_gradient(const AttentionBackwardParams& params, const T
 }
 
 template <class T>
-__device__ WarpPair pair_of(const AttentionBackwardParams& params, const QueryRow<T>& row, int64_t j, float lse,
+__device__ WarpPair pair_of(const AttentionBackwardParams& params, const QueryRow<T>& row, int64_t j, TwoParts lse,
                             float delta, const T* grad_out) {
   return pair_gradient(params, row.map.schedule, row.b, row.h, row.p, j, row.product(j), lse, delta, row.keep_factor(j),
                        grad_out, row.value(j));

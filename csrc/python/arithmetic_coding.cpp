@@ -18,37 +18,41 @@
 namespace pycore::python {
 namespace {
 
-py::object quantize(py::object values, bool logits, int64_t precision, py::object out, std::optional<int64_t> threads) {
+py::object quantize(py::object values, bool logits, py::object precision, py::object out, py::object threads) {
   constexpr const char* kOp = "quantize_cdf";
-  const Array array = input(values, kOp, logits ? "logits" : "probs");
-  QuantizeParams params = quantize_params(kOp, array.view, logits, precision);
+  const char* argument = logits ? "logits" : "probs";
+  const Array array = input(values, kOp, argument);
+  QuantizeParams params = quantize_params(kOp, array.view, logits, integer(precision, kOp, "precision"));
   std::vector<int64_t> shape(array.view.shape, array.view.shape + array.view.dims);
   shape.back() += 1;
   const Array cdf = cpu_result(out, DType::kInt32, shape, kOp, "out");
-  int64_t fault = kNoFault;
-  params.cdf = cdf.view.as<int32_t>();
-  params.fault = &fault;
+  check_disjoint(kOp, {{"out", cdf.view}}, {{argument, array.view}});
   const Parallel parallel = thread_parallel(threads, kOp);
+  const Deferred rows(kOp, out, cdf.view);
+  int64_t fault = kNoFault;
+  params.cdf = rows.as<int32_t>();
+  params.fault = &fault;
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(quantize_cdf_scratch(params, parallel.threads));
+    const AlignedScratch scratch(kOp, quantize_cdf_scratch(params, parallel.threads));
     throw_if(quantize_cdf(params, parallel, scratch.data), kOp);
   }
   check_quantized(kOp, params);
+  rows.finish();
   return cdf.object;
 }
 
-py::tuple encoded(const char* op, EncodeParams params, const char* argument, std::optional<int64_t> threads) {
+py::tuple encoded(const char* op, EncodeParams params, const char* argument, const py::object& threads) {
+  const Parallel parallel = thread_parallel(threads, op);
   const Array offsets = cpu_result(py::none(), DType::kInt64, {params.streams + 1}, op, "offsets");
   int64_t* ends = offsets.view.as<int64_t>();
-  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  auto results = memory_for<StreamResult>(op, "the results of streams", params.streams);
   params.results = results.data();
-  const Parallel parallel = thread_parallel(threads, op);
-  const AlignedScratch memory(params.streams * encode_capacity(params));
+  const AlignedScratch memory(op, size_product({params.streams, encode_capacity(params)}), "room for the streams");
   params.memory = static_cast<uint8_t*>(memory.data);
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(encode_scratch(params, parallel.threads));
+    const AlignedScratch scratch(op, encode_scratch(params, parallel.threads));
     throw_if(encode(params, parallel, scratch.data), op);
   }
   check_results(op, results, argument, params.model);
@@ -63,89 +67,100 @@ py::tuple encoded(const char* op, EncodeParams params, const char* argument, std
 }
 
 py::tuple encode_with(const char* op, const py::object& symbols, const char* argument, const py::object& model,
-                      const int64_t* precision, std::optional<int64_t> model_id, int64_t lanes,
-                      std::optional<int64_t> threads) {
+                      const int64_t* precision, const py::object& model_id, int64_t lanes, const py::object& threads) {
   const Array symbols_array = input(symbols, op, "symbols"), model_array = input(model, op, argument);
-  return encoded(op, encode_params(op, symbols_array.view, argument, model_array.view, precision, model_id, lanes),
+  return encoded(op,
+                 encode_params(op, symbols_array.view, argument, model_array.view, precision,
+                               optional_integer(model_id, op, "model_id"), lanes),
                  argument, threads);
 }
 
-py::object decode_with(const char* op, const py::object& data, const py::object& offsets, const char* argument,
-                       const py::object& model, const int64_t* precision, std::optional<int64_t> model_id,
-                       const py::object& out, std::optional<int64_t> threads) {
+// What the two kinds of decoding share. `model_of(params)` adds the model, `bind(params, memory)` the place of the
+// symbols.
+template <class ModelOf, class Bind>
+py::object decoded(const char* op, const py::object& data, const py::object& offsets, const char* argument,
+                   const NamedView& model, bool adaptive, const py::object& out, const py::object& threads,
+                   const ModelOf& model_of, const Bind& bind) {
   const Array data_array = input(data, op, "data"), offsets_array = input(offsets, op, "offsets");
-  const Array model_array = input(model, op, argument);
-  DecodeParams params = decode_params(op, data_array.view, offsets_array.view);
-  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
-  params.results = results.data();
   const Parallel parallel = thread_parallel(threads, op);
+  DecodeMemory memory;
+  DecodeParams params = decode_params(op, data_array.view, offsets_array.view, &memory);
+  params.adaptive = adaptive;
   {
     const py::gil_scoped_release release;
     throw_if(open_streams(params, parallel), op);
   }
-  check_results(op, results, argument, params.model);
-  params.length = common_length(op, results);
-  params.model = coder_model(op, argument, model_array.view, precision, params.streams, params.length, model_id);
-  const Array symbols = cpu_result(out, DType::kInt64, {params.streams, params.length}, op, "out");
-  params.symbols = symbols.view.as<int64_t>();
+  check_results(op, memory.results, argument, params.model);
+  params.length = common_length(op, memory.results);
+  model_of(&params);
+  const AlignedScratch scratch(op, decode_scratch(params, parallel.threads));
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(decode_scratch(params, parallel.threads));
+    throw_if(check_claims(params, parallel, scratch.data), op);
+  }
+  check_results(op, memory.results, argument, params.model);
+  const Array symbols =
+      cpu_result(out, adaptive ? DType::kUInt8 : DType::kInt64, {params.streams, params.length}, op, "out");
+  check_disjoint(op, {{"out", symbols.view}}, {{"data", data_array.view}, {"offsets", offsets_array.view}, model});
+  const Deferred rows(op, out, symbols.view);
+  bind(&params, rows);
+  {
+    const py::gil_scoped_release release;
     throw_if(decode(params, parallel, scratch.data), op);
   }
-  check_results(op, results, argument, params.model);
+  check_results(op, memory.results, argument, params.model);
+  rows.finish();
   return symbols.object;
 }
 
-py::tuple ac_encode(py::object symbols, py::object cdf, std::optional<int64_t> model_id, int64_t lanes,
-                    std::optional<int64_t> threads) {
-  return encode_with("ac_encode", symbols, "cdf", cdf, nullptr, model_id, lanes, threads);
+py::object decode_with(const char* op, const py::object& data, const py::object& offsets, const char* argument,
+                       const py::object& model, const int64_t* precision, const py::object& model_id,
+                       const py::object& out, const py::object& threads) {
+  const Array model_array = input(model, op, argument);
+  const std::optional<int64_t> id = optional_integer(model_id, op, "model_id");
+  return decoded(
+      op, data, offsets, argument, {argument, model_array.view}, false, out, threads,
+      [&](DecodeParams* params) {
+        params->model = coder_model(op, argument, model_array.view, precision, params->streams, params->length, id);
+      },
+      [](DecodeParams* params, const Deferred& rows) { params->symbols = rows.as<int64_t>(); });
 }
 
-py::object ac_decode(py::object data, py::object offsets, py::object cdf, std::optional<int64_t> model_id,
-                     py::object out, std::optional<int64_t> threads) {
+py::tuple ac_encode(py::object symbols, py::object cdf, py::object model_id, py::object lanes, py::object threads) {
+  constexpr const char* kOp = "ac_encode";
+  return encode_with(kOp, symbols, "cdf", cdf, nullptr, model_id, integer(lanes, kOp, "lanes"), threads);
+}
+
+py::object ac_decode(py::object data, py::object offsets, py::object cdf, py::object model_id, py::object out,
+                     py::object threads) {
   return decode_with("ac_decode", data, offsets, "cdf", cdf, nullptr, model_id, out, threads);
 }
 
-py::tuple ac_encode_logits(py::object symbols, py::object logits, int64_t precision, std::optional<int64_t> model_id,
-                           std::optional<int64_t> threads) {
-  return encode_with("ac_encode_logits", symbols, "logits", logits, &precision, model_id, 1, threads);
+py::tuple ac_encode_logits(py::object symbols, py::object logits, py::object precision, py::object model_id,
+                           py::object threads) {
+  constexpr const char* kOp = "ac_encode_logits";
+  const int64_t bits = integer(precision, kOp, "precision");
+  return encode_with(kOp, symbols, "logits", logits, &bits, model_id, 1, threads);
 }
 
-py::object ac_decode_logits(py::object data, py::object offsets, py::object logits, int64_t precision,
-                            std::optional<int64_t> model_id, py::object out, std::optional<int64_t> threads) {
-  return decode_with("ac_decode_logits", data, offsets, "logits", logits, &precision, model_id, out, threads);
+py::object ac_decode_logits(py::object data, py::object offsets, py::object logits, py::object precision,
+                            py::object model_id, py::object out, py::object threads) {
+  constexpr const char* kOp = "ac_decode_logits";
+  const int64_t bits = integer(precision, kOp, "precision");
+  return decode_with(kOp, data, offsets, "logits", logits, &bits, model_id, out, threads);
 }
 
-py::tuple ac_encode_bytes(py::object data, int64_t order, std::optional<int64_t> threads) {
+py::tuple ac_encode_bytes(py::object data, py::object order, py::object threads) {
   constexpr const char* kOp = "ac_encode_bytes";
   const Array array = input(data, kOp, "data");
-  return encoded(kOp, encode_bytes_params(kOp, array.view, order), "data", threads);
+  return encoded(kOp, encode_bytes_params(kOp, array.view, integer(order, kOp, "order")), "data", threads);
 }
 
-py::object ac_decode_bytes(py::object data, py::object offsets, py::object out, std::optional<int64_t> threads) {
-  constexpr const char* kOp = "ac_decode_bytes";
-  const Array data_array = input(data, kOp, "data"), offsets_array = input(offsets, kOp, "offsets");
-  DecodeParams params = decode_params(kOp, data_array.view, offsets_array.view);
-  params.adaptive = true;
-  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
-  params.results = results.data();
-  const Parallel parallel = thread_parallel(threads, kOp);
-  {
-    const py::gil_scoped_release release;
-    throw_if(open_streams(params, parallel), kOp);
-  }
-  check_results(kOp, results, "data", params.model);
-  params.length = common_length(kOp, results);
-  const Array bytes = cpu_result(out, DType::kUInt8, {params.streams, params.length}, kOp, "out");
-  params.bytes = bytes.view.as<uint8_t>();
-  {
-    const py::gil_scoped_release release;
-    const AlignedScratch scratch(decode_scratch(params, parallel.threads));
-    throw_if(decode(params, parallel, scratch.data), kOp);
-  }
-  check_results(kOp, results, "data", params.model);
-  return bytes.object;
+py::object ac_decode_bytes(py::object data, py::object offsets, py::object out, py::object threads) {
+  const TensorView none;
+  return decoded(
+      "ac_decode_bytes", data, offsets, "data", {"model", none}, true, out, threads, [](DecodeParams*) {},
+      [](DecodeParams* params, const Deferred& rows) { params->bytes = rows.as<uint8_t>(); });
 }
 
 constexpr const char* kEncodeBytesDoc =
@@ -162,7 +177,7 @@ py::object torchac_encode(py::object cdf, py::object sym) {
   check_bitwise_symbols(kOp, sym_array.view, cdf_array.view, &params);
   StreamResult result;
   params.result = &result;
-  std::vector<uint8_t> memory(static_cast<size_t>(bitwise_capacity(params)));
+  std::vector<uint8_t> memory = memory_for<uint8_t>(kOp, "room for the stream", bitwise_capacity(params));
   params.data = memory.data();
   {
     const py::gil_scoped_release release;
@@ -181,14 +196,17 @@ py::object torchac_decode(py::object cdf, py::object byte_stream, py::object out
   check_bitwise_data(kOp, data_array.view, &params);
   const TensorView& view = cdf_array.view;
   const Array sym = cpu_result(out, DType::kInt16, {view.shape, view.shape + view.dims - 1}, kOp, "out");
+  check_disjoint(kOp, {{"out", sym.view}}, {{"cdf", cdf_array.view}, {"byte_stream", data_array.view}});
+  const Deferred rows(kOp, out, sym.view);
   StreamResult result;
-  params.out = sym.view.as<int16_t>();
+  params.out = rows.as<int16_t>();
   params.result = &result;
   {
     const py::gil_scoped_release release;
     throw_if(bitwise_decode(params), kOp);
   }
   check_bitwise_result(kOp, result);
+  rows.finish();
   return sym.object;
 }
 

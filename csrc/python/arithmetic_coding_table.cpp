@@ -31,7 +31,7 @@ py::object encode(const TableOwner& owner, const py::bytes& data, bool fewest) {
   int64_t count = 0;
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(fewest ? 5 * (bytes + 1) : kParseScratch);
+    const AlignedScratch scratch(kEncode, fewest ? 5 * (bytes + 1) : kParseScratch);
     const auto run = fewest ? &encode_fewest : &encode_longest;
     throw_if(
         run(owner.table(), reinterpret_cast<uint8_t*>(text), bytes, tokens.view.as<int64_t>(), &count, scratch.data),

@@ -16,7 +16,7 @@
 namespace pycore::python {
 namespace {
 
-py::tuple counts(py::object probs, std::optional<int64_t> threads) {
+py::tuple counts(py::object probs, py::object threads) {
   constexpr const char* kOp = "window_counts";
   const Array array = input(probs, kOp, "probs");
   WindowCountsParams params = window_counts_params(kOp, array.view);
@@ -37,30 +37,34 @@ py::tuple counts(py::object probs, std::optional<int64_t> threads) {
 
 struct Step {
   Array sums, rows, start, size, in, new_start, new_size;
+  IndexCopies copies;
   WindowStepParams params;
 
   Step(const char* op, const py::object& cumulative, const py::object& rows_object, const py::object& start_object,
-       const py::object& size_object, const char* argument, const py::object& in_object, int64_t bits, bool decoding)
+       const py::object& size_object, const char* argument, const py::object& in_object, const py::object& bits,
+       bool decoding)
       : sums(input(cumulative, op, "cumulative")),
         rows(input(rows_object, op, "rows")),
         start(input(start_object, op, "start")),
         size(input(size_object, op, "size")),
         in(input(in_object, op, argument)),
-        params(window_step_params(op, sums.view, rows.view, start.view, size.view, argument, in.view, bits, decoding)) {
-    new_start = copy_of(op, start, &params.start);
-    new_size = copy_of(op, size, &params.size);
+        params(window_step_params(op, sums.view, rows.view, start.view, size.view, argument, in.view,
+                                  integer(bits, op, "bits"), decoding, &copies)) {
+    new_start = copy_of(op, &params.start);
+    new_size = copy_of(op, &params.size);
   }
 
-  Array copy_of(const char* op, const Array& from, int64_t** data) const {
+  // *data: in, what was checked; out, where the step may write.
+  Array copy_of(const char* op, int64_t** data) const {
     Array out = cpu_result(py::none(), DType::kInt64, {params.walks}, op, "out");
+    if (params.walks) std::memcpy(out.view.data, *data, static_cast<size_t>(params.walks) * sizeof(int64_t));
     *data = out.view.as<int64_t>();
-    if (params.walks) std::memcpy(*data, from.view.data, static_cast<size_t>(params.walks) * sizeof(int64_t));
     return out;
   }
 };
 
 py::tuple encode(py::object cumulative, py::object rows, py::object start, py::object size, py::object symbols,
-                 int64_t bits, std::optional<int64_t> threads) {
+                 py::object bits, py::object threads) {
   constexpr const char* kOp = "window_encode";
   Step step(kOp, cumulative, rows, start, size, "symbols", symbols, bits, false);
   const Array moved = cpu_result(py::none(), DType::kUInt8, {step.params.walks}, kOp, "moved");
@@ -74,7 +78,7 @@ py::tuple encode(py::object cumulative, py::object rows, py::object start, py::o
 }
 
 py::tuple decode(py::object cumulative, py::object rows, py::object start, py::object size, py::object tokens,
-                 int64_t bits, std::optional<int64_t> threads) {
+                 py::object bits, py::object threads) {
   constexpr const char* kOp = "window_decode";
   Step step(kOp, cumulative, rows, start, size, "tokens", tokens, bits, true);
   const Array symbols = cpu_result(py::none(), DType::kInt64, {step.params.walks}, kOp, "symbols");

@@ -70,6 +70,11 @@ inline void check_dtype(const TensorView& view, const py::handle& object, const 
 }
 
 inline Array from_numpy(const py::array& array, bool writable, const char* op, const char* argument) {
+  if (Py_TYPE(array.ptr()) != py::detail::npy_api::get().PyArray_Type_ &&
+      py::isinstance(array, py::module_::import("numpy.ma").attr("MaskedArray"))) {
+    throw py::type_error(std::string(op) + ": " + argument +
+                         " is a masked array, whose mask no kernel sees, and must be a plain one: call filled()");
+  }
   check_value(!writable || array.writeable(), op, argument, " is written to and must not be a read-only array");
   check_value(array.ndim() <= kMaxDims, op, argument, " has ", array.ndim(), " dimensions and may have ", kMaxDims);
   Array result{{}, array, {}};
@@ -86,6 +91,7 @@ inline Array from_numpy(const py::array& array, bool writable, const char* op, c
   }
   check_value(reinterpret_cast<uintptr_t>(view.data) % array.itemsize() == 0, op, argument,
               " must be aligned to its elements");
+  check_span(op, argument, view);
   return result;
 }
 
@@ -121,6 +127,9 @@ inline const dlpack::Tensor& look_into(const py::object& capsule, uint64_t* flag
 inline Array from_dlpack(const py::handle& object, bool writable, const char* op, const char* argument,
                          int64_t stream) {
   Array result{{}, py::reinterpret_borrow<py::object>(object), {}};
+  // torch negates such a view when it is read, and exports it as if it were not one.
+  check_value(!py::hasattr(object, "is_neg") || !object.attr("is_neg")().cast<bool>(), op, argument,
+              " is a view that torch negates when it is read, and must be resolved: call resolve_neg()");
   try {
     const auto device = object.attr("__dlpack_device__")().cast<std::pair<int32_t, int32_t>>();
     const bool cuda = device.first == dlpack::kCuda || device.first == dlpack::kCudaManaged;
@@ -154,6 +163,8 @@ inline Array from_dlpack(const py::handle& object, bool writable, const char* op
     view.strides[i] = tensor.strides != nullptr ? tensor.strides[i] : row_major;
     row_major *= tensor.shape[i];
   }
+  check_span(op, argument, view);
+  check_value(tensor.data != nullptr || view.count() == 0, op, argument, " has no memory and must have some");
   return result;
 }
 
@@ -172,6 +183,16 @@ inline Array from_object(const py::handle& object, bool writable, const char* op
 
 inline const char* numpy_name(DType dtype) {
   return dtype == DType::kBFloat16 || dtype == DType::kOther ? nullptr : dtype_name(dtype);
+}
+
+inline py::array new_array(DType dtype, const std::vector<int64_t>& shape, const char* op, const char* argument) {
+  try {
+    return py::array(py::dtype(numpy_name(dtype)), shape);
+  } catch (py::error_already_set& error) {
+    // A ValueError is what NumPy says of shapes that no memory holds.
+    if (!error.matches(PyExc_MemoryError) && !error.matches(PyExc_ValueError)) throw;
+    throw_out_of_memory(op, argument, shape);
+  }
 }
 
 }  // namespace detail
@@ -198,7 +219,7 @@ inline Array result(const py::handle& out, DType dtype, const std::vector<int64_
     check_value(device == Device::kCpu, op, argument, " must be given when the inputs are on a CUDA device");
     check_value(detail::numpy_name(dtype) != nullptr, op, argument, " must be given for ", dtype_name(dtype),
                 ", which NumPy does not have");
-    return detail::from_numpy(py::array(py::dtype(detail::numpy_name(dtype)), shape), true, op, argument);
+    return detail::from_numpy(detail::new_array(dtype, shape, op, argument), true, op, argument);
   }
   Array array = output(out, op, argument, stream);
   check_value(array.view.dtype == dtype, op, argument, " is ", dtype_name(array.view.dtype), " and must be ",

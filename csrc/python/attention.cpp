@@ -30,6 +30,7 @@ class Keywords {
     left_.attr("pop")(name);
     return given;
   }
+  std::optional<int64_t> integer(const char* name) { return optional_integer(object(name), op_, name); }
   template <class T>
   std::optional<T> number(const char* name) {
     const py::object given = object(name);
@@ -57,16 +58,18 @@ class Keywords {
 // The arguments both functions share; the arrays keep the memory alive.
 struct Inputs {
   std::vector<Array> arrays;
+  std::vector<const char*> names;  // of the arrays
   AttentionArgs args;
-  std::optional<int64_t> threads;
+  py::object threads;
   int64_t stream = 0;
 
   Inputs(const char* op, const py::object& query, const py::object& key, const py::object& value, Keywords& keywords) {
     args.op = op;
-    threads = keywords.number<int64_t>("threads");
-    stream = keywords.number<int64_t>("stream").value_or(0);
+    threads = keywords.object("threads");
+    stream = keywords.integer("stream").value_or(0);
     const auto take = [&](const py::object& object, const char* name, bool optional) {
       arrays.push_back(optional ? optional_input(object, op, name, stream) : input(object, op, name, stream));
+      names.push_back(name);
       return arrays.back().view;
     };
     args.query = take(query, "query", false);
@@ -81,18 +84,26 @@ struct Inputs {
         {"dropout_seed", &args.dropout_seed},   {"block_bias", &args.block_bias}};
     for (const auto& [name, target] : optional) *target = take(keywords.object(name), name, true);
     args.schedule = keywords.number<std::string>("schedule").value_or("causal");
-    args.schedule_args = keywords.number<std::vector<int64_t>>("schedule_args").value_or(std::vector<int64_t>());
+    const py::object numbers = keywords.object("schedule_args");
+    if (!numbers.is_none()) args.schedule_args = integers(numbers, op, "schedule_args");
     args.interleaved = keywords.number<bool>("interleaved").value_or(false);
-    const std::optional<int64_t> limit = keywords.number<int64_t>("distance_limit");
+    const std::optional<int64_t> limit = keywords.integer("distance_limit");
     check_value(!limit || *limit >= 0, op, "distance_limit is ", limit.value_or(0), " and must be at least 0");
     args.distance_limit = limit.value_or(-1);
-    args.key_ring = keywords.number<int64_t>("key_ring").value_or(0);
+    args.key_ring = keywords.integer("key_ring").value_or(0);
     const int64_t head_dim = args.query.dims == 4 ? args.query.shape[3] : 1;
-    const double usual = head_dim > 0 ? 1.0 / std::sqrt(static_cast<double>(head_dim)) : 1.0;
+    const double usual = head_dim > 0 ? std::pow(static_cast<double>(head_dim), -0.5) : 1.0;
     args.scale = keywords.number<double>("scale").value_or(usual);
     args.softcap = keywords.number<double>("softcap").value_or(0.0);
     args.dropout_p = keywords.number<double>("dropout_p").value_or(0.0);
     args.symmetric_bias = keywords.number<bool>("symmetric_bias").value_or(false);
+  }
+
+  // No result may lie in the memory of an argument or of another result.
+  void check_results(const std::vector<NamedView>& results, const std::vector<NamedView>& more = {}) const {
+    std::vector<NamedView> read = more;
+    for (size_t i = 0; i < arrays.size(); ++i) read.push_back({names[i], arrays[i].view});
+    check_disjoint(args.op, results, read);
   }
 };
 
@@ -102,9 +113,10 @@ DType sum_dtype(const AttentionParams& params) {
 
 py::tuple attention(py::object query, py::object key, py::object value, py::kwargs keyword_arguments) {
   constexpr const char* kOp = "attention";
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
   Keywords keywords(kOp, std::move(keyword_arguments));
   const Inputs inputs(kOp, query, key, value, keywords);
-  const py::object out = keywords.object("out"), lse = keywords.object("lse");
+  const py::object out = keywords.object("out"), lse = keywords.object("lse"), lse_low = keywords.object("lse_low");
   keywords.finish();
   AttentionParams params = attention_params(inputs.args);
   const Device device = inputs.args.query.device;
@@ -113,6 +125,15 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
                         kOp, "out", inputs.stream);
   const Array lse_array = contiguous_result(lse, sum_dtype(params), {params.batch, params.heads, params.query_length},
                                             device, kOp, "lse", inputs.stream);
+  Array low_array;
+  if (!lse_low.is_none()) {
+    low_array = contiguous_result(lse_low, sum_dtype(params), {params.batch, params.heads, params.query_length}, device,
+                                  kOp, "lse_low", inputs.stream);
+    params.lse_low = low_array.view.data;
+  }
+  std::vector<NamedView> results = {{"out", out_array.view}, {"lse", lse_array.view}};
+  if (params.lse_low) results.push_back({"lse_low", low_array.view});
+  inputs.check_results(results);
   params.out = out_array.view.data;
   params.lse = lse_array.view.data;
   const Parallel parallel = thread_parallel(inputs.threads, kOp);
@@ -121,7 +142,7 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
     if (device == Device::kCuda) {
       throw_if(launch_attention_forward(params, nullptr, reinterpret_cast<void*>(inputs.stream)), kOp);
     } else {
-      const AlignedScratch scratch(attention_forward_scratch(params, parallel.threads));
+      const AlignedScratch scratch(kOp, attention_forward_scratch(params, parallel.threads));
       throw_if(attention_forward(params, parallel, scratch.data), kOp);
     }
   }
@@ -131,17 +152,21 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
 py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::object out, py::object lse, py::object query,
                              py::object key, py::object value, py::kwargs keyword_arguments) {
   constexpr const char* kOp = "attention_backward";
+  const FixedFloats fixed;  // as in attention
   Keywords keywords(kOp, std::move(keyword_arguments));
   const Inputs inputs(kOp, query, key, value, keywords);
   check_value(inputs.args.query.device == Device::kCpu, kOp,
               "query is on a CUDA device and the backward pass runs on the CPU");
   const Array grad_out_array = input(grad_out, kOp, "grad_out"), out_array = input(out, kOp, "out");
   const Array lse_array = input(lse, kOp, "lse"), grad_lse_array = optional_input(grad_lse, kOp, "grad_lse");
-  AttentionBackwardParams params =
-      attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view, out_array.view, lse_array.view);
+  const Array low_array = optional_input(keywords.object("lse_low"), kOp, "lse_low");
+  AttentionBackwardParams params = attention_backward_params(inputs.args, grad_out_array.view, grad_lse_array.view,
+                                                             out_array.view, lse_array.view, low_array.view);
   const AttentionParams& shape = params.forward;
   std::vector<Array> gradients;
+  std::vector<const char*> names;
   const auto gradient = [&](const char* name, const std::vector<int64_t>& sizes) {
+    names.push_back(name);
     gradients.push_back(cpu_result(keywords.object(name), sum_dtype(shape), sizes, kOp, name));
     return gradients.back().view.data;
   };
@@ -153,13 +178,20 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
   const size_t with_bias = gradients.size();
   if (shape.sink_logits) params.grad_sink_logits = gradient("grad_sink_logits", {shape.heads});
   keywords.finish();
+  std::vector<NamedView> results;
+  for (size_t i = 0; i < gradients.size(); ++i) results.push_back({names[i], gradients[i].view});
+  inputs.check_results(results, {{"grad_out", grad_out_array.view},
+                                 {"grad_lse", grad_lse_array.view},
+                                 {"out", out_array.view},
+                                 {"lse", lse_array.view},
+                                 {"lse_low", low_array.view}});
   const Parallel parallel = thread_parallel(inputs.threads, kOp);
   {
     const py::gil_scoped_release release;
     const int64_t rows = shape.batch * shape.heads * shape.query_length;
-    const AlignedScratch delta(rows * dtype_size(sum_dtype(shape)));
+    const AlignedScratch delta(kOp, size_product({rows, dtype_size(sum_dtype(shape))}), "delta");
     params.delta = delta.data;
-    const AlignedScratch scratch(attention_backward_scratch(params, parallel.threads));
+    const AlignedScratch scratch(kOp, attention_backward_scratch(params, parallel.threads));
     throw_if(attention_backward(params, parallel, scratch.data), kOp);
   }
   return py::make_tuple(gradients[0].object, gradients[1].object, gradients[2].object,
@@ -176,18 +208,21 @@ window_size] or [sink_size, window_size, right], "prefix" with schedule_tensor =
 [causal] or [causal, window_size, sink_size, right] and schedule_tensor = boundaries [S + 1] or [B, S + 1], "blocks" with schedule_args = [block_size, sink_size, window_blocks] and, from `attention_blocks`, schedule_tensor =
 blocks and block_bias = correction, "key_subset" with schedule_args = [causal] and schedule_tensor = words [1 or B, words], a bit
 for every position, "tree" with schedule_tensor = nodes [1 or B, T, 2 + words]: parent, depth, and a bit for every ancestor and
-the node itself), rope_cos and rope_sin [n, R/2], distance_bias, alibi_slopes, symmetric_bias, sink_logits, softcap, dropout_p
-with dropout_seed,
+the node itself, and schedule_args = [] or [sink_size, window_size]), rope_cos and rope_sin [n, R/2], distance_bias,
+alibi_slopes, symmetric_bias, sink_logits, softcap, dropout_p with dropout_seed,
 key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
 distance_limit defaults to none for every schedule, and
-key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and lse are new arrays unless given. threads defaults to all
-processors; stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
+key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and
+lse are new arrays unless given; what rounding lse left out, which gradients need where |lse| is large, goes to lse_low
+[B, H, Lq] if that is given. threads defaults to all processors, and more than 256 and than there are count as that many;
+stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
 in one sentence.)";
 
 constexpr const char* kBackwardDoc =
     R"(Gradients of `attention`: (grad_query, grad_key, grad_value, grad_bias, grad_sink_logits), new arrays unless given. CPU.
 
-grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments. Gradients
+grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments, and lse_low
+what it left there, without which the scores are computed once more, where lse is that of these keys alone. Gradients
 are float32 (float64 for float64); those of distance_bias and sink_logits are None where there is none of these.)";
 
 }  // namespace

@@ -17,12 +17,13 @@
 namespace pycore::python {
 namespace {
 
-py::tuple draw(py::object seed, py::object round, int64_t batch, int64_t heads, int64_t query_length,
-               int64_t key_length, int64_t block_size, py::object distance_probs, std::string family_name,
-               double parameter, std::string pattern, std::string correction, int64_t sink_size, int64_t window_blocks,
-               std::optional<int64_t> blocks_per_row, py::object key_starts, py::object key_lengths,
-               py::object key_offset, py::object query_lengths, bool wide, std::optional<int64_t> threads) {
+py::tuple draw(py::object seed, py::object round, py::object batch, py::object heads, py::object query_length,
+               py::object key_length, py::object block_size, py::object distance_probs, std::string family_name,
+               double parameter, std::string pattern, std::string correction, py::object sink_size,
+               py::object window_blocks, py::object blocks_per_row, py::object key_starts, py::object key_lengths,
+               py::object key_offset, py::object query_lengths, bool wide, py::object threads) {
   constexpr const char* kOp = "attention_blocks";
+  const FixedFloats fixed;
   const Array read[] = {input(seed, kOp, "seed"),
                         input(round, kOp, "round"),
                         optional_input(distance_probs, kOp, "distance_probs"),
@@ -43,28 +44,29 @@ py::tuple draw(py::object seed, py::object round, int64_t batch, int64_t heads, 
   args.parameter = parameter;
   args.pattern = pattern;
   args.correction = correction;
-  args.batch = batch;
-  args.heads = heads;
-  args.query_length = query_length;
-  args.key_length = key_length;
-  args.block_size = block_size;
-  args.sink_size = sink_size;
-  args.window_blocks = window_blocks;
-  check_value(blocks_per_row.value_or(1) >= 1, kOp, "blocks_per_row is ", blocks_per_row.value_or(1),
-              " and must be at least 1");
-  args.blocks_per_row = blocks_per_row.value_or(-1);
+  args.batch = integer(batch, kOp, "batch");
+  args.heads = integer(heads, kOp, "heads");
+  args.query_length = integer(query_length, kOp, "query_length");
+  args.key_length = integer(key_length, kOp, "key_length");
+  args.block_size = integer(block_size, kOp, "block_size");
+  args.sink_size = integer(sink_size, kOp, "sink_size");
+  args.window_blocks = integer(window_blocks, kOp, "window_blocks");
+  const std::optional<int64_t> chosen = optional_integer(blocks_per_row, kOp, "blocks_per_row");
+  check_value(chosen.value_or(1) >= 1, kOp, "blocks_per_row is ", chosen.value_or(1), " and must be at least 1");
+  args.blocks_per_row = chosen.value_or(-1);
   BlockFamily family;
   BlockParams params = block_params(args, &family);
-  std::vector<double> table(family == BlockFamily::kTable ? 0 : params.probability_length);
+  std::vector<double> table = memory_for<double>(kOp, "the table of probabilities",
+                                                 family == BlockFamily::kTable ? 0 : params.probability_length);
   if (family != BlockFamily::kTable) {
     block_family(family, parameter, params.probability_length, table.data());
     params.probabilities = table.data();
   }
   const TileSchedule& shape = params.rows.schedule;
-  const Array blocks =
-      cpu_result(py::none(), DType::kInt64, {batch, heads, shape.block_rows, shape.block_words}, kOp, "blocks");
+  const Array blocks = cpu_result(py::none(), DType::kInt64,
+                                  {args.batch, args.heads, shape.block_rows, shape.block_words}, kOp, "blocks");
   params.blocks = blocks.view.as<uint64_t>();
-  const int64_t tables = correction == "none" ? 0 : params.probability_stride ? heads : 1;
+  const int64_t tables = correction == "none" ? 0 : params.probability_stride ? args.heads : 1;
   const DType dtype = wide ? DType::kFloat64 : DType::kFloat32;
   const Array added = cpu_result(py::none(), dtype, {tables, params.probability_length}, kOp, "correction");
   for (int64_t h = 0; h < tables; ++h) {
@@ -74,7 +76,7 @@ py::tuple draw(py::object seed, py::object round, int64_t batch, int64_t heads, 
   const Parallel parallel = thread_parallel(threads, kOp);
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(attention_blocks_scratch(params, parallel.threads));
+    const AlignedScratch scratch(kOp, attention_blocks_scratch(params, parallel.threads));
     throw_if(attention_blocks(params, parallel, scratch.data), kOp);
   }
   return py::make_tuple(blocks.object, added.object);

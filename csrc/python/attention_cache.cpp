@@ -15,8 +15,9 @@ namespace pycore::python {
 namespace {
 
 void append(py::object key_cache, py::object value_cache, py::object lengths, py::object key, py::object value,
-            py::object starts, int64_t sink_size, std::optional<int64_t> threads, int64_t stream) {
+            py::object starts, py::object sink_size, py::object threads, py::object stream_address) {
   constexpr const char* kOp = "lambda_cache_append";
+  const int64_t stream = integer(stream_address, kOp, "stream");
   const Array written[] = {output(key_cache, kOp, "key_cache", stream), output(value_cache, kOp, "value_cache", stream),
                            output(lengths, kOp, "lengths", stream)};
   const Array read[] = {input(key, kOp, "key", stream), input(value, kOp, "value", stream),
@@ -28,7 +29,7 @@ void append(py::object key_cache, py::object value_cache, py::object lengths, py
   args.key = read[0].view;
   args.value = read[1].view;
   args.starts = read[2].view;
-  args.sink_size = sink_size;
+  args.sink_size = integer(sink_size, kOp, "sink_size");
   const CacheAppendParams params = cache_append_params(args);
   const Parallel parallel = thread_parallel(threads, kOp);
   const py::gil_scoped_release release;

@@ -7,21 +7,49 @@
 #include <pycore/status.h>
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "arrays.h"
+#include "numbers.h"
 
 namespace pycore::python {
 
 struct AlignedScratch {
-  explicit AlignedScratch(int64_t bytes)
-      : memory(bytes > 0 ? new char[static_cast<size_t>(bytes + 63)] : nullptr),
-        data(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64)) {}
+  AlignedScratch(const char* op, int64_t bytes, const char* what = "scratch")
+      : memory(bytes > 0 && bytes < INT64_MAX - 63 ? new (std::nothrow) char[static_cast<size_t>(bytes + 63)]
+                                                   : nullptr),
+        data(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64)) {
+    if (bytes > 0 && !memory) throw_out_of_memory(op, what, {bytes});
+  }
   std::unique_ptr<char[]> memory;
   void* data;
+};
+
+// Where a kernel writes that may find a fault half way. The caller's `out` must then be as it was, so it gets the
+// result when there is one; a new array is written to as it is.
+class Deferred {
+ public:
+  Deferred(const char* op, const py::handle& out, const TensorView& view)
+      : view_(view),
+        bytes_(out.is_none() ? 0 : view.count() * dtype_size(view.dtype)),
+        memory_(op, bytes_, "room for out") {}
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(bytes_ > 0 ? memory_.data : view_.data);
+  }
+  void finish() const {
+    if (bytes_ > 0) std::memcpy(view_.data, memory_.data, static_cast<size_t>(bytes_));
+  }
+
+ private:
+  const TensorView& view_;
+  int64_t bytes_;
+  AlignedScratch memory_;
 };
 
 inline void throw_if(const Status& status, const char* op) {

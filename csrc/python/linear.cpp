@@ -24,12 +24,15 @@ struct Gradient {
     if (wanted) array = cpu_result(out, dtype, shape, op, argument);
   }
   void* data() const { return array ? array->view.data : nullptr; }
+  const TensorView& view() const {
+    static const TensorView none;
+    return array ? array->view : none;
+  }
   py::object object() const { return array ? array->object : py::none(); }
   std::optional<Array> array;
 };
 
-py::object invariant_linear(py::object x, py::object weight, py::object bias, py::object out,
-                            std::optional<int64_t> threads) {
+py::object invariant_linear(py::object x, py::object weight, py::object bias, py::object out, py::object threads) {
   constexpr const char* kOp = "invariant_linear";
   const Array x_array = input(x, kOp, "x"), weight_array = input(weight, kOp, "weight");
   const Array bias_array = optional_input(bias, kOp, "bias");
@@ -38,11 +41,13 @@ py::object invariant_linear(py::object x, py::object weight, py::object bias, py
   std::vector<int64_t> shape = shape_of(x_array.view);
   shape.back() = params.out_features;
   const Array out_array = cpu_result(out, params.dtype, shape, kOp, "out");
+  check_disjoint(kOp, {{"out", out_array.view}},
+                 {{"x", x_array.view}, {"weight", weight_array.view}, {"bias", bias_array.view}});
   params.out = out_array.view.data;
   const Parallel parallel = thread_parallel(threads, kOp);
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(linear_forward_scratch(params, parallel.threads));
+    const AlignedScratch scratch(kOp, linear_forward_scratch(params, parallel.threads));
     throw_if(linear_forward(params, parallel, scratch.data), kOp);
   }
   return out_array.object;
@@ -50,7 +55,7 @@ py::object invariant_linear(py::object x, py::object weight, py::object bias, py
 
 py::tuple invariant_linear_backward(py::object grad_out, py::object x, py::object weight, bool need_x, bool need_weight,
                                     bool need_bias, py::object grad_x, py::object grad_weight, py::object grad_bias,
-                                    std::optional<int64_t> threads) {
+                                    py::object threads) {
   constexpr const char* kOp = "invariant_linear_backward";
   const Array grad_array = input(grad_out, kOp, "grad_out"), x_array = input(x, kOp, "x");
   const Array weight_array = input(weight, kOp, "weight");
@@ -60,24 +65,27 @@ py::tuple invariant_linear_backward(py::object grad_out, py::object x, py::objec
   const Gradient of_x(need_x, grad_x, params.dtype, shape_of(x_array.view), kOp, "grad_x");
   const Gradient of_weight(need_weight, grad_weight, params.dtype, shape_of(weight_array.view), kOp, "grad_weight");
   const Gradient of_bias(need_bias, grad_bias, params.dtype, {params.out_features}, kOp, "grad_bias");
+  check_disjoint(kOp, {{"grad_x", of_x.view()}, {"grad_weight", of_weight.view()}, {"grad_bias", of_bias.view()}},
+                 {{"grad_out", grad_array.view}, {"x", x_array.view}, {"weight", weight_array.view}});
   params.grad_x = of_x.data();
   params.grad_weight = of_weight.data();
   params.grad_bias = of_bias.data();
   const Parallel parallel = thread_parallel(threads, kOp);
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(linear_backward_scratch(params, parallel.threads));
+    const AlignedScratch scratch(kOp, linear_backward_scratch(params, parallel.threads));
     throw_if(linear_backward(params, parallel, scratch.data), kOp);
   }
   return py::make_tuple(of_x.object(), of_weight.object(), of_bias.object());
 }
 
-py::object rms_norm(py::object x, py::object weight, double eps, py::object out, std::optional<int64_t> threads) {
+py::object rms_norm(py::object x, py::object weight, double eps, py::object out, py::object threads) {
   constexpr const char* kOp = "rms_norm";
   const Array x_array = input(x, kOp, "x"), weight_array = optional_input(weight, kOp, "weight");
   check_rms_norm(kOp, x_array.view, weight_array.view, eps);
   RmsNormParams params = rms_norm_params(x_array.view, weight_array.view, eps);
   const Array out_array = cpu_result(out, params.dtype, shape_of(x_array.view), kOp, "out");
+  check_disjoint(kOp, {{"out", out_array.view}}, {{"x", x_array.view}, {"weight", weight_array.view}});
   params.out = out_array.view.data;
   const Parallel parallel = thread_parallel(threads, kOp);
   {
@@ -88,8 +96,7 @@ py::object rms_norm(py::object x, py::object weight, double eps, py::object out,
 }
 
 py::tuple rms_norm_backward(py::object grad_out, py::object x, py::object weight, double eps, bool need_x,
-                            bool need_weight, py::object grad_x, py::object grad_weight,
-                            std::optional<int64_t> threads) {
+                            bool need_weight, py::object grad_x, py::object grad_weight, py::object threads) {
   constexpr const char* kOp = "rms_norm_backward";
   const Array grad_array = input(grad_out, kOp, "grad_out"), x_array = input(x, kOp, "x");
   const Array weight_array = optional_input(weight, kOp, "weight");
@@ -98,12 +105,14 @@ py::tuple rms_norm_backward(py::object grad_out, py::object x, py::object weight
   RmsNormBackwardParams params = rms_norm_backward_params(grad_array.view, x_array.view, weight_array.view, eps);
   const Gradient of_x(need_x, grad_x, params.dtype, shape_of(x_array.view), kOp, "grad_x");
   const Gradient of_weight(need_weight, grad_weight, params.dtype, {params.channels}, kOp, "grad_weight");
+  check_disjoint(kOp, {{"grad_x", of_x.view()}, {"grad_weight", of_weight.view()}},
+                 {{"grad_out", grad_array.view}, {"x", x_array.view}, {"weight", weight_array.view}});
   params.grad_x = of_x.data();
   params.grad_weight = of_weight.data();
   const Parallel parallel = thread_parallel(threads, kOp);
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(rms_norm_backward_scratch(params, parallel.threads));
+    const AlignedScratch scratch(kOp, rms_norm_backward_scratch(params, parallel.threads));
     throw_if(rms_norm_backward(params, parallel, scratch.data), kOp);
   }
   return py::make_tuple(of_x.object(), of_weight.object());

@@ -54,6 +54,9 @@ py::dict build_info() {
 
 }  // namespace
 
+// pybind11 makes an ImportError of whatever its initialisation throws. An instruction set that cannot be had is a wrong
+// value, and raised before there is a function to call: the module's own entry point is the one below.
+#define PyInit_native init_native
 PYBIND11_MODULE(native, m) {
   m.doc() = "pycore's kernels for NumPy arrays and DLPack tensors, without torch.";
   m.def("cpu_isa", &cpu_isa_in_use, "The instruction set the CPU kernels use: 'scalar', 'avx2' or 'avx512'.");
@@ -70,5 +73,14 @@ PYBIND11_MODULE(native, m) {
   register_attention_cache(m);
   register_linear(m);
 }
+#undef PyInit_native
 
 }  // namespace pycore::python
+
+extern "C" PYBIND11_EXPORT PyObject* PyInit_native() {
+  if (const char* error = pycore::cpu_isa_error()) {
+    PyErr_SetString(PyExc_ValueError, error);
+    return nullptr;
+  }
+  return pycore::python::init_native();
+}

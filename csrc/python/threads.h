@@ -13,13 +13,18 @@
 #include <thread>
 #include <vector>
 
+#include "numbers.h"
+
 namespace pycore::python {
 
-// `threads` slots, or one for each processor this process may run on.
-inline Parallel thread_parallel(std::optional<int64_t> threads, const char* op) {
+// `threads` slots, or one for each processor this process may run on; clamped_threads() says how many at most.
+inline Parallel thread_parallel(const py::handle& given, const char* op) {
+  const std::optional<int64_t> threads = optional_integer(given, op, "threads");
   check_value(threads.value_or(1) >= 1, op, "threads is ", threads.value_or(1), " and must be at least 1");
   Parallel parallel;
-  parallel.threads = threads.value_or(std::max(1u, std::thread::hardware_concurrency()));
+  // Scratch is sized for all of them, so a number that no machine has must not come through.
+  const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
+  parallel.threads = clamped_threads(threads.value_or(processors), processors);
   parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
     std::vector<std::thread> team;
     team.reserve(static_cast<size_t>(slots - 1));

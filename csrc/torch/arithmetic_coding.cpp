@@ -17,14 +17,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor empty_cpu(const char* op, const char* name, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return allocated(op, name, shape, [&] {
+Tensor empty_cpu(const char* op, const char* argument, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return allocated(op, argument, shape, [&] {
     return torch::stable::empty(shape, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   });
 }
 
-Tensor bytes_cpu(const char* op, const char* name, int64_t bytes) {
-  return empty_cpu(op, name, {bytes}, ScalarType::Byte);
+Tensor scratch_tensor(const char* op, int64_t bytes, const char* argument = "scratch") {
+  return empty_cpu(op, argument, {bytes}, ScalarType::Byte);
 }
 
 Tensor quantize_cdf_cpu(const Tensor& values, bool logits, int64_t precision) {
@@ -38,26 +38,27 @@ Tensor quantize_cdf_cpu(const Tensor& values, bool logits, int64_t precision) {
   params.cdf = static_cast<int32_t*>(cdf.mutable_data_ptr());
   params.fault = &fault;
   const Parallel parallel = torch_parallel();
-  const Tensor scratch = bytes_cpu(kOp, "scratch", quantize_cdf_scratch(params, parallel.threads));
+  const Tensor scratch = scratch_tensor(kOp, quantize_cdf_scratch(params, parallel.threads));
   throw_if(quantize_cdf(params, parallel, scratch.mutable_data_ptr()), kOp);
   check_quantized(kOp, params);
   return cdf;
 }
 
 std::tuple<Tensor, Tensor> encoded(const char* op, EncodeParams params, const char* argument) {
-  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
+  auto results = memory_for<StreamResult>(op, "the results of streams", params.streams);
   params.results = results.data();
   const Parallel parallel = torch_parallel();
-  const Tensor memory = bytes_cpu(op, "memory", params.streams * encode_capacity(params));
+  const Tensor memory =
+      scratch_tensor(op, size_product({params.streams, encode_capacity(params)}), "room for the streams");
   params.memory = static_cast<uint8_t*>(memory.mutable_data_ptr());
-  const Tensor scratch = bytes_cpu(op, "scratch", encode_scratch(params, parallel.threads));
+  const Tensor scratch = scratch_tensor(op, encode_scratch(params, parallel.threads));
   throw_if(encode(params, parallel, scratch.mutable_data_ptr()), op);
   check_results(op, results, argument, params.model);
   const Tensor offsets = empty_cpu(op, "offsets", {params.streams + 1}, ScalarType::Long);
   int64_t* ends = static_cast<int64_t*>(offsets.mutable_data_ptr());
   ends[0] = 0;
   for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
-  const Tensor data = bytes_cpu(op, "data", ends[params.streams]);
+  const Tensor data = scratch_tensor(op, ends[params.streams], "data");
   throw_if(pack_streams(params, ends, static_cast<uint8_t*>(data.mutable_data_ptr()), parallel), op);
   return {data, offsets};
 }
@@ -70,24 +71,37 @@ std::tuple<Tensor, Tensor> encode_with(const char* op, const Tensor& symbols, co
       argument);
 }
 
-Tensor decode_with(const char* op, const Tensor& data_any, const Tensor& offsets_any, const char* argument,
-                   const Tensor& model, const int64_t* precision, std::optional<int64_t> model_id) {
+// What the two kinds of decoding share. `model_of(params)` adds the model.
+template <class ModelOf>
+Tensor decoded(const char* op, const Tensor& data_any, const Tensor& offsets_any, const char* argument, bool adaptive,
+               const ModelOf& model_of) {
   const Tensor data = torch::stable::contiguous(data_any), offsets = torch::stable::contiguous(offsets_any);
-  DecodeParams params = decode_params(op, view(data, op, "data"), view(offsets, op, "offsets"));
-  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
-  params.results = results.data();
+  DecodeMemory memory;
+  DecodeParams params = decode_params(op, view(data, op, "data"), view(offsets, op, "offsets"), &memory);
+  params.adaptive = adaptive;
   const Parallel parallel = torch_parallel();
   throw_if(open_streams(params, parallel), op);
-  check_results(op, results, argument, params.model);
-  params.length = common_length(op, results);
-  params.model =
-      coder_model(op, argument, view(model, op, argument), precision, params.streams, params.length, model_id);
-  const Tensor symbols = empty_cpu(op, "symbols", {params.streams, params.length}, ScalarType::Long);
-  params.symbols = static_cast<int64_t*>(symbols.mutable_data_ptr());
-  const Tensor scratch = bytes_cpu(op, "scratch", decode_scratch(params, parallel.threads));
+  check_results(op, memory.results, argument, params.model);
+  params.length = common_length(op, memory.results);
+  model_of(&params);
+  const Tensor scratch = scratch_tensor(op, decode_scratch(params, parallel.threads));
+  throw_if(check_claims(params, parallel, scratch.mutable_data_ptr()), op);
+  check_results(op, memory.results, argument, params.model);
+  const Tensor symbols =
+      empty_cpu(op, "symbols", {params.streams, params.length}, adaptive ? ScalarType::Byte : ScalarType::Long);
+  params.symbols = adaptive ? nullptr : static_cast<int64_t*>(symbols.mutable_data_ptr());
+  params.bytes = adaptive ? static_cast<uint8_t*>(symbols.mutable_data_ptr()) : nullptr;
   throw_if(decode(params, parallel, scratch.mutable_data_ptr()), op);
-  check_results(op, results, argument, params.model);
+  check_results(op, memory.results, argument, params.model);
   return symbols;
+}
+
+Tensor decode_with(const char* op, const Tensor& data, const Tensor& offsets, const char* argument, const Tensor& model,
+                   const int64_t* precision, std::optional<int64_t> model_id) {
+  const TensorView model_view = view(model, op, argument);
+  return decoded(op, data, offsets, argument, false, [&](DecodeParams* params) {
+    params->model = coder_model(op, argument, model_view, precision, params->streams, params->length, model_id);
+  });
 }
 
 std::tuple<Tensor, Tensor> ac_encode_cpu(const Tensor& symbols, const Tensor& cdf, std::optional<int64_t> model_id,
@@ -114,23 +128,8 @@ std::tuple<Tensor, Tensor> ac_encode_bytes_cpu(const Tensor& data, int64_t order
   return encoded(kOp, encode_bytes_params(kOp, view(data, kOp, "data"), order), "data");
 }
 
-Tensor ac_decode_bytes_cpu(const Tensor& data_any, const Tensor& offsets_any) {
-  constexpr const char* kOp = "ac_decode_bytes";
-  const Tensor data = torch::stable::contiguous(data_any), offsets = torch::stable::contiguous(offsets_any);
-  DecodeParams params = decode_params(kOp, view(data, kOp, "data"), view(offsets, kOp, "offsets"));
-  params.adaptive = true;
-  std::vector<StreamResult> results(static_cast<size_t>(params.streams));
-  params.results = results.data();
-  const Parallel parallel = torch_parallel();
-  throw_if(open_streams(params, parallel), kOp);
-  check_results(kOp, results, "data", params.model);
-  params.length = common_length(kOp, results);
-  const Tensor bytes = empty_cpu(kOp, "bytes", {params.streams, params.length}, ScalarType::Byte);
-  params.bytes = static_cast<uint8_t*>(bytes.mutable_data_ptr());
-  const Tensor scratch = bytes_cpu(kOp, "scratch", decode_scratch(params, parallel.threads));
-  throw_if(decode(params, parallel, scratch.mutable_data_ptr()), kOp);
-  check_results(kOp, results, "data", params.model);
-  return bytes;
+Tensor ac_decode_bytes_cpu(const Tensor& data, const Tensor& offsets) {
+  return decoded("ac_decode_bytes", data, offsets, "data", true, [](DecodeParams*) {});
 }
 
 Tensor torchac_encode_cpu(const Tensor& cdf, const Tensor& sym) {
@@ -138,13 +137,13 @@ Tensor torchac_encode_cpu(const Tensor& cdf, const Tensor& sym) {
   const TensorView cdf_view = view(cdf, kOp, "cdf");
   BitwiseParams params = bitwise_params(kOp, cdf_view);
   check_bitwise_symbols(kOp, view(sym, kOp, "sym"), cdf_view, &params);
-  const Tensor memory = bytes_cpu(kOp, "memory", bitwise_capacity(params));
+  const Tensor memory = scratch_tensor(kOp, bitwise_capacity(params), "room for the stream");
   StreamResult result;
   params.data = static_cast<uint8_t*>(memory.mutable_data_ptr());
   params.result = &result;
   throw_if(bitwise_encode(params), kOp);
   check_bitwise_result(kOp, result);
-  const Tensor data = bytes_cpu(kOp, "data", result.bytes);
+  const Tensor data = scratch_tensor(kOp, result.bytes, "data");
   std::memcpy(data.mutable_data_ptr(), params.data, static_cast<size_t>(result.bytes));
   return data;
 }

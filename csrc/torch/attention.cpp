@@ -82,43 +82,64 @@ struct Scratch {
   Tensor memory;
   void* data;
   Scratch(const std::string& op, const Tensor& like, int64_t bytes)
-      : memory(new_tensor(op, "scratch", like, {bytes + 64}, ScalarType::Byte)) {
+      : memory(new_tensor(op, "scratch", like, {size_sum(bytes, 64)}, ScalarType::Byte)) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr());
     data = reinterpret_cast<void*>((address + 63) / 64 * 64);
   }
 };
 
-// What the kernels read row by row keeps its strides; tables and lists of lengths are copied where they are no arrays.
-void arrange(Tensor* query, Tensor* key, Tensor* value, std::initializer_list<OptionalTensor*> tables,
-             std::initializer_list<OptionalTensor*> rope) {
-  for (Tensor* x : {query, key, value}) *x = last_contiguous(*x);
-  for (OptionalTensor* x : tables) *x = dense(*x);
-  for (OptionalTensor* x : rope) *x = last_contiguous(*x);
-  const OptionalTensor &cosine = **rope.begin(), &sine = **(rope.end() - 1);
-  // One stride serves both.
-  if (cosine && sine && cosine->dim() == 2 && sine->dim() == 2 && cosine->stride(0) != sine->stride(0)) {
-    for (OptionalTensor* x : rope) *x = dense(*x);
+// What the kernels read row by row keeps its strides; tables and lists of lengths are copied where they have gaps.
+struct Argument {
+  const char* name;
+  OptionalTensor* tensor;
+};
+
+void arrange(const std::string& op, Tensor* query, Tensor* key, Tensor* value, OptionalTensor* cosine,
+             OptionalTensor* sine, std::initializer_list<Argument> tables) {
+  *query = last_contiguous(*query, op, "query");
+  *key = last_contiguous(*key, op, "key");
+  *value = last_contiguous(*value, op, "value");
+  for (const Argument& table : tables) {
+    if (*table.tensor) *table.tensor = dense(**table.tensor, op, table.name);
   }
+  if (!*cosine || !*sine) return;
+  *cosine = last_contiguous(**cosine, op, "rope's cos");
+  *sine = last_contiguous(**sine, op, "rope's sin");
+  const bool shared = (*cosine)->dim() != 2 || (*sine)->dim() != 2 || (*cosine)->stride(0) == (*sine)->stride(0);
+  if (shared) return;  // one stride serves both
+  *cosine = dense(**cosine, op, "rope's cos");
+  *sine = dense(**sine, op, "rope's sin");
 }
-#define PYCORE_ARRANGE                                                                                          \
-  arrange(&query, &key, &value,                                                                                 \
-          {&distance_bias, &alibi_slopes, &sink_logits, &key_starts, &key_lengths, &key_offset, &query_lengths, \
-           &schedule_tensor, &block_bias, &numbers},                                                            \
-          {&rope_cos, &rope_sin})
+#define PYCORE_ARRANGE                                    \
+  arrange(op, &query, &key, &value, &rope_cos, &rope_sin, \
+          {{"distance_bias", &distance_bias},             \
+           {"alibi_slopes", &alibi_slopes},               \
+           {"sink_logits", &sink_logits},                 \
+           {"key_starts", &key_starts},                   \
+           {"key_lengths", &key_lengths},                 \
+           {"key_offset", &key_offset},                   \
+           {"query_lengths", &query_lengths},             \
+           {"schedule's tensor", &schedule_tensor},       \
+           {"block_bias", &block_bias}})
 
 ScalarType sum_type(const AttentionParams& params) {
   return params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS) {
+// With lse_pair, lse is [2, batch, heads, query length]: rounded, and what that left out.
+std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair) {
   PYCORE_ARRANGE;
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
   const AttentionArgs args = attention_args(PYCORE_NAMES);
   AttentionParams params = attention_params(args);
   Tensor out = new_tensor(op, "out", query, {params.batch, params.heads, params.query_length, params.value_dim},
                           query.scalar_type());
-  Tensor lse = new_tensor(op, "lse", query, {params.batch, params.heads, params.query_length}, sum_type(params));
+  std::vector<int64_t> lse_shape = {params.batch, params.heads, params.query_length};
+  if (lse_pair) lse_shape.insert(lse_shape.begin(), 2);
+  Tensor lse = new_tensor(op, "lse", query, lse_shape, sum_type(params));
   params.out = out.data_ptr();
   params.lse = lse.data_ptr();
+  if (lse_pair) params.lse_low = second_lse(params, lse.data_ptr());
   if (args.query.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.query.device_index);
     const Scratch scratch(op, query, launch_attention_forward_scratch(params));
@@ -136,8 +157,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
                                                             Tensor lse, bool bias_gradient, bool sink_gradient,
                                                             PYCORE_PARAMETERS) {
   PYCORE_ARRANGE;
-  grad_out = last_contiguous(grad_out);
-  if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+  const FixedFloats fixed;  // for the default scale, the checks and the launches
+  grad_out = last_contiguous(grad_out, op, "grad_out");
+  if (grad_lse) grad_lse = dense(*grad_lse, op, "grad_lse");
   const AttentionArgs args = attention_args(PYCORE_NAMES);
   const char* name = op.c_str();
   AttentionBackwardParams params =
@@ -178,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
 }  // namespace pycore
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
-  m.def("attention(" PYCORE_SCHEMA ") -> (Tensor out, Tensor lse)");
+  m.def("attention(" PYCORE_SCHEMA ", bool lse_pair=False) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_gradient, "
       "bool sink_gradient, " PYCORE_SCHEMA

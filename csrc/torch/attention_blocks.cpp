@@ -50,9 +50,12 @@ std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probab
                                 std::string correction, int64_t batch, int64_t heads, int64_t query_length,
                                 int64_t key_length, int64_t block_size, int64_t sink_size, int64_t window_blocks,
                                 int64_t blocks_per_row, bool wide, OptionalTensor numbers) {
+  const FixedFloats fixed;  // for the launches
   const char* name = op.c_str();
-  probabilities = last_contiguous(probabilities);
-  for (OptionalTensor* x : {&key_starts, &key_lengths, &key_offset, &query_lengths}) *x = dense(*x);
+  probabilities = last_contiguous(probabilities, op, "distance_probs");
+  for (OptionalTensor* x : {&key_starts, &key_lengths, &key_offset, &query_lengths}) {
+    if (*x) *x = dense(**x, op, "a list of lengths");
+  }
   if (const double* given = graph_numbers(numbers, 1, name, "numbers")) parameter = given[0];
   BlocksArgs args;
   args.op = op;

@@ -17,8 +17,9 @@ using torch::stable::Tensor;
 void append(Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor key, Tensor value,
             std::optional<Tensor> starts, int64_t sink_size) {
   constexpr const char* kOp = "lambda_cache_append";
-  key = last_contiguous(key);
-  value = last_contiguous(value);
+  key = last_contiguous(key, kOp, "key");
+  value = last_contiguous(value, kOp, "value");
+  if (starts) starts = dense(*starts, kOp, "starts");
   CacheAppendArgs args;
   args.key_cache = view(key_cache, kOp, "key_cache");
   args.value_cache = view(value_cache, kOp, "value_cache");

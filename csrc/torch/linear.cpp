@@ -36,8 +36,8 @@ struct Scratch {
 
 Tensor invariant_linear_cpu(const Tensor& x_any, const Tensor& weight_any, const std::optional<Tensor>& bias_any) {
   constexpr const char* kOp = "invariant_linear";
-  const Tensor x = last_contiguous(x_any), weight = last_contiguous(weight_any);
-  const std::optional<Tensor> bias = last_contiguous(bias_any);
+  const Tensor x = last_contiguous(x_any, kOp, "x"), weight = last_contiguous(weight_any, kOp, "weight");
+  const std::optional<Tensor> bias = last_contiguous(bias_any, kOp, "bias");
   const TensorView x_view = view(x, kOp, "x"), weight_view = view(weight, kOp, "weight");
   const TensorView bias_view = view(bias, kOp, "bias");
   check_linear(kOp, x_view, weight_view, bias_view);
@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> invariant_linear_backward_cpu(const Tensor& g
                                                                  const Tensor& weight_any, bool need_x,
                                                                  bool need_weight, bool need_bias) {
   constexpr const char* kOp = "invariant_linear_backward";
-  const Tensor grad_out = last_contiguous(grad_out_any), x = last_contiguous(x_any);
-  const Tensor weight = last_contiguous(weight_any);
+  const Tensor grad_out = last_contiguous(grad_out_any, kOp, "grad_out"), x = last_contiguous(x_any, kOp, "x");
+  const Tensor weight = last_contiguous(weight_any, kOp, "weight");
   const TensorView grad_view = view(grad_out, kOp, "grad_out"), x_view = view(x, kOp, "x");
   const TensorView weight_view = view(weight, kOp, "weight");
   check_linear(kOp, x_view, weight_view, TensorView{});
@@ -79,8 +79,8 @@ Tensor rms_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any
                     const std::optional<Tensor>& numbers) {
   constexpr const char* kOp = "rms_norm";
   if (const double* given = graph_numbers(numbers, 1, kOp, "numbers")) eps = given[0];
-  const Tensor x = last_contiguous(x_any);
-  const std::optional<Tensor> weight = last_contiguous(weight_any);
+  const Tensor x = last_contiguous(x_any, kOp, "x");
+  const std::optional<Tensor> weight = last_contiguous(weight_any, kOp, "weight");
   const TensorView x_view = view(x, kOp, "x"), weight_view = view(weight, kOp, "weight");
   check_rms_norm(kOp, x_view, weight_view, eps);
   RmsNormParams params = rms_norm_params(x_view, weight_view, eps);
@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad_out_any, con
                                                  bool need_weight, const std::optional<Tensor>& numbers) {
   constexpr const char* kOp = "rms_norm_backward";
   if (const double* given = graph_numbers(numbers, 1, kOp, "numbers")) eps = given[0];
-  const Tensor grad_out = last_contiguous(grad_out_any), x = last_contiguous(x_any);
-  const std::optional<Tensor> weight = last_contiguous(weight_any);
+  const Tensor grad_out = last_contiguous(grad_out_any, kOp, "grad_out"), x = last_contiguous(x_any, kOp, "x");
+  const std::optional<Tensor> weight = last_contiguous(weight_any, kOp, "weight");
   const TensorView grad_view = view(grad_out, kOp, "grad_out"), x_view = view(x, kOp, "x");
   const TensorView weight_view = view(weight, kOp, "weight");
   check_rms_norm(kOp, x_view, weight_view, eps);

@@ -9,10 +9,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace pycore {
@@ -59,28 +59,13 @@ inline TensorView view(const torch::stable::Tensor& tensor, const char* op, cons
     view.shape[i] = sizes[i];
     view.strides[i] = strides[i];
   }
+  check_span(op, argument, view);
   return view;
 }
 
 // An absent tensor gives a view that is not defined().
 inline TensorView view(const std::optional<torch::stable::Tensor>& tensor, const char* op, const char* argument) {
   return tensor.has_value() ? view(*tensor, op, argument) : TensorView{};
-}
-
-// Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
-inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x) {
-  return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
-}
-
-inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x) {
-  return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x)) : std::nullopt;
-}
-
-// A small table or list of lengths as the kernels read it; copied where its strides are not those of a plain array.
-inline torch::stable::Tensor dense(const torch::stable::Tensor& x) { return torch::stable::contiguous(x); }
-
-inline std::optional<torch::stable::Tensor> dense(const std::optional<torch::stable::Tensor>& x) {
-  return x.has_value() ? std::optional<torch::stable::Tensor>(dense(*x)) : std::nullopt;
 }
 
 // A number that a graph computes: compiled code cannot change a float of the schema without being compiled again.
@@ -95,16 +80,6 @@ inline const double* graph_numbers(const std::optional<torch::stable::Tensor>& n
   return given.as<const double>();
 }
 
-// MemoryError in Python.
-class OutOfMemory : public std::bad_alloc {
- public:
-  explicit OutOfMemory(const std::string& text) : text_(text) {}
-  const char* what() const noexcept override { return text_.what(); }
-
- private:
-  std::runtime_error text_;  // a string whose copies throw nothing
-};
-
 // What `make` allocates, or one sentence where there is no room for it; torch's own error names its source files.
 template <class Make>
 torch::stable::Tensor allocated(const std::string& op, const char* argument, const std::vector<int64_t>& sizes,
@@ -112,10 +87,7 @@ torch::stable::Tensor allocated(const std::string& op, const char* argument, con
   try {
     return make();
   } catch (const std::exception&) {
-    std::string shape;
-    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    throw OutOfMemory(op + ": " + argument + " has shape [" + shape +
-                      "] and must fit into memory, where it could not be allocated");
+    throw_out_of_memory(op, argument, sizes);
   }
 }
 
@@ -124,11 +96,31 @@ inline torch::stable::Tensor new_tensor(const std::string& op, const char* argum
   return allocated(op, argument, sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
+// A copy of x without gaps, if it has any.
+inline torch::stable::Tensor dense(const torch::stable::Tensor& x, const std::string& op, const char* argument) {
+  const auto sizes = x.sizes();
+  return allocated(op, argument, {sizes.begin(), sizes.end()}, [&] { return torch::stable::contiguous(x); });
+}
+
+// Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
+inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x, const std::string& op,
+                                             const char* argument) {
+  return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : dense(x, op, argument);
+}
+
+inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x,
+                                                            const std::string& op, const char* argument) {
+  return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x, op, argument)) : std::nullopt;
+}
+
 // torch's own thread pool, with as many slots as torch.set_num_threads allows. Inside one of torch's parallel regions
 // parallel_for runs everything on the calling thread, so nesting is safe.
 inline Parallel torch_parallel() {
   Parallel parallel;
   parallel.threads = torch::stable::get_num_threads();
+  if (parallel.threads > kMostThreads) {
+    parallel.threads = clamped_threads(parallel.threads, std::thread::hardware_concurrency());
+  }
   parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
     torch::stable::parallel_for(0, slots, 1, [body, argument](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) body(argument, slot);

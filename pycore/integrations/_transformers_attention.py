@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pycore.integrations._transformers_cache import MARK, LambdaLayer
-from pycore.integrations._transformers_mask import Spans, read_spans, require
+from pycore.integrations._transformers_mask import Spans, read_spans, require, text_boundaries
 from pycore.integrations._transformers_rope import INTERLEAVED, Rope, rope_of, unrotate
 from pycore.nn.probabilistic import advance
 from pycore.ops import attention as pycore_attention
-from pycore.schedules import Lambda, Probabilistic, Schedule
+from pycore.schedules import Lambda, Probabilistic, Schedule, Segments
 
 # What a model may hand to its attention that changes the result, and that is not available.
 _REFUSED = {
@@ -79,10 +79,9 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         window = _sliding_window(name, module, kwargs)
         sink_size, window_size = (registered.sink_size, registered.window_size) if window is None else (0, window)
         schedule: Schedule = Lambda(sink_size, window_size)
+        draw, counted = registered.draw if window is None else None, False
         if registered.draw is not None and layer is not None:
             raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
-        if registered.draw is not None and window is None:
-            schedule = _draw(registered.draw, module, query.device)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0}
         options["sink_logits"] = None if s_aux is None else s_aux.to(wide)
@@ -98,11 +97,34 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                     f"{name}: position_ids is None and must be handed on by {type(module).__name__} for a distance "
                     "limit; register with limit_distances=False"
                 )
-        spans = read_spans(name, attention_mask, query.shape[0])
-        _check_positions(name, position_ids, query.shape[2], spans)
+        spans = read_spans(name, attention_mask, query.shape[0], query.shape[2])
+        if spans is None or spans.boundaries is None:
+            spans = _check_positions(name, position_ids, query, key, spans, layer is not None)
+        boundaries = None if spans is None else spans.boundaries
+        if spans is not None and boundaries is not None:
+            if layer is not None or draw is not None:
+                what = "a LambdaCache" if layer is not None else "probabilistic attention"
+                message = (
+                    f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not "
+                    f"available with {what}"
+                )
+                if not torch.compiler.is_compiling():
+                    raise ValueError(message)
+                # Compiled code looks for texts wherever there may be several.
+                require((boundaries[:, 1:] == query.shape[2]).all(), message)
+                spans = spans._replace(boundaries=None)
+            else:
+                schedule = Segments(boundaries, True, window_size, sink_size)
+        if draw is not None:
+            schedule, counted = _draw(draw, module, query.device)
         call = _Call(name, sink_size, window_size, schedule, dropout, position_ids, spans, rope, interleaved, options)
         if layer is None:
-            out = _attend(call, query, key, value)
+            try:
+                out = _attend(call, query, key, value)
+            except Exception:
+                if counted:
+                    _take_back_round(module)
+                raise
         else:
             for size, given, wanted in (
                 ("sink_size", layer.sink_size, registered.sink_size),
@@ -157,8 +179,8 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
         offset = _position_offset(name, layer, call.position_ids, query, starts)
         inverse = call.rope.inverse(call.position_ids, query.dtype)
         query, key = (unrotate(x, inverse, call.interleaved) for x in (query, key))
-    layer.append(key, value, starts, offset)
-    out = store.attend(query, **call.options)
+    out = store.append_and_attend(query, key, value, starts=starts, **call.options)
+    layer.count(key.shape[2], offset)
     assert isinstance(out, Tensor)
     return out
 
@@ -180,6 +202,8 @@ def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Ten
     """
     assert call.position_ids is not None
     row = torch.arange(key.shape[2], device=key.device)[None]
+    if call.spans is not None and call.spans.boundaries is not None:  # all keys are new, but what a cache has too many
+        return torch.nn.functional.pad(call.position_ids, (0, key.shape[2] - query.shape[2]))
     if call.spans is not None:
         last_query = (call.spans.query_lengths - 1).clamp(min=0)[:, None]
         last = call.position_ids.expand(query.shape[0], -1).gather(1, last_query)
@@ -188,22 +212,39 @@ def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Ten
     return position - evicted * (row < call.sink_size)
 
 
-def _check_positions(name: str, position_ids: Tensor | None, queries: int, spans: Spans | None) -> None:
-    """Position ids of a text must be consecutive: where they start again, another text begins."""
+def _check_positions(
+    name: str, position_ids: Tensor | None, query: Tensor, key: Tensor, spans: Spans | None, cached: bool
+) -> Spans | None:
+    """The spans, with the boundaries of texts where the position ids of several follow one another.
+
+    Those of a text are consecutive. The mask function has looked already in most models; compiled code cannot choose,
+    and refuses.
+    """
     if position_ids is None:
-        return
+        return spans
     if position_ids.dim() != 2:
         raise ValueError(f"{name}: position_ids has {position_ids.dim()} dimensions and must have 2, [batch, length]")
+    batch, _, queries, _ = query.shape
     if queries == 1:
-        return
-    consecutive = position_ids.diff(dim=-1) == 1
+        return spans
+    step = position_ids.diff(dim=-1)
+    allowed = step == 1
     if spans is not None:  # padding may have any
         row = torch.arange(1, queries, device=position_ids.device)[None]
-        consecutive = consecutive | (row <= spans.new_starts[:, None]) | (row >= spans.query_lengths[:, None])
+        allowed = allowed | (row <= spans.new_starts[:, None]) | (row >= spans.query_lengths[:, None])
+    if not torch.compiler.is_compiling() and not cached and key.shape[2] == queries and step.device.type == "cpu":
+        cut = ~allowed & (step <= 0)
+        if bool(cut.any()):
+            if spans is None:
+                none = torch.zeros(batch, dtype=torch.int64, device=key.device)
+                spans = Spans(none, none + queries, none + queries, none)
+            spans = spans._replace(boundaries=text_boundaries(cut, spans))
+            allowed = allowed | cut
     require(
-        consecutive.all(),
+        allowed.all(),
         f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not available",
     )
+    return spans
 
 
 def _position_offset(
@@ -233,16 +274,23 @@ def round_of(module: nn.Module) -> Tensor | None:
     return getattr(module, _ROUND, None)
 
 
-def _draw(draw: Probabilistic, module: nn.Module, device: torch.device) -> Probabilistic:
-    """The layer's blocks for this pass."""
+def _take_back_round(module: nn.Module) -> None:
+    """What was refused was no round."""
+    round = round_of(module)
+    if round is not None and not torch.compiler.is_compiling():
+        round.sub_(1)
+
+
+def _draw(draw: Probabilistic, module: nn.Module, device: torch.device) -> tuple[Probabilistic, bool]:
+    """The layer's blocks for this pass, and whether it counts as a round."""
     round = round_of(module)
     if round is None:
         with torch.inference_mode(False):  # where no training could count on
             round = torch.zeros((), dtype=torch.int64, device=device)
         module.register_buffer(_ROUND, round, persistent=False)
-    advance(round, module.training)
+    counted = advance(round, module.training)
     layer = getattr(module, "layer_idx", None)
-    return dataclasses.replace(draw, round=round).for_layer(layer or 0)
+    return dataclasses.replace(draw, round=round).for_layer(layer or 0), counted
 
 
 def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int | None:

@@ -72,12 +72,14 @@ class LambdaLayer(CacheLayerMixin):
         new, self._new = self._new, None
         return new
 
-    def append(self, key: Tensor, value: Tensor, starts: Tensor | None, position_offset: Tensor | None) -> None:
-        """Takes the tokens into `store`; the first starts[b] of row b are padding."""
-        assert self.store is not None
-        self.store.append(key, value, starts=starts)
-        self._seen += key.shape[2]
+    def count(self, tokens: int, position_offset: Tensor | None) -> None:
+        """Says that `store` has taken tokens."""
+        self._seen += tokens
         self.position_offset = position_offset
+
+    def forget_new(self) -> None:
+        """Lets go of tokens that wait: no attention will come for them."""
+        self._new = None
 
     def open_store(self, name: str, sink_size: int, window_size: int) -> LambdaKVCache:
         """The store, of these sizes."""
@@ -130,7 +132,9 @@ class LambdaLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
         if self.store is not None:
-            self._choose(torch.arange(len(self.store.lengths)).repeat_interleave(repeats))
+            self.store.repeat_interleave(repeats)
+            if self.position_offset is not None:
+                self.position_offset = self.position_offset.repeat_interleave(repeats)
 
 
 class LambdaCache(Cache):
@@ -169,6 +173,7 @@ class LambdaCache(Cache):
             ValueError: the attention before this one did not take its tokens from the cache.
         """
         if self._last is not None and self._last.waits:
+            self._last.forget_new()
             raise ValueError(
                 "LambdaCache: attn_implementation is one that does not read this cache and must be one made by "
                 "pycore.integrations.transformers.register"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from pycore.equal_info_table import EqualInfoTable
@@ -37,7 +38,8 @@ class EqualInfoTokenizer(PreTrainedTokenizer):  # type: ignore[misc, unused-igno
         parse: "longest" or "optimal", as for `EqualInfoTable.encode`.
         errors: what `decode` does with bytes that are no UTF-8, as for `bytes.decode`. A token may end inside a
             character, so single tokens are often such bytes.
-        **kwargs: as for `transformers.PreTrainedTokenizer`.
+        **kwargs: as for `transformers.PreTrainedTokenizer`. Decoding gives back the very text unless
+            clean_up_tokenization_spaces or spaces_between_special_tokens asks for another.
 
     Raises:
         BitstreamError: the file is no table, or a damaged one.
@@ -67,8 +69,10 @@ class EqualInfoTokenizer(PreTrainedTokenizer):  # type: ignore[misc, unused-igno
         self.vocab_file = os.fspath(vocab_file)
         self.table = EqualInfoTable.load(self.vocab_file)
         self.parse, self.errors = parse, errors
-        self._shown = ["".join([_SHOWN[b] for b in string]) for string in self.table.strings]
+        self._strings = self.table.strings
+        self._shown = ["".join([_SHOWN[b] for b in string]) for string in self._strings]
         self._ids = {shown: i for i, shown in enumerate(self._shown)}
+        kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(
             parse=parse, errors=errors, bos_token=bos_token, eos_token=eos_token, pad_token=pad_token, **kwargs
         )
@@ -89,11 +93,52 @@ class EqualInfoTokenizer(PreTrainedTokenizer):  # type: ignore[misc, unused-igno
         return self._ids.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
+        self._check_id(index)
         return self._shown[index]
 
+    def _check_id(self, index: int) -> None:
+        if not 0 <= index < len(self._shown):
+            raise IndexError(
+                f"EqualInfoTokenizer: id is {index} and must be one of the table's, 0 to {len(self._shown) - 1}, or of "
+                "an added token"
+            )
+
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of tokens that `tokenize` gave."""
-        return bytes(_HIDDEN[character] for token in tokens for character in token).decode(errors=self.errors)
+        """The text of tokens that `tokenize` gave, and of special and added ones, which stand for themselves."""
+        parts = (
+            token.encode() if token not in self._ids else bytes(_HIDDEN[character] for character in token)
+            for token in ([tokens] if isinstance(tokens, str) else tokens)
+        )
+        return b"".join(parts).decode(errors=self.errors)
+
+    def _decode(
+        self,
+        token_ids: int | Sequence[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """By ids and not, as the base class does it, by tokens: an added token may look like one of the table's."""
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        parts = [b""]  # text and added tokens in turn
+        for index in map(int, [token_ids] if isinstance(token_ids, int) else token_ids):
+            if index in skipped:
+                continue
+            added = self._added_tokens_decoder.get(index)
+            if added is not None:
+                parts += [added.content.encode(), b""]
+            else:
+                self._check_id(index)
+                parts[-1] += self._strings[index]
+        if spaces_between_special_tokens:
+            text = " ".join(part.decode(errors=self.errors) for part in parts if part)
+        else:
+            text = b"".join(parts).decode(errors=self.errors)
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
+        return self.clean_up_tokenization(text) if clean else text
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copies the table's file into a folder; `save_pretrained` calls this."""

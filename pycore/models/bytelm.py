@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from pycore import ops
 from pycore._checks import check_int
+from pycore._tensors import check_tensor
 from pycore.cache import LambdaKVCache
 from pycore.nn.attention import POSITIONS, PositionScheme, SelfAttention
 from pycore.nn.linear import Projection, RMSNorm
@@ -183,8 +184,7 @@ class Bytelm(nn.Module):
                 for each layer.
             IndexError: a token is not in 0..256.
         """
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"Bytelm: tokens is a {type(tokens).__name__} and must be a Tensor")
+        check_tensor("Bytelm", "tokens", tokens)
         if tokens.dtype != torch.int64:
             raise TypeError(f"Bytelm: tokens has dtype {tokens.dtype} and must have torch.int64")
         if tokens.dim() != 2:

@@ -158,8 +158,8 @@ class SelfAttention(nn.Module):
         if cache is None:
             mixed: Any = ops.attention(query, key, value, key_starts=starts, **attend)
         else:
-            cache.append(key, value, starts=starts)
-            mixed = cache.attend(query, **{name: x for name, x in attend.items() if name != "schedule"})
+            options = {name: x for name, x in attend.items() if name != "schedule"}
+            mixed = cache.append_and_attend(query, key, value, starts=starts, **options)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -174,7 +174,7 @@ def check_factors(op: str, softcap: float, dropout_p: float) -> tuple[float, flo
 
 
 class LambdaAttention(SelfAttention):
-    """Causal self-attention whose cost grows linearly with the length: sinks, a window and a distance limit.
+    """Self-attention whose cost grows linearly with the length: sinks, a window and a distance limit. Usually causal.
 
     A row's output has the same bits in one pass, in chunks, or token by token on a cache, alone or in a batch.
 
@@ -183,11 +183,14 @@ class LambdaAttention(SelfAttention):
         heads: query heads.
         sink_size: tokens kept from the start, at least 0.
         window_size: newest tokens kept, the query's own among them.
+        right: tokens kept after the query's own, for encoders, which have no cache; biases then go by the distance to
+            either side.
         kv_heads: key and value heads, which divide ``heads``; ``heads`` by default.
         head_dim: channels of a head, ``dim / heads`` by default; even for ``rope``.
         position: ``"rope"``, ``"alibi"``, ``"t5"``, ``"harmonic"`` or ``"none"``, see :class:`PositionScheme`.
         theta: base of the rotary frequencies.
-        distance_limit: the largest distance positions see, ``window_size`` by default and at least that.
+        distance_limit: the largest distance positions see; by default, and at least, the larger of ``window_size`` and
+            ``right``.
         sink_logits: whether a learned logit for each head joins the softmax and carries no value.
         softcap: logits become ``softcap * tanh(logit / softcap)``; 0 for none.
         dropout_p: share of the attention weights set to zero in training.
@@ -213,6 +216,7 @@ class LambdaAttention(SelfAttention):
         *,
         sink_size: int,
         window_size: int,
+        right: int = 0,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         position: str = "rope",
@@ -225,22 +229,33 @@ class LambdaAttention(SelfAttention):
     ) -> None:
         super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, bias=bias)
         LambdaKVCache(sink_size, window_size)  # says what is wrong with either
-        self.sink_size, self.window_size = sink_size, window_size
+        check_int("LambdaAttention", "right", right, 0)
+        self.sink_size, self.window_size, self.right = sink_size, window_size, right
         if distance_limit is not None:
             check_int("LambdaAttention", "distance_limit", distance_limit)
-        self.distance_limit = window_size if distance_limit is None else distance_limit
-        if self.distance_limit < window_size:
-            raise ValueError(
-                f"LambdaAttention: distance_limit is {distance_limit} and must be at least window_size, {window_size}"
-            )
+        self.distance_limit = max(window_size, right) if distance_limit is None else distance_limit
+        for name, least in (("window_size", window_size), ("right", right)):
+            if self.distance_limit < least:
+                raise ValueError(
+                    f"LambdaAttention: distance_limit is {distance_limit} and must be at least {name}, {least}"
+                )
         check_bool("LambdaAttention", "sink_logits", sink_logits)
         self.softcap, self.dropout_p = check_factors("LambdaAttention", softcap, dropout_p)
         self.positions = PositionScheme(position, heads, self.head_dim, max_distance=self.distance_limit, theta=theta)
         self.sink_logits = nn.Parameter(torch.zeros(heads)) if sink_logits else None
 
     def cache(self, rollback: int = 0) -> LambdaKVCache:
-        """An empty cache for this layer, whose last ``rollback`` tokens can be taken back."""
+        """An empty cache for this layer, whose last ``rollback`` tokens can be taken back.
+
+        Raises:
+            ValueError: the layer looks to the right: tokens that are still to come would change what is computed.
+        """
+        self._refuse_cache()
         return LambdaKVCache(self.sink_size, self.window_size, rollback)
+
+    def _refuse_cache(self) -> None:
+        if self.right != 0:
+            raise ValueError(f"LambdaAttention: right is {self.right} and must be 0 where there is a cache")
 
     def forward(  # type: ignore[override]
         self, x: Tensor, *, cache: LambdaKVCache | None = None, starts: Tensor | None = None
@@ -259,9 +274,12 @@ class LambdaAttention(SelfAttention):
             **self.positions(),
         }
         if cache is None:
-            attend["schedule"] = Lambda(self.sink_size, self.window_size)
+            attend["schedule"] = Lambda(self.sink_size, self.window_size, self.right)
             attend["dropout_p"] = self.dropout_p if self.training else 0.0
-        elif (cache.sink_size, cache.window_size) != (self.sink_size, self.window_size):
+            attend["symmetric_bias"] = self.right != 0
+            return super().forward(x, attend, cache, starts)
+        self._refuse_cache()
+        if (cache.sink_size, cache.window_size) != (self.sink_size, self.window_size):
             raise ValueError(
                 f"LambdaAttention: cache has sink_size {cache.sink_size} and window_size {cache.window_size} and must "
                 f"have {self.sink_size} and {self.window_size}"

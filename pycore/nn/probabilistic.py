@@ -110,7 +110,17 @@ class ProbabilisticAttention(SelfAttention):
             x: ``[batch, length, dim]``.
             starts: int64 ``[batch]``, tokens at the front of x that are padding; their outputs mean nothing.
         """
-        advance(self.round, self.training)
+        counted = advance(self.round, self.training)
+        if torch.compiler.is_compiling():
+            return self._forward(x, starts)
+        try:
+            return self._forward(x, starts)
+        except Exception:
+            if counted:
+                self.round.sub_(1)  # what was refused was no round
+            raise
+
+    def _forward(self, x: Tensor, starts: Tensor | None) -> Tensor:
         attend: dict[str, Any] = {
             "schedule": self.schedule(),
             "softcap": self.softcap,
@@ -120,8 +130,13 @@ class ProbabilisticAttention(SelfAttention):
         return super().forward(x, attend, starts=starts)
 
 
-def advance(round: Tensor, training: bool) -> None:
-    """Counts a forward pass in training, but not one inside a backward pass: gradient checkpointing computes again."""
+def advance(round: Tensor, training: bool) -> bool:
+    """Counts a forward pass in training, but not one inside a backward pass: gradient checkpointing computes again.
+
+    Returns whether it has counted.
+    """
     in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
     if training and not in_backward:
         round.add_(1)
+        return True
+    return False

@@ -157,9 +157,24 @@ def lambda_attention(
         limit = window_size if right is None or right <= 0 else max(window_size, right)
     lengths = (key_starts, key_lengths, key_offset, query_lengths)
     check_int(op, "middle_topk", middle_topk, 0)
+    check_bool(op, "return_lse", return_lse)
     if middle_topk and isinstance(query, Tensor):
         placed = rope is not None or distance_bias is not None or alibi_slopes is not None
         check_middle(op, middle_topk, query, placed, limit, window_size)
+    if middle_topk and isinstance(query, Tensor) and isinstance(key, Tensor):
+        distance_bias, alibi_slopes = (
+            x if not isinstance(x, Tensor) else as_table(x, _autocast(query)[0]) for x in (distance_bias, alibi_slopes)
+        )
+        if (
+            distance_bias is None
+            and alibi_slopes is not None
+            and alibi_slopes.dim() == 1
+            and alibi_slopes.requires_grad
+        ):
+            # As a table, which has a gradient: distances end at the window, where the middle tokens stand.
+            reach = min(window_size, key.shape[2]) if key_offset is None and key.dim() == 4 else window_size
+            distance_bias = -alibi_slopes[:, None] * torch.arange(reach + 1, device=alibi_slopes.device)
+            alibi_slopes = None
     kept = call_attention(
         op, query, key, value, Lambda(sink_size, window_size, right), rope, interleaved, limit, distance_bias,
         alibi_slopes, sink_logits, softcap, dropout_p, scale, lengths, return_lse or middle_topk != 0,
@@ -175,7 +190,7 @@ def lambda_attention(
     if distance_bias is not None:
         bias = distance_bias[:, min(window_size, distance_bias.shape[1] - 1), None].contiguous()
     elif alibi_slopes is not None and alibi_slopes.dim() == 1:
-        bias = -alibi_slopes[:, None] * window_size
+        bias = -alibi_slopes.to(seen.dtype)[:, None] * window_size
     middle_key, middle_value = (gathered(x, index).to(seen.dtype) for x in (key, value))
     middle = call_attention(
         op, seen, middle_key, middle_value, Full(), None, False, None, bias, None, None, softcap,
@@ -183,7 +198,7 @@ def lambda_attention(
     )  # fmt: skip
     assert isinstance(kept, tuple) and isinstance(middle, tuple)
     if alibi_slopes is not None and alibi_slopes.dim() == 2:  # one number for all keys of a row moves its lse alone
-        middle = (middle[0], middle[1] - (alibi_slopes * window_size)[..., None])
+        middle = (middle[0], middle[1] - (alibi_slopes.to(seen.dtype) * window_size)[..., None])
     out, lse = merged(kept, middle)
     return (out, lse) if return_lse else out
 
@@ -213,9 +228,10 @@ def call_attention(
         check_tensor(op, name, tensor)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule is a {type(schedule).__name__} and must be one of pycore.schedules")
-    if isinstance(schedule, Lambda | Segments):
+    if isinstance(schedule, Lambda | Segments | Tree):
         check_int(op, "sink_size", schedule.sink_size, 0)
-        for name, size, least in (("window_size", schedule.window_size, 1), ("right", schedule.right, 0)):
+        right = None if isinstance(schedule, Tree) else schedule.right
+        for name, size, least in (("window_size", schedule.window_size, 1), ("right", right, 0)):
             if size is not None or (isinstance(schedule, Lambda) and name == "window_size"):
                 check_int(op, name, size, least)
     if isinstance(schedule, Segments | KeySubset):
@@ -260,12 +276,17 @@ def call_attention(
         schedule_tensor = key_words(op, schedule, key.shape[2], shifted=lengths[2] is not None)
     elif isinstance(schedule, Tree):
         schedule_tensor = tree_nodes(op, schedule)
+    # For a gradient, lse comes with what rounding it left out.
+    differentiable = (query, key, value, distance_bias, sink_logits)
+    pair = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     out, lse = torch.ops.pycore.attention(
         query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule_tensor, seed,
         block_bias, op, schedule.kind, schedule.args, bool(interleaved), limit, scale, softcap, dropout_p, key_ring,
-        symmetric_bias, numbers,
+        bool(symmetric_bias), numbers, pair,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    return out, lse[0] if pair else lse
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -293,6 +314,7 @@ _TENSORS = (
     "key_lengths", "key_offset", "query_lengths", "schedule_tensor", "dropout_seed", "block_bias",
 )  # fmt: skip
 _SLOPES = _TENSORS.index("alibi_slopes")
+_LSE_PAIR = len(_TENSORS) + 11  # the last of all, after symmetric_bias and numbers
 _BIAS, _SINK = _TENSORS.index("distance_bias"), _TENSORS.index("sink_logits")
 
 
@@ -312,12 +334,15 @@ def _check_fakes(*args: Any, **others: Any) -> None:
 
 
 @torch.library.register_fake("pycore::attention")
-def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, lse_pair: bool = False
+) -> tuple[Tensor, Tensor]:
     _check_fakes(query, key, value, *args)
     batch, heads, length, _ = query.shape
+    pair = (2,) if lse_pair or any(args[_LSE_PAIR - 3 :]) else ()
     return (
         query.new_empty(batch, heads, length, value.shape[3]),
-        query.new_empty(batch, heads, length, dtype=_sum_dtype(query)),
+        query.new_empty(*pair, batch, heads, length, dtype=_sum_dtype(query)),
     )
 
 
@@ -337,17 +362,19 @@ def _attention_backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     count = len(_TENSORS)
-    ctx.options = inputs[count:-1]
-    ctx.save_for_backward(*output, *inputs[:count], inputs[-1])
+    ctx.options = inputs[count : _LSE_PAIR - 1]
+    ctx.save_for_backward(*output, *inputs[:count], inputs[_LSE_PAIR - 1])
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *tensors, numbers = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options) + 1)
+    grads: list[Tensor | None] = [None] * (_LSE_PAIR + 1)
     if grad_out is None and grad_lse is None:
         return tuple(grads)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    if grad_lse is not None and grad_lse.dim() == 4:
+        grad_lse = grad_lse[0]
     wants_bias, wants_sink = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINK]
     query, key, value, bias, sink = torch.ops.pycore.attention_backward(
         grad_out, grad_lse, out, lse, wants_bias, wants_sink, *tensors, *ctx.options, numbers
@@ -382,6 +409,9 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...], fir
                 rows = arg[None] if dim is None else arg.movedim(dim, 0)
                 rows = rows.expand(info.batch_size, batch, *rows.shape[2:])
                 folded[place] = rows.flatten(0, 1).contiguous()
+        elif place == first - 3 and arg.dim() == (4 if dim is None else 5):  # lse in two parts, in front of the batch
+            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            folded[place] = arg.movedim(0, 1).flatten(1, 2).contiguous()
         elif place in batched:
             arg = arg.unsqueeze(0).expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             folded[place] = arg.flatten(0, 1)
@@ -422,7 +452,7 @@ def _one_by_one(
     each where it is "different"; where it is "error", drawing the seed has raised.
     """
     places, bitmap = _mapped(args, first)
-    places |= {first + _SEED} if bitmap is None else {first + _SEED, bitmap}
+    places |= {first + _SEED, first + _SLOPES} if bitmap is None else {first + _SEED, first + _SLOPES, bitmap}
     mapped = [place for place, dim in enumerate(in_dims) if isinstance(args[place], Tensor) and dim is not None]
     if not places.issuperset(mapped):
         raise NotImplementedError(_NOT_OVER_TABLES)
@@ -440,8 +470,9 @@ _SEED = _TENSORS.index("dropout_seed")
 def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
     if args[_SEED] is not None and info.batch_size > 0:
         return _one_by_one(torch.ops.pycore.attention, info, in_dims, args), (0, 0)
-    outputs = torch.ops.pycore.attention(*_fold(info, in_dims, args))
-    return tuple(x.unflatten(0, (info.batch_size, _batch(in_dims, args, 0))) for x in outputs), (0, 0)
+    out, lse = torch.ops.pycore.attention(*_fold(info, in_dims, args))
+    batch, rows = lse.dim() - 3, (info.batch_size, _batch(in_dims, args, 0))
+    return (out.unflatten(0, rows), lse.unflatten(batch, rows)), (0, batch)
 
 
 @torch.library.register_vmap("pycore::attention_backward")

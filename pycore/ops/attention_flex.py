@@ -137,12 +137,17 @@ def _tree(schedule: Tree, shape: Shape, device: torch.device) -> tuple[Rule, int
     if start < 0:
         raise ValueError(f"{_OP}: parents has {nodes} nodes and there are {key_length} keys; the nodes are the last")
     several = len(ancestors) > 1
+    depth = ancestors.sum(-1) - 1
+    window = key_length + query_length if schedule.window_size is None else schedule.window_size
 
     def in_branch(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
-        p = q + shift
+        p, row = q + shift, b if several else 0
         if nodes == 0:
-            return p >= j
-        above = ancestors[b if several else 0, (p - start).clamp(min=0), (j - start).clamp(min=0)]
-        return (p >= j) & ((p < start) | (j < start) | above)
+            return (p >= j) & ((p - j < window) | (j < schedule.sink_size))
+        of_query, of_key = (p - start).clamp(min=0), (j - start).clamp(min=0)
+        kept = (p >= j) & ((p < start) | (j < start) | ancestors[row, of_query, of_key])
+        place_p = torch.where(p < start, p, start + depth[row, of_query])
+        place_j = torch.where(j < start, j, start + depth[row, of_key])
+        return kept & ((place_p - place_j < window) | (place_j < schedule.sink_size))
 
     return in_branch, batch if several else None, None

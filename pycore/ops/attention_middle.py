@@ -100,7 +100,9 @@ def rotated(query: Tensor, rope: tuple[Tensor, Tensor] | None, interleaved: bool
 
 def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """(out, lse) of attention over two disjoint sets of keys. Without a second set, the first to the bit."""
-    lse = torch.logaddexp(first[1], second[1])
-    at = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
+    # Rows with no weight in either: finite numbers go through the formulas, whose gradients would be NaN.
+    none = (first[1] == -torch.inf) & (second[1] == -torch.inf)
+    at = torch.logaddexp(*(x.masked_fill(none, 0.0) for _, x in (first, second))).masked_fill(none, 0.0)
+    lse = at.masked_fill(none, -torch.inf)
     out: Any = sum(x.to(lse.dtype) * (part - at).exp()[..., None] for x, part in (first, second))
     return out.to(first[0].dtype), lse

@@ -79,7 +79,11 @@ def keep_mask(
         start = (int(j.max()) + 1 if count is None and j.numel() else count or 0) - len(parents)
         node_p, node_j = (p - start).clamp(min=0), (j - start).clamp(min=0)
         in_tree = _branches(parents)[node_p, node_j] if parents else torch.zeros_like(d, dtype=torch.bool)
-        return (d >= 0) & ((p < start) | (j < start) | in_tree)
+        keep = (d >= 0) & ((p < start) | (j < start) | in_tree)
+        if schedule.window_size is not None:
+            place_p, place_j = (places(schedule, x, start + len(parents), batch_row) for x in (p, j))
+            keep = keep & ((place_p - place_j < schedule.window_size) | (place_j < schedule.sink_size))
+        return keep
     raise TypeError(f"schedule is {schedule!r} and must be one of pycore.schedules")
 
 
@@ -130,7 +134,7 @@ def attention(
     batch, heads, query_length, head_dim = query.shape
     group = heads // key.shape[1] if heads else 1
     scale = head_dim**-0.5 if scale is None else scale
-    sinks = schedule.sink_size if isinstance(schedule, Lambda | Probabilistic) else 0
+    sinks = schedule.sink_size if isinstance(schedule, Lambda | Probabilistic | Tree) else 0
     out = query.new_zeros(batch, heads, query_length, value.shape[3])
     lse = query.new_full((batch, heads, query_length), -torch.inf)
     outs, lses = [], []
@@ -163,11 +167,14 @@ def attention(
                 scores = scores - _row(alibi_slopes[..., h, None], b) * away
             if isinstance(schedule, Probabilistic):
                 scores = scores + block_logits(schedule, p, j, h).to(scores.dtype)
-            empty = ~keep.any(1)  # such rows go through the formulas with finite numbers and are replaced afterwards
-            kept_scores = scores.masked_fill(~keep & ~empty[:, None], -torch.inf)
+            # Rows without weights go through the formulas with finite numbers and are replaced afterwards.
+            empty = ~(keep & (scores != -torch.inf)).any(1)
+            keep = keep & ~empty[:, None]
+            kept_scores = scores.masked_fill(~keep, -torch.inf).masked_fill(empty[:, None], 0)
             row_lse = torch.where(empty, -torch.inf, kept_scores.logsumexp(dim=1))
             if sink_logits is not None:
-                row_lse = torch.logaddexp(row_lse, sink_logits[h])
+                none = empty & (sink_logits[h] == -torch.inf)
+                row_lse = torch.logaddexp(row_lse.masked_fill(none, 0), sink_logits[h]).masked_fill(none, -torch.inf)
             finite_lse = torch.where(empty, 0, row_lse)
             weights = torch.where(keep, (kept_scores - finite_lse[:, None]).exp(), 0)
             outs.append(torch.cat([weights @ v, out[b, h, queries:]]))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,78 @@ def test_batches(tokenizer: Any) -> None:
     assert batch["input_ids"].dtype == torch.int64 and batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"].sum(1).tolist() == [len(tokenizer.tokenize(text)) for text in ("def f", "d")]
     assert batch["input_ids"][1, -1] == tokenizer.pad_token_id
+
+
+def test_decoding_special_tokens(tokenizer: Any) -> None:
+    """They stand for themselves, between the pieces of a text that is given back as it was."""
+    text = "<s>def  f ä</s><pad><pad>"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[-3:] == [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.pad_token_id]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "def  f ä"
+    assert tokenizer.decode(torch.tensor(ids)) == text and tokenizer.decode(np.array(ids)) == text
+    assert tokenizer.decode(tuple(ids)) == text
+    assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) == text
+    assert tokenizer.decode([]) == ""
+
+
+def test_decoding_one_id(tokenizer: Any) -> None:
+    one = tokenizer.convert_tokens_to_ids("def")
+    for given in (one, torch.tensor(one), np.int64(one), [one], torch.tensor([one])):
+        assert tokenizer.decode(given) == "def"
+    eos = tokenizer.eos_token_id
+    assert tokenizer.decode(eos) == "</s>" and tokenizer.decode(torch.tensor(eos)) == "</s>"
+    assert tokenizer.decode(eos, skip_special_tokens=True) == ""
+
+
+def test_decoding_batches(tokenizer: Any) -> None:
+    texts = ["def f(x):", "d", "", "日本"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    assert tokenizer.batch_decode(batch, skip_special_tokens=True) == texts
+    assert tokenizer.batch_decode(batch.tolist(), skip_special_tokens=True) == texts
+    pads = (batch == tokenizer.pad_token_id).sum(1).tolist()
+    assert tokenizer.batch_decode(batch) == [x + "<pad>" * n for x, n in zip(texts, pads, strict=True)]
+
+
+@pytest.mark.parametrize("content", ["<tool>", "hello", "def ", "日"])
+def test_decoding_added_tokens(tokenizer: Any, content: str, tmp_path: Path) -> None:
+    """Also after saving."""
+    assert tokenizer.add_tokens([content]) == 1
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end of turn>"]})
+    tokenizer.save_pretrained(tmp_path / "saved")
+    added = tokenizer.convert_tokens_to_ids(content)
+    end = tokenizer.convert_tokens_to_ids("<end of turn>")
+    ids = [tokenizer.bos_token_id, *tokenizer.table.encode(b"a b").tolist(), added, added, end]
+    for one in (tokenizer, EqualInfoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert one.decode(ids) == f"<s>a b{content}{content}<end of turn>"
+        assert one.decode(ids, skip_special_tokens=True) == f"a b{content}{content}"
+
+
+def test_decoding_with_other_spaces(tokenizer: Any) -> None:
+    ids = tokenizer("<s>do n't stop , now .</s>")["input_ids"]
+    assert tokenizer.decode(ids) == "<s>do n't stop , now .</s>"
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=True) == "<s>don't stop, now.</s>"
+    assert tokenizer.decode(ids, spaces_between_special_tokens=True) == "<s> do n't stop , now . </s>"
+    (cleaned,) = tokenizer.batch_decode([ids], skip_special_tokens=True, clean_up_tokenization_spaces=True)
+    assert cleaned == "don't stop, now."
+
+
+def test_a_special_token_inside_a_character(tokenizer: Any) -> None:
+    first, second = (
+        tokenizer.table.encode("本".encode()).tolist()[:1],
+        tokenizer.table.encode("本".encode()).tolist()[1:],
+    )
+    ids = [*first, tokenizer.pad_token_id, *second]
+    assert tokenizer.decode(ids) == "�<pad>��"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "本"
+
+
+@pytest.mark.parametrize("index", [-1, 515, -100])
+def test_ids_that_do_not_exist(tokenizer: Any, index: int) -> None:
+    message = f"^EqualInfoTokenizer: id is {index} and must be one of the table's, 0 to 511, or of an added token$"
+    for call in (tokenizer.decode, tokenizer.convert_ids_to_tokens):
+        with pytest.raises(IndexError, match=message):
+            call([3, index])
 
 
 def test_save_and_load(tokenizer: Any, tmp_path: Path) -> None:

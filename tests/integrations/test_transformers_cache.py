@@ -268,3 +268,38 @@ def test_a_failed_call_can_be_repeated() -> None:
     assert cache.get_seq_length() == 30
     expected = logits(model, ids[:, 30:], past_key_values=filled(model, ids[:, :30]))
     assert torch.equal(logits(model, ids[:, 30:], past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("seen", [0, 30])
+def test_what_attention_refuses_is_not_in_the_cache(seen: int) -> None:
+    model, ids = use(tiny("llama", layers=1), "lam"), tokens(2, 40)
+    cache = LambdaCache(SINKS, WINDOW)
+    if seen:
+        logits(model, ids[:, :seen], past_key_values=cache)
+    attention = model.model.layers[0].self_attn
+    attention.scaling, scaling = float("nan"), attention.scaling
+    for _ in range(2):
+        with pytest.raises(ValueError, match="scale is nan"):
+            logits(model, ids[:, seen:], past_key_values=cache)
+        assert cache.get_seq_length() == seen
+    attention.scaling = scaling
+    expected = logits(model, ids)[:, seen:]
+    torch.testing.assert_close(logits(model, ids[:, seen:], past_key_values=cache), expected, rtol=0, atol=1e-4)
+
+
+def test_another_attention_leaves_the_cache_usable() -> None:
+    model, ids = use(tiny("llama"), "sdpa"), tokens(2, 40)
+    cache = LambdaCache(SINKS, WINDOW)
+    with pytest.raises(ValueError, match="attn_implementation is one that does not read this cache"):
+        logits(model, ids, past_key_values=cache)
+    expected = logits(use(model, "lam"), ids)
+    assert torch.equal(logits(model, ids, past_key_values=cache), expected)
+
+
+def test_repeats_that_are_refused() -> None:
+    model = use(tiny("llama"), "lam")
+    cache = filled(model, tokens(3, 60))
+    with pytest.raises(ValueError, match="repeats is 0 and must be at least 1"):
+        cache.batch_repeat_interleave(0)
+    expected = logits(model, tokens(3, 5), past_key_values=filled(model, tokens(3, 60)))
+    assert torch.equal(logits(model, tokens(3, 5), past_key_values=cache), expected)

@@ -111,21 +111,84 @@ def test_short_mask() -> None:
 
 
 def test_packed_texts() -> None:
-    """Without a mask transformers finds them; with one, and one text after another in a cache, the function does."""
+    """Where they cannot be kept apart."""
     positions = (torch.arange(12) % 7)[None].expand(2, -1)
     refused(
-        "lam: position_ids or the model's mask cut a row into several texts and must leave it whole: packed sequences "
-        "and chunked attention are not available",
+        "lam: position_ids jump within a row and must be consecutive: packed sequences are not available with a "
+        "LambdaCache",
         llama(),
         position_ids=positions,
-        use_cache=False,
+        past_key_values=LambdaCache(SINKS, WINDOW),
     )
+    model, cache = llama(), DynamicCache()
+    logits(model, tokens(2, 5), past_key_values=cache)
+    refused(
+        "lam: position_ids begin again within a row while past_key_values holds tokens and must go on: packed "
+        "sequences need an empty cache",
+        model,
+        position_ids=positions + 5,
+        past_key_values=cache,
+    )
+    assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_bigcode"])
+def test_a_cache_of_packed_texts_does_not_go_on(model_type: str) -> None:
+    model, cache = packed_model(model_type), DynamicCache()
+    logits(model, tokens(2, 12), position_ids=(torch.arange(12) % 7)[None], past_key_values=cache)
+    message = "lam_kept: past_key_values holds several texts a row, of packed position_ids, and must hold one to go on"
+    with pytest.raises(ValueError, match=exactly(message)):
+        logits(model, tokens(2, 1), position_ids=torch.tensor([[5]]), past_key_values=cache)
+    other = DynamicCache()
+    for _ in range(2):
+        logits(model, tokens(2, 12), past_key_values=other)
+
+
+def packed_model(model_type: str) -> Any:
+    changes = {"n_embd": 64, "n_head": 4, "n_layer": 2} if model_type == "gpt_bigcode" else {}
+    model = use(tiny(model_type, **changes), "lam_kept")
+    try:
+        logits(model, tokens(1, 3))
+    except ValueError as error:  # transformers 4's GPT BigCode
+        assert "must be the 2-D mask of padding" in str(error)
+        pytest.skip(f"{model_type} makes a mask of queries by keys by itself")
+    return model
+
+
+def test_positions_that_jump_ahead() -> None:
+    """With a mask, transformers sees no new text there, so neither reading would be safe."""
+    positions = torch.cat([torch.arange(5), torch.arange(50, 57)])[None]
     refused(
         "lam: position_ids jump within a row and must be consecutive: packed sequences are not available",
         llama(),
         position_ids=positions,
         attention_mask=torch.ones(2, 12, dtype=torch.int64),
     )
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 4), (2, 1, 12, 12), (2, 1, 1, 12), (1, 1, 12, 12), (2, 1, 12, 1)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.int32], ids=str)
+@pytest.mark.parametrize("name", ["lam", "lam_kept"])
+def test_foreign_masks(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Of whatever dtype and shape they are not taken for what this library hands itself."""
+    mask = torch.tril(torch.ones(12, 12)).to(dtype) if shape[2:] == (12, 12) else torch.ones(shape[2:], dtype=dtype)
+    message = (
+        f"{name}: attention_mask is a {dtype} tensor of shape {list(shape)} and must be the 2-D mask of padding, given "
+        "to the model: masks of queries by keys are not available"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        logits(use(tiny("llama"), name), tokens(2, 12), attention_mask=mask.expand(shape))
+
+
+def test_foreign_masks_of_few_keys() -> None:
+    """Four keys and one query: the shape that this library's own once had, and five and six of them."""
+    model = use(tiny("llama"), "lam_kept")
+    for keys in (4, 5, 6, 7):
+        cache = DynamicCache()
+        logits(model, tokens(2, keys - 1), past_key_values=cache)
+        with pytest.raises(ValueError, match="must be the 2-D mask of padding"):
+            mask = torch.ones(2, 1, 1, keys, dtype=torch.int64)
+            logits(model, tokens(2, 1), past_key_values=cache, attention_mask=mask)
 
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from pycore.integrations._transformers_attention import round_of
 from pycore.integrations.transformers import LambdaCache, register_probabilistic, set_round
 from pycore.reference.attention import attention as reference_attention
 from pycore.schedules import Constant, Harmonic, Lambda, Probabilistic
@@ -140,6 +141,18 @@ def test_compiled_training_draws_anew() -> None:
         torch.testing.assert_close(logits(compiled, ids, use_cache=False), before, rtol=0, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     torch._dynamo.reset()
+
+
+def test_a_refused_pass_is_no_round() -> None:
+    model, ids = use(tiny("llama", layers=1), "drawn").train(), tokens(1, LENGTH)
+    attention = model.model.layers[0].self_attn
+    logits(model, ids)
+    attention.scaling, scaling = float("nan"), attention.scaling
+    before = int(round_of(attention))
+    with pytest.raises(ValueError, match="scale is nan"):
+        logits(model, ids)
+    attention.scaling = scaling
+    assert int(round_of(attention)) == before
 
 
 def exactly(message: str) -> str:

@@ -142,16 +142,22 @@ bool decodes(const Problem& p, const std::vector<uint8_t>& bytes) {
   const Exact stream(bytes);
   const int64_t offsets[2] = {0, stream.size};
   pycore::StreamResult result;
+  pycore::Frame frame;
   pycore::DecodeParams params;
   params.data = stream.data.get();
   params.offsets = offsets;
   params.streams = 1;
   params.results = &result;
+  params.frames = &frame;
   pycore::open_streams(params, pycore::Parallel{});
   if (result.fault != CoderFault::kNone) return false;
-  if (p.fixed ? result.count > 4 * p.length + 64 : result.count != p.length) return false;  // the faces' affair
+  if (!p.fixed && result.count != p.length) return false;  // the faces' affair
   params.length = result.count;
   params.model = p.model();
+  pycore::check_claims(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
+  if (result.fault != CoderFault::kNone) return false;
+  // What may be claimed without a look; more was decoded, and cannot be what was coded.
+  expect(!p.fixed || result.count <= (1 << 17) + 64 * stream.size, "a claim that the payload cannot hold is accepted");
   std::unique_ptr<int64_t[]> symbols(new int64_t[static_cast<size_t>(params.length)]);
   params.symbols = symbols.get();
   pycore::decode(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
@@ -211,12 +217,14 @@ void noise(Problem p, const std::vector<uint8_t>& good) {
   const Exact stream(good);
   const int64_t offsets[2] = {0, stream.size};
   pycore::StreamResult result;
+  pycore::Frame frame;
   pycore::DecodeParams params;
   params.data = stream.data.get();
   params.offsets = offsets;
   params.streams = 1;
   params.length = p.length;
   params.results = &result;
+  params.frames = &frame;
   params.model = p.model();
   std::vector<int64_t> symbols(static_cast<size_t>(p.length));
   params.symbols = symbols.data();
@@ -248,14 +256,22 @@ void adaptive() {
     if (i > 2) forge(&bad);
     const Exact exact(bad);
     const int64_t offsets[2] = {0, exact.size};
+    pycore::Frame frame;
     pycore::DecodeParams params;
     params.adaptive = true;
+    params.frames = &frame;
     params.data = exact.data.get();
     params.offsets = offsets;
     params.streams = 1;
     params.results = &result;
     pycore::open_streams(params, pycore::Parallel{});
-    bool accepted = result.fault == CoderFault::kNone && result.count < 1000;
+    bool accepted = result.fault == CoderFault::kNone;
+    if (accepted) {
+      params.length = result.count;
+      pycore::check_claims(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
+      accepted = result.fault == CoderFault::kNone;
+      expect(!accepted || result.count <= (1 << 20) + 256 * exact.size, "a claim of more bytes than it holds");
+    }
     std::vector<uint8_t> out(static_cast<size_t>(accepted ? result.count : 0));
     if (accepted) {
       params.length = result.count;

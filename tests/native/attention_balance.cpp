@@ -86,16 +86,15 @@ std::vector<double> forward_items(const AttentionParams& params, int64_t threads
   const pycore::AttentionKernels kernels = sizes();
   const pycore::ForwardPlan plan(params, kernels, threads);
   std::vector<double> items;
-  for (int64_t item = 0; item < plan.tiles * plan.segments; ++item) {
+  for (int64_t index = 0; index < plan.tiles; ++index) {
     RowMap map;
-    const QueryTile tile = plan.tile(item / plan.segments, &map);
-    if (plan.segments == 1) {
-      items.push_back(kept_pairs(map, tile, 0, INT64_MAX));
-      continue;
+    const QueryTile tile = plan.tile(index, &map);
+    std::vector<pycore::SegmentRange> ranges(plan.segments);
+    if (plan.segments > 1) {
+      const int64_t p_lo = map.query_position(tile.first);
+      pycore::list_segments(map, p_lo, p_lo + tile.count - 1, plan.segments, ranges.data());
     }
-    const int64_t p_lo = map.query_position(tile.first);
-    const int64_t segment = pycore::visited_segment(map, p_lo, p_lo + tile.count - 1, item % plan.segments);
-    items.push_back(segment < 0 ? 0 : kept_pairs(map, tile, segment, segment + 1));
+    for (const pycore::SegmentRange& range : ranges) items.push_back(kept_pairs(map, tile, range.first, range.last));
   }
   return items;
 }

@@ -72,7 +72,8 @@ std::unique_ptr<char, Freer> aligned(int64_t bytes) {
 struct Problem {
   pycore::AttentionBackwardParams params;
   std::vector<char> query, key, value, out, grad_out;
-  Buffer lse, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias, grad_sinks;
+  Buffer lse, lse_low, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias,
+      grad_sinks;
   std::vector<int64_t> starts, lengths, offsets, queries, prefixes, boundaries, bitmap;
   std::vector<uint64_t> blocks;
   Buffer block_bias;
@@ -107,6 +108,7 @@ struct Problem {
     grad_out = stored(normal(p.batch * p.heads * p.query_length * p.value_dim), p.dtype);
     out.resize(grad_out.size());
     lse.resize(p.batch * p.heads * p.query_length);
+    lse_low.resize(lse.size());
     delta.resize(lse.size());
     grad_query.resize(p.batch * p.heads * p.query_length * p.head_dim);
     grad_key.resize(keys.size());
@@ -116,6 +118,7 @@ struct Problem {
     p.value = value.data();
     p.out = out.data();
     p.lse = lse.data();
+    if (draw(0, 1)) p.lse_low = lse_low.data();  // else the backward pass finds it by itself
     params.grad_out = grad_out.data();
     params.delta = delta.data();
     params.grad_query = grad_query.data();
@@ -156,6 +159,11 @@ struct Problem {
       p.schedule.keys = reinterpret_cast<const uint64_t*>(bitmap.data());
     } else if (p.schedule.kind == ScheduleKind::kTree) {
       bind_tree();
+      if (draw(0, 1)) {
+        p.schedule.sink_size = draw(0, 80);
+        p.schedule.window_size = draw(1, 150);
+        if (p.schedule.tree_nodes <= pycore::kKeyTile && draw(0, 1)) bind_ring();
+      }
     } else if (p.schedule.kind == ScheduleKind::kBlocks) {
       p.schedule.block_shift = draw(4, 7);
       p.schedule.sink_size = draw(0, 1) ? draw(0, 80) : 0;
@@ -206,8 +214,9 @@ struct Problem {
     p.key_ring = pycore::kKeyTile * draw(1, 2);
     p.query_length = std::min(p.query_length, p.key_ring);
     p.key_length = p.schedule.sink_size + p.key_ring;
-    p.schedule.window_size = draw(1, p.key_ring - p.query_length + 1);
-    for (int64_t b = 0; b < p.batch; ++b) lengths.push_back(draw(0, 2 * p.key_length));
+    const int64_t nodes = p.schedule.tree_nodes;
+    p.schedule.window_size = draw(1, p.key_ring - std::max(p.query_length, nodes) + 1);
+    for (int64_t b = 0; b < p.batch; ++b) lengths.push_back(draw(nodes, 2 * p.key_length));
     p.key_lengths = lengths.data();
   }
 

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // float16 and bfloat16 by their definition, without the bit tricks of dtype.h: a half is sign * mantissa * 2^exponent,
 // and a float becomes the nearest one, the even one of two. All halves, all ties and their neighbours, random floats.
+// And no floating-point environment changes any of them, nor the instructions that the fast kernels convert with.
+#include <immintrin.h>
 #include <pycore/dtype.h>
+#include <pycore/float_environment.h>
 
 #include <algorithm>
 #include <cmath>
@@ -87,9 +90,83 @@ void check(const Format& format) {
   }
 }
 
+// Everything above once more as bits: all halves, and floats that become every kind of half.
+using Convert = void (*)(std::vector<uint32_t>* floats, std::vector<uint16_t>* halves, const std::vector<float>& given);
+
+template <float (*to_float)(uint16_t), uint16_t (*from_float)(float)>
+void plainly(std::vector<uint32_t>* floats, std::vector<uint16_t>* halves, const std::vector<float>& given) {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    floats->push_back(pycore::bits_of_float(to_float(static_cast<uint16_t>(bits))));
+  }
+  for (const float x : given) halves->push_back(from_float(x));
+}
+
+__attribute__((target("avx,f16c"))) void instructions(std::vector<uint32_t>* floats, std::vector<uint16_t>* halves,
+                                                      const std::vector<float>& given) {
+  alignas(32) uint16_t half[8];
+  alignas(32) float wide[8];
+  for (uint32_t bits = 0; bits < 0x10000; bits += 8) {
+    for (uint32_t i = 0; i < 8; ++i) half[i] = static_cast<uint16_t>(bits + i);
+    _mm256_store_ps(wide, _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(half))));
+    for (const float x : wide) floats->push_back(pycore::bits_of_float(x));
+  }
+  for (size_t i = 0; i + 8 <= given.size(); i += 8) {
+    const __m256 x = _mm256_loadu_ps(given.data() + i);
+    _mm_store_si128(reinterpret_cast<__m128i*>(half),
+                    _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    halves->insert(halves->end(), half, half + 8);
+  }
+}
+
+void check_environments(const char* name, Convert convert) {
+  std::mt19937 engine(12);
+  std::vector<float> given(1 << 20);
+  for (float& x : given) {
+    const uint32_t bits = static_cast<uint32_t>(engine());
+    // Of every third the exponent is one whose halves are subnormal or nearly so, or the float is.
+    const uint32_t exponent = engine() % 3 ? bits >> 23 & 0xff : 98 + engine() % 20;
+    x = pycore::float_from_bits((bits & 0x807fffff) | (engine() % 16 ? exponent << 23 : 0));
+  }
+  std::vector<uint32_t> floats;
+  std::vector<uint16_t> halves;
+  convert(&floats, &halves, given);
+  const unsigned before = _mm_getcsr();
+  for (const unsigned mode : {0x9fc0u, 0x3f80u, 0x5f80u, 0x7f80u, 0xffc0u}) {  // flush, three roundings, both
+    std::vector<uint32_t> other_floats;
+    std::vector<uint16_t> other_halves;
+    _mm_setcsr(mode);
+    convert(&other_floats, &other_halves, given);
+    _mm_setcsr(before);
+    if (other_floats == floats && other_halves == halves) continue;
+    std::fprintf(stderr, "failed: %s depends on the environment %x\n", name, mode);
+    std::exit(1);
+  }
+}
+
+// What a kernel runs in, and what its caller gets back.
+void check_fixed() {
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(0xffc4);
+  {
+    const pycore::FixedFloats fixed;
+    if (_mm_getcsr() != 0x1f80) std::exit(1);
+    volatile float third = 1.0f;
+    third = third / 3.0f;  // raises a flag
+  }
+  const unsigned after = _mm_getcsr();
+  _mm_setcsr(before);
+  if (after == 0xffc4) return;
+  std::fprintf(stderr, "failed: the caller gets %x back\n", after);
+  std::exit(1);
+}
+
 }  // namespace
 
 int main() {
+  check_fixed();
+  check_environments("float16", plainly<pycore::float_from_float16, pycore::float16_from_float>);
+  check_environments("bfloat16", plainly<pycore::float_from_bfloat16, pycore::bfloat16_from_float>);
+  if (__builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c")) check_environments("F16C", instructions);
   check({"float16", 10, 15, pycore::float_from_float16, pycore::float16_from_float});
   check({"bfloat16", 7, 127, pycore::float_from_bfloat16, pycore::bfloat16_from_float});
   std::printf("all halves, all ties, a million floats\n");

@@ -69,18 +69,24 @@ bool lambda_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
   return p - j >= -schedule.right && (p - j < schedule.window_size || j < schedule.sink_size);
 }
 
-// The tree from its parents.
-bool tree_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
-  const int64_t last = schedule.tree_start + schedule.tree_nodes;
-  if (j < schedule.tree_start || p < schedule.tree_start || p >= last) return j <= p;
-  int64_t node = p - schedule.tree_start;
-  while (node > j - schedule.tree_start) node = schedule.tree[node * (2 + schedule.tree_words)];
-  return node == j - schedule.tree_start;
-}
-
 int64_t tree_depth(const TileSchedule& schedule, int64_t node) {
   const int64_t parent = schedule.tree[node * (2 + schedule.tree_words)];
   return parent < 0 ? 0 : tree_depth(schedule, parent) + 1;
+}
+
+// The tree from its parents.
+bool tree_keeps(const TileSchedule& schedule, int64_t p, int64_t j) {
+  const int64_t start = schedule.tree_start, last = start + schedule.tree_nodes;
+  if (j > p) return false;
+  int64_t from = p, to = j;
+  if (p >= start && p < last) from = start + tree_depth(schedule, p - start);
+  if (j >= start && p < last) {
+    int64_t node = p - start;
+    while (node > j - start) node = schedule.tree[node * (2 + schedule.tree_words)];
+    if (node != j - start) return false;
+    to = start + tree_depth(schedule, j - start);
+  }
+  return from - to < schedule.window_size || to < schedule.sink_size;
 }
 
 bool agrees(const TileSchedule& schedule, int64_t p, int64_t j, bool kept) {
@@ -161,6 +167,36 @@ void check(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   }
 }
 
+// The boundaries, the bitmap and the nodes of the schedule last drawn.
+std::vector<int64_t> boundaries, nodes;
+std::vector<uint64_t> blocks;
+
+// On a device nobody checks boundaries: of any numbers in any order, every function ends and overflows nothing.
+void check_any_boundaries() {
+  TileSchedule schedule;
+  schedule.kind = pycore::ScheduleKind::kSegments;
+  boundaries.resize(draw(1, 6));
+  const int64_t ends[] = {INT64_MIN, INT64_MIN + 1, -pycore::kFar, INT64_MAX, INT64_MAX - 1, pycore::kFar, 0};
+  for (int64_t& boundary : boundaries) boundary = draw(0, 1) ? ends[draw(0, 6)] : draw(-70, kKeys + 70);
+  schedule.boundaries = boundaries.data();
+  schedule.segments = static_cast<int64_t>(boundaries.size()) - 1;
+  schedule.right = draw(0, 1) ? 0 : draw(0, 1) ? pycore::kFar : 70;
+  if (draw(0, 1)) schedule.window_size = draw(1, 100);
+  if (draw(0, 1)) schedule.segment_sinks = draw(0, 1) ? pycore::kFar : 9;
+  const int64_t p_lo = draw(-70, kKeys - 1), p_hi = p_lo + draw(0, 95);
+  for (int64_t tile = 0; tile < kTiles; ++tile) {
+    int64_t lo, hi;
+    schedule.query_range(tile, &lo, &hi);
+    expect(lo >= -2 * pycore::kFar && hi <= pycore::kFar, "query_range", schedule, p_lo, p_hi, tile);
+    if (schedule.reach_bits(p_lo, p_hi, tile) != 0) schedule.cover(p_lo, p_hi, tile);
+    expect(schedule.next_tile(p_lo, p_hi, tile) >= tile, "next_tile of any boundaries", schedule, p_lo, p_hi, tile);
+    for (int64_t j = tile * kKeyTile; j < (tile + 1) * kKeyTile; ++j) {
+      expect(!schedule.keeps(p_lo, j) || j - p_lo <= schedule.right, "keeps of any boundaries", schedule, p_lo, p_hi,
+             tile);
+    }
+  }
+}
+
 // Tiles a walk visits for one tile of queries.
 int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
   int64_t count = 0;
@@ -176,10 +212,6 @@ int64_t visited(const TileSchedule& schedule, int64_t p_lo, int64_t p_hi) {
 
 // The tiles of positions lo..hi.
 int64_t tiles_of(int64_t lo, int64_t hi) { return hi / kKeyTile - lo / kKeyTile + 1; }
-
-// The boundaries, the bitmap and the nodes of the schedule last drawn.
-std::vector<int64_t> boundaries, nodes;
-std::vector<uint64_t> blocks;
 
 TileSchedule random_schedule() {
   TileSchedule schedule;
@@ -242,11 +274,12 @@ TileSchedule random_schedule() {
     }
     check_places(schedule);
   }
-  if (schedule.kind != pycore::ScheduleKind::kLambda) return schedule;
+  const bool tree = schedule.kind == pycore::ScheduleKind::kTree;
+  if (schedule.kind != pycore::ScheduleKind::kLambda && (!tree || draw(0, 1))) return schedule;
   const int64_t sizes[] = {0, 1, 63, 64, 65, 128, draw(0, 200), kKeys, pycore::kFar};
   schedule.sink_size = sizes[draw(0, 8)];
   schedule.window_size = std::max<int64_t>(sizes[draw(0, 8)], 1);
-  if (draw(0, 1)) schedule.right = sizes[draw(0, 8)];
+  if (!tree && draw(0, 1)) schedule.right = sizes[draw(0, 8)];
   return schedule;
 }
 
@@ -258,6 +291,7 @@ int main(int argc, char** argv) {
     const int64_t p_lo = draw(-70, kKeys - 1);
     check(random_schedule(), p_lo, std::min(p_lo + draw(0, draw(0, 1) ? 5 : 95), kKeys - 1));
   }
+  for (int i = 0; i < (quick ? 3000 : 20000); ++i) check_any_boundaries();
   // The cost of Λ, and of a window on both sides: a tile of queries visits the sinks' tiles and the window's, however
   // far it stands.
   TileSchedule schedule;

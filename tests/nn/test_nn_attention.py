@@ -24,6 +24,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "harmonic": {"position": "harmonic", "distance_limit": 40},
     "none": {"position": "none", "head_dim": 7, "kv_heads": 6},
 }
+ENCODERS: dict[str, dict[str, Any]] = {
+    "encoder": {"right": 20},
+    "encoder-alibi": {"right": 30, "position": "alibi"},
+    "encoder-t5": {"right": 5, "position": "t5", "distance_limit": 60},
+}
 every_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 
 
@@ -38,7 +43,7 @@ def layer(**options: Any) -> LambdaAttention:
     return built.eval()
 
 
-@every_layer
+@pytest.mark.parametrize("options", (LAYERS | ENCODERS).values(), ids=LAYERS | ENCODERS)
 def test_formula(options: dict[str, Any]) -> None:
     module, x = layer(**options), torch.randn(2, 97, DIM)
     exact = module.double()
@@ -48,8 +53,10 @@ def test_formula(options: dict[str, Any]) -> None:
         .transpose(1, 2)
         for projection in (exact.query, exact.key, exact.value)
     )
+    right = options.get("right", 0)
     mixed, _ = reference.attention(
-        query, key, value, schedule=Lambda(SINKS, WINDOW), distance_limit=options.get("distance_limit", WINDOW),
+        query, key, value, schedule=Lambda(SINKS, WINDOW, right), symmetric_bias=right > 0,
+        distance_limit=options.get("distance_limit", max(WINDOW, right)),
         sink_logits=module.sink_logits, softcap=options.get("softcap", 0.0), **exact.positions(),
     )  # fmt: skip
     expected = mixed.transpose(1, 2).flatten(2) @ exact.out.weight.T
@@ -127,6 +134,11 @@ def build(**options: Any) -> Tensor:
         ({"sink_size": -1}, "sink_size is -1 and must be at least 0"),
         ({"window_size": 0}, "window_size is 0 and must be at least 1"),
         ({"distance_limit": 19}, "LambdaAttention: distance_limit is 19 and must be at least window_size, 20"),
+        ({"right": -1}, "LambdaAttention: right is -1 and must be at least 0"),
+        (
+            {"right": 30, "distance_limit": 29},
+            "LambdaAttention: distance_limit is 29 and must be at least right, 30",
+        ),
         ({"dropout_p": 1.0}, "LambdaAttention: dropout_p is 1.0 and must be at least 0 and less than 1"),
         ({"position": "sine"}, "PositionScheme: name is 'sine' and must be one of rope, alibi, t5, harmonic, none"),
     ],
@@ -134,6 +146,13 @@ def build(**options: Any) -> Tensor:
 def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+def test_an_encoder_has_no_cache() -> None:
+    encoder = layer(right=4)
+    for make in (encoder.cache, lambda: encoder(torch.zeros(1, 2, DIM), cache=layer().cache())):
+        with pytest.raises(ValueError, match="^LambdaAttention: right is 4 and must be 0 where there is a cache$"):
+            make()
 
 
 def test_foreign_cache() -> None:

@@ -20,7 +20,7 @@ from attention_inputs import tables
 
 import pycore
 from pycore.ops import attention
-from pycore.schedules import Causal, Full, Lambda
+from pycore.schedules import Causal, Full, Lambda, Segments
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -89,8 +89,15 @@ def main() -> None:
         x[:, :, -192:] = torch.randn(192, dim)
         forbid(memory, PAGE, (length - 192) * dim * 4 // PAGE * PAGE - PAGE)
         cache.append(x)
-    out = attention(q, *cache, schedule=Lambda(4, 100), rope=tables(164, dim), distance_limit=100)
-    assert out.isfinite().all() and out.count_nonzero() == out.numel()
+    one, last = torch.tensor([0, length]), torch.tensor([[0, length // 2, length - 70, 2 * length]])
+    for schedule in (
+        Lambda(4, 100), Lambda(4, 100, right=20), Segments(one, window_size=100, sink_size=4), Segments(last),
+        Segments(one, False, 100, 4, 20), Segments(last, causal=False), Segments(last, False, 30),
+    ):  # fmt: skip
+        both_ends = isinstance(schedule, Segments) and not schedule.causal and schedule.right is None
+        rows = length if both_ends else 164
+        out = attention(q, *cache, schedule=schedule, rope=tables(rows, dim), distance_limit=100)
+        assert out.isfinite().all() and out.count_nonzero() == out.numel()
     print("middle")
 
 

@@ -362,7 +362,9 @@ def allocated(length: int, backward: bool) -> int:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     asked = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     rows = length * 4
-    results = rows * (16 + 1) + (rows * (3 * 16 + 16 + 1) if backward else 0)  # out, lse; gradients, grad_out, delta
+    results = rows * (16 + 1)  # out, lse
+    if backward:
+        results += rows * (1 + 3 * 16 + 16 + 1)  # what rounding lse left out; gradients, grad_out, delta
     assert asked >= results, "the profiler missed an allocation"
     return asked - results
 

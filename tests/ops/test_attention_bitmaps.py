@@ -71,7 +71,22 @@ TREES = [
         {"key_starts": (3, 0), "key_lengths": (140, 200), "query_lengths": (50, 64)},
     )
 ]  # fmt: skip
-CASES = SUBSETS + TREES
+WINDOWS = [
+    Case(n, m, Tree(random_tree(nodes), sinks, window), heads=2, rope_dim=rope, distance_limit=limit, bias=bias)
+    for n, m, nodes, sinks, window, rope, limit, bias in [
+        (17, 17, 17, 0, 1, 0, None, None), (40, 203, 40, 4, 60, 8, 60, None), (40, 203, 13, 70, 5, 0, None, 100),
+        (65, 203, 65, 3, 9, 8, 20, 300), (203, 203, 5, 0, 64, 0, None, None), (200, 330, 200, 250, 7, 8, 9, None),
+        (330, 300, 290, 2, 129, 0, 150, 40), (3, 1100, 3, 4, 300, 8, 300, None), (9, 97, 0, 3, 20, 0, None, None),
+        (5, 203, 40, 150, 30, 0, None, None)]
+] + [
+    Case(70, 230, Tree(torch.stack([random_tree(50, 1), random_tree(50, 2)]), 5, 30), batch=2, sinks=True, softcap=4.0,
+         rope_dim=8, distance_limit=40, bias=60, **rows)
+    for rows in (
+        {"key_starts": (0, 70)}, {"key_lengths": (230, 64)}, {"query_lengths": (70, 5)}, {"key_offset": (0, 1000)},
+        {"key_starts": (3, 0), "key_lengths": (140, 200), "key_offset": (9, 70), "query_lengths": (50, 64)},
+    )
+]  # fmt: skip
+CASES = SUBSETS + TREES + WINDOWS
 
 
 # A table has a handful of entries, too few to compare errors by: their gradients are taken for this many losses.

@@ -51,6 +51,8 @@ SCHEDULES: dict[str, Schedule] = {
     "tree": Tree(random_tree(40)),
     "tree-of-rows": Tree(torch.stack([random_tree(17, 1), random_tree(17, 2)])),
     "tree-of-nothing": Tree(lengths()),
+    "tree-with-a-window": Tree(random_tree(40), 3, 9),
+    "tree-of-nothing-with-a-window": Tree(lengths(), 3, 9),
 }
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 

@@ -150,3 +150,58 @@ def test_type_error() -> None:
     q, k, v = qkv(1, H, HKV, 1, LENGTH, D, DV)
     with pytest.raises(TypeError, match="lambda_attention: middle_topk is a float and must be an int"):
         run(q, k, v, 2.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["key", "query"])
+def test_a_nan_among_the_middle_keys_shows(where: str) -> None:
+    """Its score is none, so nothing says that it would not have been chosen: the rows that scored it are NaN."""
+    q, k, v = qkv(2, H, HKV, 1, LENGTH, D, DV)
+    if where == "key":
+        k[1, 0, 100, 3] = torch.nan
+    else:
+        q[1, :2] = torch.nan
+    out, lse = run(q, k, v, 8)
+    broken = torch.zeros(2, H, 1, dtype=torch.bool)
+    broken[1, :2] = True
+    assert torch.equal(out.isnan().any(-1), broken) and torch.equal(lse.isnan(), broken)
+
+
+def test_infinite_scores_among_the_middle_keys() -> None:
+    """A middle key whose score is -inf is still a middle key: no sink and no key of the window takes its place."""
+    q, k, v = (x.abs() for x in qkv(1, 1, 1, 1, LENGTH, D, DV))
+    k[0, 0, SINKS : LENGTH - WINDOW - 3] = -torch.inf
+    out, lse = run(q, k, v, 50)
+    kept = torch.cat([torch.arange(SINKS), torch.arange(LENGTH - WINDOW - 3, LENGTH)])
+    alone = reference.attention(q, k[:, :, kept], v[:, :, kept], schedule=Full())
+    torch.testing.assert_close(out, alone[0] if isinstance(alone, tuple) else alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_alibi_slopes_have_their_whole_gradient(dtype: torch.dtype) -> None:
+    """That of sinks, window and middle tokens, with the output's bits; against differences in float64."""
+    q, k, v = (x.to(dtype) for x in qkv(2, H, HKV, 1, LENGTH, D, DV))
+    slopes = torch.tensor([0.5, 0.1, 0.01, 0.0])
+    learned = slopes.clone().requires_grad_()
+    out, lse = run(q, k, v, 8, alibi_slopes=learned)
+    assert torch.equal(out, run(q, k, v, 8, alibi_slopes=slopes)[0])
+    weights = torch.randn(out.shape, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((out * weights).sum() + lse.sum(), learned)
+    wide = [x.double() for x in (q, k, v)]
+
+    def total(x: Tensor) -> Tensor:
+        out, lse = run(wide[0], wide[1], wide[2], 8, alibi_slopes=x)
+        return (out * weights).sum() + lse.sum()
+
+    step = 1e-6 * torch.eye(H, dtype=torch.float64)
+    slope = torch.stack([(total(slopes.double() + d) - total(slopes.double() - d)) / 2e-6 for d in step])
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05 * slope.abs().max().item()
+    torch.testing.assert_close(grad.double(), slope, rtol=1e-3, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["plain", "bias", "alibi"])
+@pytest.mark.parametrize("batch, keys", [(0, LENGTH), (2, 0), (0, 0)])
+def test_middle_tokens_of_nothing(name: str, batch: int, keys: int) -> None:
+    leaves = [x.requires_grad_() for x in qkv(batch, H, HKV, 1, keys, D, DV)]
+    out, lse = run(leaves[0], leaves[1], leaves[2], 8, **OPTIONS[name])
+    assert out.shape == (batch, H, 1, DV) and not out.count_nonzero()
+    assert all(x.shape == y.shape for x, y in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True))

@@ -313,7 +313,8 @@ def test_vmap_over_boundaries(isa: str) -> None:
     assert torch.equal(mapped, torch.stack([f(*(x[0] for x in inputs), several[i]) for i in range(3)]))
 
 
-def test_compile(isa: str) -> None:
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_compile(dynamic: bool | None) -> None:
     """New boundaries, windows and lengths need no graph each."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -326,7 +327,7 @@ def test_compile(isa: str) -> None:
         options = {"sink_size": 3, "window_size": window, "right": right, "symmetric_bias": True}
         return x + lambda_attention(q, k, v, alibi_slopes=q[0, :, 0, 0].contiguous(), **options)
 
-    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend=counter)
     for step, n in enumerate((50, 51, 90, 130)):
         leaves = [x.requires_grad_() for x in qkv(2, 4, 2, n, n, 8)]
         boundaries = torch.stack([torch.arange(0, n, 9 + step)[:5], torch.arange(5)])
@@ -335,6 +336,20 @@ def test_compile(isa: str) -> None:
         assert_same(*(torch.autograd.grad(x.square().sum(), leaves) for x in (actual, wanted)))
     assert counter.frame_count <= 3
     torch._dynamo.reset()
+
+
+def test_export() -> None:
+    class Encoder(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, slopes: Tensor) -> Tensor:
+            schedule = Segments(boundaries, False, 5, 2, 3)
+            return attention(q, k, v, schedule=schedule, alibi_slopes=slopes, symmetric_bias=True)
+
+    n = torch.export.Dim("n", min=2, max=500)
+    given = rows((0, 20, 50), (0, 50, 50)), torch.rand(2, 4)
+    shapes = ({2: n}, {2: n}, {2: n}, None, None)
+    exported = torch.export.export(Encoder(), (*qkv(2, 4, 2, 50, 50, 8), *given), dynamic_shapes=shapes).module()
+    inputs = qkv(2, 4, 2, 77, 77, 8)
+    assert torch.equal(exported(*inputs, *given), Encoder()(*inputs, *given))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[3:6:2] + SCHEDULES[8:9], ids=lambda s: "-".join(map(str, s.args)))

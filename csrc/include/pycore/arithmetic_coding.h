@@ -7,6 +7,7 @@
 // Kernels report what is wrong with values in `StreamResult`; the faces make exceptions of it.
 #pragma once
 
+#include <pycore/cpu_isa.h>
 #include <pycore/export.h>
 #include <pycore/parallel.h>
 #include <pycore/row_view.h>
@@ -36,6 +37,7 @@ enum class CoderFault : int32_t {
   kDamaged,  // the CRC of the bytes
   kModel,    // another fingerprint or model_id
   kSymbols,  // the CRC of the decoded symbols, or a code that no row has
+  kClaim,    // value: how many symbols the frame says there are, and its payload cannot hold
 };
 
 struct StreamResult {
@@ -44,6 +46,16 @@ struct StreamResult {
   int64_t value = 0;
   int64_t count = 0;  // symbols
   int64_t bytes = 0;  // frame and payload
+};
+
+// What a stream's frame says, read once: nobody may change it between a check and its use.
+struct Frame {
+  uint8_t kind = 0;
+  bool has_id = false;
+  int64_t lanes = 1;
+  uint32_t crc = 0, symbols_crc = 0;
+  uint64_t model = 0;
+  int64_t count = 0, payload = 0;
 };
 
 // What gives each symbol its share: cumulative frequencies (int32, or uint16 with precision 16 and 2^16 stored as 0),
@@ -63,6 +75,7 @@ struct CoderModel {
 inline constexpr int kNoOrder = -1;
 
 struct EncodeParams {
+  CpuIsa isa = cpu_isa();              // of the whole call, asked once: scratch and kernel must agree
   int order = kNoOrder;                // 0 or 1: symbols are bytes, and model is not used
   DType symbol_dtype = DType::kInt64;  // any integer
   const void* symbols = nullptr;       // [streams, length]
@@ -75,6 +88,7 @@ struct EncodeParams {
 };
 
 struct DecodeParams {
+  CpuIsa isa = cpu_isa();            // of the whole call, asked once: scratch and kernel must agree
   const uint8_t* data = nullptr;     // all streams
   const int64_t* offsets = nullptr;  // [streams + 1], into data
   int64_t streams = 0, length = 0;
@@ -83,9 +97,11 @@ struct DecodeParams {
   int64_t* symbols = nullptr;       // [streams, length], contiguous
   uint8_t* bytes = nullptr;         // the same, in place of symbols
   StreamResult* results = nullptr;  // [streams]
+  Frame* frames = nullptr;          // [streams], filled by open_streams()
 };
 
 struct QuantizeParams {
+  CpuIsa isa = cpu_isa();         // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // float32, float64, float16, bfloat16
   bool logits = false;
   int precision = 16;
@@ -110,9 +126,12 @@ PYCORE_API Status pack_streams(const EncodeParams& params, const int64_t* offset
                                const Parallel& parallel);
 
 // Reads the frames, checks the bytes of each stream and fills results with faults and counts. Needs data, offsets,
-// streams and results; decode() relies on it.
+// streams, results and frames; decode() relies on it.
 PYCORE_API Status open_streams(const DecodeParams& params, const Parallel& parallel);
 PYCORE_API int64_t decode_scratch(const DecodeParams& params, int64_t threads);
+// Before there is memory for the symbols: a fault for each stream whose frame claims more than its payload can hold, or
+// so much beside it that it was decoded once, without being kept, and was not what was coded. With decode()'s scratch.
+PYCORE_API Status check_claims(const DecodeParams& params, const Parallel& parallel, void* scratch);
 // Every stream has params.length symbols, and no fault yet.
 PYCORE_API Status decode(const DecodeParams& params, const Parallel& parallel, void* scratch);
 

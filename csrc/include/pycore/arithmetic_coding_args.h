@@ -6,6 +6,7 @@
 #include <pycore/arithmetic_coding_frame.h>
 #include <pycore/checks.h>
 #include <pycore/dtype.h>
+#include <pycore/index_copies.h>
 
 #include <optional>
 #include <string>
@@ -224,6 +225,9 @@ inline void check_result(const char* op, const std::string& stream, int64_t inde
     case CoderFault::kSymbols:
       bad_stream(" was coded with other distributions: the symbols' checksum does not hold");
       break;
+    case CoderFault::kClaim:
+      bad_stream(" is damaged: it claims ", result.value, " symbols, and its payload cannot hold them");
+      break;
     case CoderFault::kNone: break;
   }
 }
@@ -231,12 +235,21 @@ inline void check_result(const char* op, const std::string& stream, int64_t inde
 inline void check_results(const char* op, const std::vector<StreamResult>& results, const char* argument,
                           const CoderModel& model) {
   for (size_t i = 0; i < results.size(); ++i) {
+    if (results[i].fault == CoderFault::kNone) continue;
     check_result(op, "streams[" + std::to_string(i) + "]", static_cast<int64_t>(i), results[i], argument, model);
   }
 }
 
+// What decoding needs beside its parameters: the offsets as they were checked, the frames as they were read.
+struct DecodeMemory {
+  IndexCopies copies;
+  std::vector<StreamResult> results;
+  std::vector<Frame> frames;
+};
+
 // data [bytes] uint8 and offsets [streams + 1] int64, which the caller has made contiguous.
-inline DecodeParams decode_params(const char* op, const TensorView& data, const TensorView& offsets) {
+inline DecodeParams decode_params(const char* op, const TensorView& data, const TensorView& offsets,
+                                  DecodeMemory* memory) {
   check_on_cpu(op, "data", data);
   check_on_cpu(op, "offsets", offsets);
   check_value(data.dtype == DType::kUInt8 && data.dims == 1, op, "data is ", dtype_name(data.dtype), " ",
@@ -247,8 +260,12 @@ inline DecodeParams decode_params(const char* op, const TensorView& data, const 
   check_value(offsets.shape[0] <= 1 || offsets.strides[0] == 1, op, "offsets must be contiguous");
   DecodeParams params;
   params.data = data.as<uint8_t>();
-  params.offsets = offsets.as<int64_t>();
+  params.offsets = memory->copies.keep(op, offsets.as<const int64_t>(), offsets.shape[0]);
   params.streams = offsets.shape[0] - 1;
+  memory->results = memory_for<StreamResult>(op, "the results of streams", params.streams);
+  memory->frames = memory_for<Frame>(op, "the frames of streams", params.streams);
+  params.results = memory->results.data();
+  params.frames = memory->frames.data();
   int64_t before = 0;
   for (int64_t i = 0; i <= params.streams; ++i) {
     check_value(params.offsets[i] >= before && params.offsets[i] <= data.shape[0], op, "offsets[", i, "] is ",

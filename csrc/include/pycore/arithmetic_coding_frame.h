@@ -23,15 +23,6 @@ inline constexpr uint8_t kMagic = 0xac, kFormatVersion = 1, kModelIdFlag = 0x80;
 
 enum StreamKind : uint8_t { kRowsKind = 0, kBytesOrder0 = 1, kBytesOrder1 = 2 };
 
-struct Frame {
-  uint8_t kind = kRowsKind;
-  bool has_id = false;
-  int64_t lanes = 1;
-  uint32_t crc = 0, symbols_crc = 0;
-  uint64_t model = 0;
-  int64_t count = 0, payload = 0;
-};
-
 PYCORE_CODER void put_bytes(uint8_t* out, uint64_t value, int bytes) {
   for (int i = 0; i < bytes; ++i) out[i] = static_cast<uint8_t>(value >> 8 * i);
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <pycore/arithmetic_coding_args.h>
+#include <pycore/crc_run.h>
 
 #include <algorithm>
 #include <string>
@@ -37,7 +38,8 @@ struct RowOfCdf {
     return i == symbols ? view.as<uint16_t>()[at] + 65536u : view.as<uint16_t>()[at];
   }
 
-  // Its precision, once it is known to be a cumulative distribution.
+  // Its precision, once it is known to be a cumulative distribution. (Another thread may write to it afterwards: shares
+  // are checked by themselves too.)
   int checked(const char* op, int64_t row) const {
     const uint32_t total = (*this)[symbols];
     bool good = (*this)[0] == 0 && total >= 2 && total <= 1u << kMaxPrecision && (total & (total - 1)) == 0;
@@ -79,6 +81,10 @@ inline int64_t integer_at(const TensorView& view, int64_t i) {
   }
 }
 
+inline void check_share(const char* op, bool good) {
+  check_value(good, op, "cdf has changed while it was read, and no other thread must write to it then");
+}
+
 class StreamEncoder {
  public:
   static constexpr const char* kOp = "ArithmeticEncoder";
@@ -105,7 +111,8 @@ class StreamEncoder {
       if (i == 0 || rows > 1) precision = row.checked(kOp, static_cast<int64_t>(i));
       check_index(symbols[i] >= 0 && symbols[i] < row.symbols, kOp, "symbols[", i, "] is ", symbols[i],
                   " and must be 0 to ", row.symbols - 1);
-      const uint32_t begin = row[symbols[i]], width = row[symbols[i] + 1] - begin;
+      const uint32_t begin = row[symbols[i]], end = row[symbols[i] + 1], width = end - begin;
+      check_share(kOp, begin <= end && end <= 1u << precision);
       check_value(width > 0, kOp, "symbols[", i, "] is ", symbols[i],
                   ", which cdf gives no share and so cannot be coded");
       steps.push_back({begin, width, precision});
@@ -127,6 +134,7 @@ class StreamEncoder {
 
   std::string finish() {
     check_value(!finished_, kOp, "finish() was called before: a stream is finished once");
+    position_ = position();
     finished_ = true;
     uint16_t word;
     if (range_finish(&coder_, &word)) carry();
@@ -140,6 +148,11 @@ class StreamEncoder {
   }
 
   int64_t count() const { return frame_.count; }
+  // Bits of the payload that the symbols so far have settled; what a decoder says after as many.
+  int64_t position() const {
+    return finished_ ? position_
+                     : range_position((static_cast<int64_t>(bytes_.size()) - kFrameBytes) / 2, coder_.range);
+  }
 
  private:
   void put_word(uint16_t word) {
@@ -158,6 +171,7 @@ class StreamEncoder {
   std::vector<uint8_t> bytes_;
   uint32_t crc_ = ~0u;
   bool finished_ = false;
+  int64_t position_ = 0;  // once it is finished
 };
 
 class StreamDecoder {
@@ -191,8 +205,11 @@ class StreamDecoder {
       fail("data has " + std::to_string(frame_.count) + " symbols, " + std::to_string(frame_.count - decoded_) +
            " of them left, and " + std::to_string(count) + " are asked for");
     }
-    std::vector<int64_t> symbols(static_cast<size_t>(count));
-    const Saved before{coder_, next_, crc_, decoded_};
+    check_claim(cdf, rows, count);
+    // Memory follows what has been decoded: how many there are is only what the frame claims.
+    std::vector<int64_t> symbols;
+    symbols.reserve(static_cast<size_t>(std::min(count, kFewSymbols)));
+    const Saved before{coder_, next_, words_, spent_, crc_, decoded_};
     try {
       int precision = 0;
       for (int64_t i = 0; i < count; ++i) {
@@ -201,11 +218,13 @@ class StreamDecoder {
         if (decoded_ == 0 && !frame_.has_id && frame_.model != row.fingerprint()) {
           fail("data was coded with another model");
         }
-        symbols[static_cast<size_t>(i)] = take(row, precision);
+        symbols.push_back(take(row, precision));
       }
     } catch (...) {
       coder_ = before.coder;
       next_ = before.next;
+      words_ = before.words;
+      spent_ = before.spent;
       crc_ = before.crc;
       decoded_ = before.decoded;
       throw;
@@ -224,11 +243,15 @@ class StreamDecoder {
 
   int64_t count() const { return frame_.count; }
   int64_t remaining() const { return frame_.count - decoded_; }
+  // Bits of the payload that the symbols so far have settled: not those that were read ahead.
+  int64_t position() const { return range_position(words_, coder_.range); }
 
  private:
+  static constexpr int64_t kFewSymbols = 1 << 16, kBitsPastEnd = 256;
+
   struct Saved {
     RangeDecoder coder;
-    int64_t next;
+    int64_t next, words, spent;
     uint32_t crc;
     int64_t decoded;
   };
@@ -245,7 +268,27 @@ class StreamDecoder {
     return static_cast<uint16_t>(high << 8 | low);
   }
 
+  // A code of 0 behind the payload stands for the first symbol that has a share, however often. Where that is all that
+  // is left, the checksum says at once whether it was coded, before there is memory for so many.
+  void check_claim(const TensorView& cdf, int64_t rows, int64_t count) const {
+    if (count <= kFewSymbols || rows > 1 || count != remaining() || !ended() || coder_.code != 0) return;
+    const RowOfCdf row(cdf, 0);
+    row.checked(kOp, 0);
+    int64_t first = 0;
+    while (first < row.symbols - 1 && row[first + 1] == 0) ++first;
+    if (~crc32c_run(crc_, static_cast<uint32_t>(first), count) != frame_.symbols_crc) {
+      fail("data was coded with other distributions: the symbols' checksum does not hold");
+    }
+  }
+  bool ended() const { return next_ == static_cast<int64_t>(data_.size()); }
+
   int64_t take(const RowOfCdf& row, int precision) {
+    if (ended()) {
+      if (coder_.code != 0 && spent_ > kBitsPastEnd << kMaxPrecision) {
+        fail("data is damaged: it claims " + std::to_string(frame_.count) +
+             " symbols, and its payload cannot hold them");
+      }
+    }
     const uint64_t value = range_locate(coder_, precision);
     if (value >> precision) fail("data was coded with other distributions: no symbol has its next code");
     int64_t low = 0, high = row.symbols - 1;
@@ -257,8 +300,16 @@ class StreamDecoder {
         high = middle - 1;
       }
     }
-    range_consume(&coder_, row[low], row[low + 1] - row[low], precision);
-    while (range_needs_word(coder_.range)) range_put_word(&coder_, word());
+    const uint32_t begin = row[low], end = row[low + 1];
+    check_share(kOp, begin < end && end <= 1u << precision);
+    if (ended()) {  // -log2(share) >= 1 - share
+      spent_ += int64_t{(1u << precision) - (end - begin)} << (kMaxPrecision - precision);
+    }
+    range_consume(&coder_, begin, end - begin, precision);
+    while (range_needs_word(coder_.range)) {
+      range_put_word(&coder_, word());
+      ++words_;
+    }
     uint8_t symbol[4];
     put_bytes(symbol, static_cast<uint64_t>(low), 4);
     crc_ = AddBytes()(crc_, symbol, 4);
@@ -270,6 +321,8 @@ class StreamDecoder {
   Frame frame_;
   RangeDecoder coder_;
   int64_t next_ = 0, decoded_ = 0;
+  int64_t words_ = 0;  // taken beyond the first four
+  int64_t spent_ = 0;  // behind the payload: at least so many bits, times 2^kMaxPrecision
   uint32_t crc_ = ~0u;
 };
 

@@ -33,10 +33,11 @@ inline void check_walks(const char* op, const char* argument, const TensorView& 
 }
 
 // Everything is checked that a step reads, so that no input can lead it out of its node. `argument` names `in`. The
-// caller adds start and size, as copies, and the results.
+// caller replaces start and size by copies that may be written to, and adds the results. What is
+// followed into memory is kept in `copies`.
 inline WindowStepParams window_step_params(const char* op, const TensorView& cumulative, const TensorView& rows,
                                            const TensorView& start, const TensorView& size, const char* argument,
-                                           const TensorView& in, int64_t bits, bool decoding) {
+                                           const TensorView& in, int64_t bits, bool decoding, IndexCopies* copies) {
   check_value(bits >= 1 && bits <= kMaxWindowBits, op, "bits is ", bits, " and must be 1 to ", kMaxWindowBits);
   check_on_cpu(op, "cumulative", cumulative);
   check_value(cumulative.dtype == DType::kInt64 && cumulative.dims == 2, op, "cumulative is ",
@@ -57,9 +58,12 @@ inline WindowStepParams window_step_params(const char* op, const TensorView& cum
   check_walks(op, argument, in, params.walks);
   params.bits = static_cast<int>(bits);
   params.symbols = symbols;
-  params.cumulative = cumulative.as<int64_t>();
-  params.rows = rows.as<int64_t>();
-  params.in = in.as<int64_t>();
+  const auto kept = [&](const TensorView& view) { return copies->keep(op, view.as<const int64_t>(), view.count()); };
+  params.cumulative = kept(cumulative);
+  params.rows = kept(rows);
+  params.in = kept(in);
+  params.start = const_cast<int64_t*>(kept(start));
+  params.size = const_cast<int64_t*>(kept(size));
   for (int64_t row = 0; row < row_count; ++row) {
     const int64_t* sums = params.cumulative + row * (symbols + 1);
     bool rises = sums[0] == 0 && sums[symbols] > 0;
@@ -67,7 +71,7 @@ inline WindowStepParams window_step_params(const char* op, const TensorView& cum
     check_value(rises, op, "cumulative[", row, "] must rise from 0 to more than 0");
   }
   for (int64_t walk = 0; walk < params.walks; ++walk) {
-    const int64_t first = start.as<int64_t>()[walk], count = size.as<int64_t>()[walk], value = params.in[walk];
+    const int64_t first = params.start[walk], count = params.size[walk], value = params.in[walk];
     check_index(params.rows[walk] >= 0 && params.rows[walk] < row_count, op, "rows[", walk, "] is ", params.rows[walk],
                 " and must be 0 to ", row_count - 1);
     check_value(count >= 2 && count <= all && first >= 0 && first <= all - count, op, "start[", walk, "] and size[",

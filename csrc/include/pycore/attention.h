@@ -24,6 +24,7 @@
 // dropout_p), after the softmax's sum is taken.
 #pragma once
 
+#include <pycore/cpu_isa.h>
 #include <pycore/export.h>
 #include <pycore/parallel.h>
 #include <pycore/status.h>
@@ -40,6 +41,7 @@ struct AttentionStrides {
 };
 
 struct AttentionParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // of query, key, value and out; everything is accumulated in float32 (or float64)
   int64_t batch = 0, heads = 0, kv_heads = 0;
   int64_t query_length = 0, key_length = 0;
@@ -51,6 +53,9 @@ struct AttentionParams {
   AttentionStrides query_strides, key_strides, value_strides;
   void* out = nullptr;  // [batch, heads, query_length, value_dim], contiguous
   void* lse = nullptr;  // [batch, heads, query_length], contiguous; float32 (float64 for float64), natural log
+  // Like lse, or null: what rounding lse to its dtype left out. Where |lse| is large, weights recomputed from lse alone
+  // are off by its rounding error, while the forward pass's own know only that of differences.
+  void* lse_low = nullptr;
 
   TileSchedule schedule;
   const int64_t* prefix_lengths = nullptr;  // [batch]: schedule.prefix by batch row, for the prefix schedule
@@ -86,7 +91,9 @@ struct AttentionParams {
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;         // out and lse hold the forward pass's results
+  // out, lse and lse_low hold the forward pass's results. Without lse_low the CPU recomputes it, where lse is of these
+  // keys alone, and CUDA goes without.
+  AttentionParams forward;
   const void* grad_out = nullptr;  // [batch, heads, query_length, value_dim]
   AttentionStrides grad_out_strides;
   const void* grad_lse = nullptr;  // [batch, heads, query_length], contiguous, or null

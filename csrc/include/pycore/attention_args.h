@@ -7,6 +7,7 @@
 #include <pycore/attention_bitmap_args.h>
 #include <pycore/attention_blocks.h>
 #include <pycore/checks.h>
+#include <pycore/index_copies.h>
 
 #include <algorithm>
 #include <cmath>
@@ -36,6 +37,13 @@ struct AttentionArgs {
   double softcap = 0.0;
   double dropout_p = 0.0;
   bool symmetric_bias = false;
+  mutable IndexCopies copies;  // what was checked of the arrays of indices, and is then used
+
+  // A contiguous int64 array as kernels get it: on the CPU, where its values are checked, a copy.
+  const int64_t* kept(const TensorView& view) const {
+    return view.device == Device::kCpu ? copies.keep(op, view.as<const int64_t>(), view.count())
+                                       : view.as<const int64_t>();
+  }
 };
 
 namespace detail {
@@ -93,7 +101,7 @@ inline void check_blocks(const AttentionArgs& args, AttentionParams* params) {
               args.op, "schedule's tensor must be contiguous");
   check_value(blocks.device == args.query.device && blocks.device_index == args.query.device_index, args.op,
               "schedule's tensor is on another device than query");
-  schedule.blocks = blocks.as<const uint64_t>();
+  schedule.blocks = reinterpret_cast<const uint64_t*>(args.kept(blocks));
 }
 
 // The numbers that lambda and segments share.
@@ -118,7 +126,7 @@ inline void check_segments(const AttentionArgs& args, AttentionParams* params) {
   check_value(tensor.device == args.query.device && tensor.device_index == args.query.device_index, args.op,
               "boundaries is on another device than query");
   TileSchedule& schedule = params->schedule;
-  schedule.boundaries = tensor.as<const int64_t>();
+  schedule.boundaries = args.kept(tensor);
   schedule.segments = entries - 1;
   params->bitmap_stride = rows == 1 ? 0 : entries;
   schedule.right = numbers[0] != 0 ? 0 : kFar;
@@ -153,7 +161,7 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
       {"full", ScheduleKind::kFull, 0, 0, false},           {"causal", ScheduleKind::kCausal, 0, 0, false},
       {"lambda", ScheduleKind::kLambda, 2, 3, false},       {"prefix", ScheduleKind::kPrefix, 0, 0, true},
       {"segments", ScheduleKind::kSegments, 1, 4, true},    {"blocks", ScheduleKind::kBlocks, 3, 3, true},
-      {"key_subset", ScheduleKind::kKeySubset, 1, 1, true}, {"tree", ScheduleKind::kTree, 0, 0, true}};
+      {"key_subset", ScheduleKind::kKeySubset, 1, 1, true}, {"tree", ScheduleKind::kTree, 0, 2, true}};
   const Kind* found = nullptr;
   for (const Kind& kind : kKinds) {
     if (args.schedule == kind.name) found = &kind;
@@ -181,14 +189,22 @@ inline void check_schedule(const AttentionArgs& args, AttentionParams* params) {
     check_blocks(args, params);
   } else if (found->kind == ScheduleKind::kKeySubset) {
     check_key_subset(args.op, tensor, args.query, params);
+    schedule.keys = reinterpret_cast<const uint64_t*>(args.kept(tensor));
     schedule.causal = args.schedule_args[0] != 0;
   } else if (found->kind == ScheduleKind::kTree) {
-    check_tree(args.op, tensor, args.query, params);
+    check_tree_shape(args.op, tensor, args.query, params);
+    schedule.tree = args.kept(tensor);
+    if (readable) check_tree(args.op, tensor, schedule);
+    if (numbers == 2) {
+      check_window(args, args.schedule_args[0], args.schedule_args[1], 0);
+      schedule.sink_size = std::min(args.schedule_args[0], kFar);
+      schedule.window_size = std::min(args.schedule_args[1], kFar);
+    }
   } else if (found->kind == ScheduleKind::kPrefix) {
     check_index_tensor(args, "prefix_lengths", tensor);
     check_value(tensor.shape[0] == params->batch, args.op, "prefix_lengths has ", tensor.shape[0],
                 " entries and must have one for each of ", params->batch, " batch rows");
-    params->prefix_lengths = tensor.as<const int64_t>();
+    params->prefix_lengths = args.kept(tensor);
     for (int64_t b = 0; b < params->batch && readable; ++b) {
       check_value(params->prefix_lengths[b] >= 0, args.op, "prefix_lengths[", b, "] is ", params->prefix_lengths[b],
                   " and must be at least 0");
@@ -277,7 +293,7 @@ inline void check_options(const AttentionArgs& args, AttentionParams* params) {
               "dropout_seed must be one int64 number");
   check_value(seed.device == args.query.device && seed.device_index == args.query.device_index, args.op,
               "dropout_seed is on another device than query");
-  params->dropout_seed = seed.as<const int64_t>();
+  params->dropout_seed = args.kept(seed);
 }
 
 inline const int64_t* check_lengths(const AttentionArgs& args, const char* name, const TensorView& view,
@@ -289,15 +305,15 @@ inline const int64_t* check_lengths(const AttentionArgs& args, const char* name,
   check_value(view.strides[0] == 1 || batch <= 1, args.op, name, " must be contiguous");
   check_value(view.device == args.query.device && view.device_index == args.query.device_index, args.op, name,
               " is on another device than query");
-  return view.as<const int64_t>();
+  return args.kept(view);
 }
 
 inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   if (args.key_ring == 0) return;
   check_value(args.key_ring > 0 && args.key_ring % kKeyTile == 0, args.op, "key_ring is ", args.key_ring,
               " and must be a multiple of ", kKeyTile);
-  check_value(params->schedule.kind == ScheduleKind::kLambda, args.op, "key_ring is given with schedule \"",
-              args.schedule, "\" and must come with \"lambda\"");
+  check_value(params->schedule.kind == ScheduleKind::kLambda || params->schedule.kind == ScheduleKind::kTree, args.op,
+              "key_ring is given with schedule \"", args.schedule, "\" and must come with \"lambda\" or \"tree\"");
   check_value(args.key_ring <= params->key_length && params->schedule.sink_size <= params->key_length - args.key_ring,
               args.op, "key has length ", params->key_length, " and must have room for a ring of ", args.key_ring,
               " and ", params->schedule.sink_size, " sinks");
@@ -306,9 +322,15 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
   params->key_ring = args.key_ring;
 }
 
+// Batch rows to look at: without lengths all are alike, and an expanded batch may have more than can be counted.
+inline int64_t distinct_rows(const AttentionParams& params) {
+  const bool given = params.key_starts || params.key_lengths || params.key_offset || params.query_lengths;
+  return given ? params.batch : std::min<int64_t>(params.batch, 1);
+}
+
 // Values of the length arguments; on the CPU, where reading them costs nothing.
 inline void check_length_values(const AttentionArgs& args, const AttentionParams& params) {
-  for (int64_t b = 0; b < params.batch; ++b) {
+  for (int64_t b = 0; b < distinct_rows(params); ++b) {
     const int64_t start = params.key_starts ? params.key_starts[b] : 0;
     const int64_t end = params.key_lengths ? params.key_lengths[b] : params.key_length;
     const int64_t offset = params.key_offset ? params.key_offset[b] : 0;
@@ -316,8 +338,10 @@ inline void check_length_values(const AttentionArgs& args, const AttentionParams
     if (params.key_ring > 0) {
       check_value(end >= 0 && end < kFar, args.op, "key_lengths[", b, "] is ", end, " and must be between 0 and ",
                   kFar - 1);
-      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - queries + 1,
-                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", queries,
+      // The first node of a tree sees as far back as the query of its position, though not itself a query.
+      const int64_t windows = std::max(queries, params.schedule.tree_nodes);
+      check_value(row_map(params, b).offset == 0 || params.schedule.window_size <= params.key_ring - windows + 1,
+                  args.op, "key_ring is ", params.key_ring, " and must hold the windows of ", windows,
                   " queries, each of ", params.schedule.window_size);
     } else {
       check_value(end >= 0 && end <= params.key_length, args.op, "key_lengths[", b, "] is ", end,
@@ -363,7 +387,8 @@ inline void check_rope(const AttentionArgs& args, AttentionParams* params) {
 
   int64_t positions = 0;
   if (args.query.device == Device::kCpu) {
-    for (int64_t b = 0; b < params->batch; ++b) positions = std::max(positions, row_map(*params, b).positions());
+    for (int64_t b = 0; b < distinct_rows(*params); ++b)
+      positions = std::max(positions, row_map(*params, b).positions());
   } else if (!params->key_offset && params->key_ring == 0) {
     positions = params->key_length;
   }
@@ -441,9 +466,10 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   params.scale = args.scale;
   check_value(args.distance_limit >= -1, op, "distance_limit is ", args.distance_limit, " and must be at least 0");
   params.distance_limit = args.distance_limit < 0 ? kFar : std::min(args.distance_limit, kFar);
-  check_value(params.schedule.kind != ScheduleKind::kLambda || params.distance_limit >= params.schedule.window_size, op,
-              "distance_limit is ", params.distance_limit, " and must be at least window_size, ",
-              params.schedule.window_size);
+  const bool windowed = params.schedule.kind == ScheduleKind::kLambda ||
+                        (params.schedule.kind == ScheduleKind::kTree && params.schedule.window_size < kFar);
+  check_value(!windowed || params.distance_limit >= params.schedule.window_size, op, "distance_limit is ",
+              params.distance_limit, " and must be at least window_size, ", params.schedule.window_size);
   const int64_t ahead = params.schedule.ahead();
   check_value(ahead >= kFar || params.distance_limit >= ahead, op, "distance_limit is ", params.distance_limit,
               " and must be at least right, ", ahead);
@@ -460,10 +486,16 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   return params;
 }
 
-// grad_out and grad_lse against what the forward pass returned.
+// Where the second half of a pair of lse begins.
+inline void* second_lse(const AttentionParams& params, void* pair) {
+  const int64_t rows = params.batch * params.heads * params.query_length;
+  return static_cast<char*>(pair) + rows * (params.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+// grad_out and grad_lse against what the forward pass returned. lse_low comes behind lse, by itself or not at all.
 inline AttentionBackwardParams attention_backward_params(const AttentionArgs& args, const TensorView& grad_out,
                                                          const TensorView& grad_lse, const TensorView& out,
-                                                         const TensorView& lse) {
+                                                         const TensorView& lse, const TensorView& lse_low = {}) {
   AttentionBackwardParams params;
   params.forward = attention_params(args);
   const AttentionParams& forward = params.forward;
@@ -479,26 +511,35 @@ inline AttentionBackwardParams attention_backward_params(const AttentionArgs& ar
                                              (shape[0] == 1 || view.strides[0] == shape[1] * shape[2] * shape[3]));
     check_value(!contiguous || dense, op, name, " must be contiguous");
   };
-  const auto check_like_lse = [&](const char* name, const TensorView& view) {
-    check_value(view.dims == 3 && view.shape[0] == forward.batch && view.shape[1] == forward.heads &&
-                    view.shape[2] == forward.query_length,
+  const auto check_like_lse = [&](const char* name, const TensorView& view, bool pair) {
+    const int64_t* shape = view.shape + (pair ? 1 : 0);
+    check_value(view.dims == (pair ? 4 : 3) && (!pair || view.shape[0] == 2) && shape[0] == forward.batch &&
+                    shape[1] == forward.heads && shape[2] == forward.query_length,
                 op, name, " has shape ", shape_text(view), " and must be [batch, heads, query length]");
     const DType sum = args.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     check_value(view.dtype == sum, op, name, " is ", dtype_name(view.dtype), " and must be ", dtype_name(sum));
-    check_value(view.count() == 0 || ((view.shape[2] == 1 || view.strides[2] == 1) &&
-                                      (view.shape[1] == 1 || view.strides[1] == view.shape[2]) &&
-                                      (view.shape[0] == 1 || view.strides[0] == view.shape[1] * view.shape[2])),
-                op, name, " must be contiguous");
+    int64_t stride = 1;
+    bool dense = true;
+    for (int d = view.dims - 1; d >= 0; stride *= view.shape[d--]) {
+      dense = dense && (view.shape[d] == 1 || view.strides[d] == stride);
+    }
+    check_value(view.count() == 0 || dense, op, name, " must be contiguous");
   };
   check_like_out("grad_out", grad_out, false);
   check_like_out("out", out, true);
-  check_like_lse("lse", lse);
+  const bool pair = lse.dims == 4;
+  check_like_lse("lse", lse, pair);
   params.forward.out = out.data;
   params.forward.lse = lse.data;
+  if (pair) params.forward.lse_low = second_lse(forward, lse.data);
+  if (lse_low.defined()) {
+    check_like_lse("lse_low", lse_low, false);
+    params.forward.lse_low = lse_low.data;
+  }
   params.grad_out = grad_out.data;
   params.grad_out_strides = {grad_out.strides[0], grad_out.strides[1], grad_out.strides[2]};
   if (grad_lse.defined()) {
-    check_like_lse("grad_lse", grad_lse);
+    check_like_lse("grad_lse", grad_lse, false);
     params.grad_lse = grad_lse.data;
   }
   return params;

@@ -30,19 +30,19 @@ inline void check_bitmap(const std::string& op, const char* what, const TensorVi
   params->bitmap_stride = tensor.shape[0] <= 1 ? 0 : tensor.count() / tensor.shape[0];
 }
 
-// [1 or batch, words]: bit j % 64 of word j / 64 says whether the key at position j takes part.
+// [1 or batch, words]: bit j % 64 of word j / 64 says whether the key at position j takes part. The caller sets
+// schedule.keys.
 inline void check_key_subset(const std::string& op, const TensorView& tensor, const TensorView& query,
                              AttentionParams* params) {
   check_value(tensor.dims == 2, op, "schedule's tensor has ", tensor.dims,
               " dimensions and must have 2: [1 or batch, words of 64 positions]");
   check_bitmap(op, "keys", tensor, query, params);
-  params->schedule.keys = tensor.as<const uint64_t>();
   params->schedule.key_words = tensor.shape[1];
 }
 
 // [1 or batch, nodes, 2 + words]: of each node its parent (-1: none), its depth, and a bit for each of its ancestors
-// and itself. The rest follows from the parents, and kernels rely on it; values are read on the CPU alone.
-inline void check_tree(const std::string& op, const TensorView& tensor, const TensorView& query,
+// and itself. The caller sets schedule.tree.
+inline void check_tree_shape(const std::string& op, const TensorView& tensor, const TensorView& query,
                        AttentionParams* params) {
   check_value(tensor.dims == 3, op, "schedule's tensor has ", tensor.dims,
               " dimensions and must have 3: [1 or batch, nodes, 2 + words of 64 nodes]");
@@ -52,8 +52,10 @@ inline void check_tree(const std::string& op, const TensorView& tensor, const Te
   check_value(tensor.shape[2] == 2 + schedule.tree_words, op, "schedule's tensor has shape ", shape_text(tensor),
               " and must be [1 or batch, ", schedule.tree_nodes, ", ", 2 + schedule.tree_words, "]");
   check_bitmap(op, "parents", tensor, query, params);
-  schedule.tree = tensor.as<const int64_t>();
-  if (query.device != Device::kCpu) return;
+}
+
+// The rest follows from the parents, and kernels rely on it; values are read on the CPU alone.
+inline void check_tree(const std::string& op, const TensorView& tensor, const TileSchedule& schedule) {
   const int64_t row = 2 + schedule.tree_words;
   for (int64_t b = 0; b < tensor.shape[0]; ++b) {
     const int64_t* nodes = schedule.tree + b * schedule.tree_nodes * row;
@@ -78,7 +80,8 @@ inline void check_tree(const std::string& op, const TensorView& tensor, const Te
 // The tree is the last of each batch row's keys.
 inline void check_tree_fits(const std::string& op, Device device, const AttentionParams& params) {
   if (device != Device::kCpu) return;
-  for (int64_t b = 0; b < params.batch; ++b) {
+  const bool given = params.key_starts || params.key_lengths || params.key_offset || params.query_lengths;
+  for (int64_t b = 0; b < (given ? params.batch : std::min<int64_t>(params.batch, 1)); ++b) {
     const RowMap map = row_map(params, b);
     check_value(map.queries == 0 || map.keys >= params.schedule.tree_nodes, op, "parents has ",
                 params.schedule.tree_nodes, " nodes and batch row ", b, " has ", map.keys,

@@ -26,6 +26,7 @@ struct BlocksArgs {
   int64_t block_size = 0;  // 1: the lengths count blocks
   int64_t sink_size = 0, window_blocks = 0;
   int64_t blocks_per_row = -1;  // -1: every block by its own probability
+  mutable AttentionArgs lengths;  // op and device, for the checks that attention has too, and their copies
 };
 
 namespace detail {
@@ -139,9 +140,18 @@ inline BlockParams block_params(const BlocksArgs& args, BlockFamily* family) {
   };
   check_numbers("seed", args.seed, true);
   check_numbers("round", args.round, false);
+  AttentionArgs& lengths = args.lengths;
+  lengths.op = op;
+  lengths.query = args.seed;  // whose device they share
+  const bool one_seed = args.seed.count() == 1;
   params.seeds = args.seed.as<const int64_t>();
-  params.seed_stride = args.seed.count() == 1 ? 0 : args.seed.strides[0];
+  params.seed_stride = one_seed ? 0 : args.seed.strides[0];
   params.round = args.round.as<const int64_t>();
+  if (readable) {
+    params.seeds = lengths.copies.keep(op, params.seeds, one_seed ? 1 : args.batch, params.seed_stride);
+    params.seed_stride = one_seed ? 0 : 1;
+    params.round = lengths.copies.keep(op, params.round, 1);
+  }
   for (int64_t b = 0; readable && b < (params.seed_stride ? args.batch : 1); ++b) {
     const int64_t seed = params.seeds[b * params.seed_stride];
     check_value(seed >= 0, op, "seed is ", seed, " and must be at least 0");
@@ -149,9 +159,6 @@ inline BlockParams block_params(const BlocksArgs& args, BlockFamily* family) {
   check_value(!readable || (*params.round >= 0 && *params.round < int64_t{1} << 32), op, "round is ",
               readable ? *params.round : 0, " and must be between 0 and 2**32 - 1");
 
-  AttentionArgs lengths;
-  lengths.op = op;
-  lengths.query = args.seed;  // whose device they share
   rows.key_starts = detail::check_lengths(lengths, "key_starts", args.key_starts, args.batch);
   rows.key_lengths = detail::check_lengths(lengths, "key_lengths", args.key_lengths, args.batch);
   rows.key_offset = detail::check_lengths(lengths, "key_offset", args.key_offset, args.batch);

@@ -27,6 +27,7 @@ struct CacheAppendParams {
   char* value_cache = nullptr;      // [batch, kv_heads, sinks + ring, value channels], contiguous
   const int64_t* starts = nullptr;  // [batch] or null: tokens before starts[b] are padding and left out
   int64_t* lengths = nullptr;       // [batch]: tokens seen, moved on by what is appended
+  const int64_t* seen = nullptr;    // [batch]: what lengths was when it was checked; null (and on a device): lengths
 };
 
 // The row of the token at position j.

@@ -5,6 +5,7 @@
 #include <pycore/attention_cache.h>
 #include <pycore/checks.h>
 #include <pycore/dtype.h>
+#include <pycore/index_copies.h>
 #include <pycore/tensor_view.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@ struct CacheAppendArgs {
   TensorView key, value;
   TensorView starts;  // not defined(): no padding
   int64_t sink_size = 0;
+  mutable IndexCopies copies;  // of lengths and starts, on the CPU
 };
 
 inline CacheAppendParams cache_append_params(const CacheAppendArgs& args) {
@@ -78,13 +80,22 @@ inline CacheAppendParams cache_append_params(const CacheAppendArgs& args) {
   }
   params.lengths = args.lengths.as<int64_t>();
   params.starts = args.starts.defined() ? args.starts.as<const int64_t>() : nullptr;
-  for (int64_t b = 0; b < params.batch && cache.device == Device::kCpu; ++b) {
-    check_value(params.lengths[b] >= 0 && params.lengths[b] < kFar - params.tokens, kOp, "lengths[", b, "] is ",
-                params.lengths[b], " and must be between 0 and ", kFar - params.tokens - 1);
+  const bool readable = cache.device == Device::kCpu;
+  if (readable) {
+    params.seen = args.copies.keep(kOp, params.lengths, params.batch);
+    if (params.starts) params.starts = args.copies.keep(kOp, params.starts, params.batch);
+  }
+  for (int64_t b = 0; b < params.batch && readable; ++b) {
+    check_value(params.seen[b] >= 0 && params.seen[b] < kFar - params.tokens, kOp, "lengths[", b, "] is ",
+                params.seen[b], " and must be between 0 and ", kFar - params.tokens - 1);
     check_value(!params.starts || (params.starts[b] >= 0 && params.starts[b] <= params.tokens), kOp, "starts[", b,
                 "] is ", params.starts ? params.starts[b] : 0, " and must be between 0 and key's ", params.tokens,
                 " tokens");
   }
+  const NamedView written[] = {
+      {"key_cache", args.key_cache}, {"value_cache", args.value_cache}, {"lengths", args.lengths}};
+  const NamedView read[] = {{"key", args.key}, {"value", args.value}, {"starts", args.starts}};
+  check_disjoint(kOp, written, read);
   const auto source = [](const TensorView& view) {
     const int64_t size = dtype_size(view.dtype);
     return CacheSource{view.as<const char>(), view.strides[0] * size, view.strides[1] * size, view.strides[2] * size,

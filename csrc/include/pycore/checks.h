@@ -3,11 +3,17 @@
 // the argument, what it was and what it must be:  "lambda_attention: key has 3 heads, which ..."
 #pragma once
 
+#include <pycore/dtype.h>
+#include <pycore/sizes.h>
 #include <pycore/tensor_view.h>
 
+#include <initializer_list>
+#include <iterator>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace pycore {
 
@@ -39,6 +45,93 @@ inline std::string shape_text(const TensorView& view) {
   for (int i = 0; i < view.dims; ++i) text << (i ? ", " : "") << view.shape[i];
   text << ']';
   return text.str();
+}
+
+// MemoryError in Python.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(const std::string& text) : text_(text) {}
+  const char* what() const noexcept override { return text_.what(); }
+
+ private:
+  std::runtime_error text_;  // a string whose copies throw nothing
+};
+
+[[noreturn]] inline void throw_out_of_memory(const std::string& op, const char* argument,
+                                             const std::vector<int64_t>& sizes) {
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  throw OutOfMemory(op + ": " + argument + " has shape [" + shape +
+                    "] and must fit into memory, where it could not be allocated");
+}
+
+// A vector of `count` elements, or one sentence.
+template <class T>
+std::vector<T> memory_for(const std::string& op, const char* argument, int64_t count) {
+  try {
+    return std::vector<T>(static_cast<size_t>(count));
+  } catch (const std::exception&) {  // bad_alloc, or the length_error of what no vector can hold
+    throw_out_of_memory(op, argument, {count});
+  }
+}
+
+// What a view spans must fit an int64, so that products of its sizes do too. An expanded one can say any shape.
+inline void check_span(const std::string& op, const char* argument, const TensorView& view) {
+  int64_t bytes = dtype_size(view.dtype);
+  bool over = false;
+  for (int i = 0; i < view.dims; ++i) {
+    over = over || (view.shape[i] > 0 && __builtin_mul_overflow(bytes, view.shape[i], &bytes));
+  }
+  check_value(!over, op, argument, " has shape ", shape_text(view), ", which is more than any memory holds");
+}
+
+// ---- where results go -----------------------------------------------------------------------------------------------
+
+struct NamedView {
+  const char* name;
+  const TensorView& view;
+};
+
+// The addresses from the first byte of any element to behind the last.
+inline void address_range(const TensorView& view, uintptr_t* begin, uintptr_t* end) {
+  const int64_t size = dtype_size(view.dtype);
+  int64_t lowest = 0, highest = 0;
+  for (int i = 0; i < view.dims; ++i) {
+    const int64_t reach = (view.shape[i] - 1) * view.strides[i] * size;
+    (reach < 0 ? lowest : highest) += reach;
+  }
+  const uintptr_t data = reinterpret_cast<uintptr_t>(view.data);
+  *begin = data + static_cast<uintptr_t>(lowest);
+  *end = data + static_cast<uintptr_t>(highest + size);
+}
+
+inline bool overlap(const TensorView& a, const TensorView& b) {
+  if (!a.defined() || !b.defined() || a.count() == 0 || b.count() == 0) return false;
+  if (a.device != b.device || a.device_index != b.device_index) return false;
+  uintptr_t a_begin, a_end, b_begin, b_end;
+  address_range(a, &a_begin, &a_end);
+  address_range(b, &b_begin, &b_end);
+  return a_begin < b_end && b_begin < a_end;
+}
+
+// What is written must share no memory with what is read while it is written, nor with another result.
+template <class Outputs, class Inputs>
+void check_disjoint(const std::string& op, const Outputs& outputs, const Inputs& inputs) {
+  for (auto out = std::begin(outputs); out != std::end(outputs); ++out) {
+    for (const NamedView& in : inputs) {
+      check_value(!overlap(out->view, in.view), op, out->name, " overlaps ", in.name,
+                  " and must have memory of its own");
+    }
+    for (auto other = std::begin(outputs); other != out; ++other) {
+      check_value(!overlap(out->view, other->view), op, out->name, " overlaps ", other->name,
+                  " and must have memory of its own");
+    }
+  }
+}
+
+inline void check_disjoint(const std::string& op, std::initializer_list<NamedView> outputs,
+                           std::initializer_list<NamedView> inputs) {
+  check_disjoint<std::initializer_list<NamedView>, std::initializer_list<NamedView>>(op, outputs, inputs);
 }
 
 }  // namespace pycore

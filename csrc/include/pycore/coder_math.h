@@ -122,6 +122,10 @@ PYCORE_CODER bool range_encode(RangeEncoder* coder, uint32_t begin, uint32_t wid
 // At most one word a symbol for precision <= 16, at most two up to 24.
 PYCORE_CODER bool range_needs_word(uint64_t range) { return range < kLeastRange; }
 
+// Bits that the symbols so far have settled, when `words` were shifted out or in: those, and how far the range is below
+// the full one. Encoder and decoder have the same range after the same symbols.
+PYCORE_CODER int64_t range_position(int64_t words, uint64_t range) { return 16 * words + __builtin_clzll(range | 1); }
+
 PYCORE_CODER uint16_t range_take_word(RangeEncoder* coder) {
   const uint16_t word = static_cast<uint16_t>(coder->low >> 48);
   coder->low <<= 16;

@@ -52,8 +52,10 @@ namespace pycore {
 [[gnu::always_inline]] inline float float_from_float16(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
   if (rest >= 0x7c00) return float_from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // Shifted into place the exponent is 112 too small; a product with 2^112 mends it, subnormals included.
-  return float_from_bits(sign | bits_of_float(float_from_bits(rest << 13) * float_from_bits(0x77800000)));
+  // A subnormal half is an integer times 2^-24. Neither it nor the product is a subnormal float, and both are exact: no
+  // floating-point environment changes them.
+  const uint32_t small = bits_of_float(static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f);
+  return float_from_bits(sign | (rest < 0x400 ? small : (rest << 13) + (112u << 23)));
 }
 
 // To nearest, ties to even; NaN stays NaN.
@@ -63,8 +65,11 @@ namespace pycore {
   if (magnitude > 0x7f800000) return sign | 0x7e00;
   if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds past the largest, 65504
   if (magnitude < 0x38800000) {
-    // Subnormal: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits.
-    return sign | static_cast<uint16_t>(bits_of_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000);
+    // Subnormal: a multiple of 2^-24, by integers, which no floating-point environment rounds otherwise.
+    const uint32_t exponent = magnitude >> 23, significand = (magnitude & 0x7fffff) | 0x800000;
+    if (exponent < 102) return sign;  // below half of the least one
+    const uint32_t shift = 126 - exponent, half = 1u << (shift - 1);
+    return sign | static_cast<uint16_t>((significand + half - 1 + (significand >> shift & 1)) >> shift);
   }
   return sign | static_cast<uint16_t>((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }

@@ -11,6 +11,7 @@
 // the FMA chain over channels c = l mod kNormLanes, ascending; lanes are added l + (l + 32), then 16, 8, 4, 2, 1.
 #pragma once
 
+#include <pycore/cpu_isa.h>
 #include <pycore/export.h>
 #include <pycore/parallel.h>
 #include <pycore/row_view.h>
@@ -26,6 +27,7 @@ inline constexpr int64_t kNormLanes = 64;
 inline constexpr int64_t kNormRowBlock = 64;  // rows per FMA chain in the gradient of the norm's weight
 
 struct LinearParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // of everything; float32 or float64
   int64_t in_features = 0, out_features = 0;
   RowView x;                     // [rows, in_features]
@@ -36,6 +38,7 @@ struct LinearParams {
 };
 
 struct LinearBackwardParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;
   int64_t in_features = 0, out_features = 0;
   RowView grad_out;              // [rows, out_features]
@@ -48,6 +51,7 @@ struct LinearBackwardParams {
 };
 
 struct RmsNormParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // of everything; float32 or float64
   int64_t channels = 0;
   RowView x;                     // [rows, channels]
@@ -57,6 +61,7 @@ struct RmsNormParams {
 };
 
 struct RmsNormBackwardParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;
   int64_t channels = 0;
   RowView grad_out, x;           // [rows, channels]

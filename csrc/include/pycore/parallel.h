@@ -1,13 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Threads belong to the caller. A kernel asks `Parallel` to run a body once per slot; slots claim work items from
 // a shared counter, so that an uneven schedule or a busy core does not leave the others waiting. Which slot
-// computes an item never changes the item's bits.
+// computes an item never changes the item's bits, and neither does the floating-point environment of a slot's thread.
 #pragma once
+
+#include <pycore/float_environment.h>
 
 #include <atomic>
 #include <cstdint>
 
 namespace pycore {
+
+// More slots than this, or than there are processors, would only ask for scratch.
+inline constexpr int64_t kMostThreads = 256;
+
+inline int64_t clamped_threads(int64_t asked, int64_t processors) {
+  const int64_t most = processors > kMostThreads ? processors : kMostThreads;
+  return asked < 1 ? 1 : asked < most ? asked : most;
+}
 
 struct Parallel {
   int64_t threads = 1;      // slots; scratch is sized for this many
@@ -26,6 +36,7 @@ template <class F>
 void for_each_item(const Parallel& parallel, int64_t items, const F& f) {
   const int64_t slots = items < parallel.threads ? items : parallel.threads;
   if (slots <= 1 || parallel.run == nullptr) {
+    const FixedFloats fixed;
     for (int64_t item = 0; item < items; ++item) f(int64_t{0}, item);
     return;
   }
@@ -37,6 +48,7 @@ void for_each_item(const Parallel& parallel, int64_t items, const F& f) {
   parallel.run(
       parallel.context, slots,
       [](void* argument, int64_t slot) {
+        const FixedFloats fixed;
         Claim* claim = static_cast<Claim*>(argument);
         for (int64_t item = claim->next++; item < claim->items; item = claim->next++) (*claim->f)(slot, item);
       },

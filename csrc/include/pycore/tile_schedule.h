@@ -66,8 +66,8 @@ PYCORE_HOST_DEVICE inline uint64_t tile_bits(int64_t base, int64_t from, int64_t
 
 struct TileSchedule {
   ScheduleKind kind = ScheduleKind::kCausal;
-  int64_t sink_size = 0;       // Λ, Blocks: tokens kept from the start
-  int64_t window_size = kFar;  // Λ, Segments: newest tokens kept, the query's own among them
+  int64_t sink_size = 0;       // Λ, Blocks, Tree: tokens kept from the start
+  int64_t window_size = kFar;  // Λ, Segments, Tree (by place): newest tokens kept, the query's own among them
   int64_t right = 0;           // Λ, Segments: tokens kept after the query's own
   int64_t prefix = 0;          // Prefix: tokens every query sees, also those before it
   const int64_t* boundaries =
@@ -233,6 +233,22 @@ struct TileSchedule {
     return shift == 0 || word + 1 == tree_words ? low : low | words[word + 1] << (64 - shift);
   }
 
+  // Keys of the tile that position p keeps under a tree: of the context and of its ancestors those in its window, or
+  // among the sinks, by place.
+  PYCORE_HOST_DEVICE uint64_t branch_bits(int64_t p, int64_t tile) const {
+    if (!in_tree(p)) return window_bits(p, p, 0, INT64_MAX, sink_size, tile);
+    const int64_t at = place(p);
+    uint64_t ancestors = ancestor_bits(p, tile);
+    if (at - tree_start >= window_size) {  // else the window holds the whole branch
+      PYCORE_ROLLED
+      for (uint64_t left = ancestors; left != 0; left &= left - 1) {
+        const int64_t j = place(tile * kKeyTile + lowest_bit(left));
+        if (at - j >= window_size && j >= sink_size) ancestors &= ~(left & (~left + 1));
+      }
+    }
+    return window_bits(at, at, 0, tree_start, sink_size, tile) | ancestors;
+  }
+
   PYCORE_HOST_DEVICE uint64_t reach_bits(int64_t p_lo, int64_t p_hi, int64_t tile) const {
     if (kind == ScheduleKind::kSegments) return segment_bits(p_lo, p_hi, tile);
     if (kind != ScheduleKind::kBlocks && kind != ScheduleKind::kKeySubset) return ~uint64_t{0};
@@ -262,7 +278,7 @@ struct TileSchedule {
     const int64_t base = tile * kKeyTile;
     if (kind == ScheduleKind::kFull) return ~uint64_t{0};
     if (kind == ScheduleKind::kBlocks || kind == ScheduleKind::kKeySubset) return reach_bits(p, p, tile);
-    if (in_tree(p)) return tile_bits(base, 0, tree_start) | ancestor_bits(p, tile);
+    if (kind == ScheduleKind::kTree) return branch_bits(p, tile);
     if (kind == ScheduleKind::kSegments) {
       int64_t lo, hi;
       segment_of(p, &lo, &hi);
@@ -298,9 +314,11 @@ struct TileSchedule {
     if (first > p_hi + right) return Cover::kNone;
     const bool past_all = last <= p_lo + right;
     if (kind == ScheduleKind::kCausal) return past_all ? Cover::kAll : Cover::kSome;
-    if (kind == ScheduleKind::kTree) return past_all && last < tree_start ? Cover::kAll : Cover::kSome;
-    if (past_all && (last < sink_size || p_hi - first < window_size)) return Cover::kAll;
-    if (first >= sink_size && p_lo - last >= window_size) return Cover::kNone;
+    // No node stands further than its position, nor before the tree.
+    const bool shared = kind != ScheduleKind::kTree || last < tree_start;
+    const int64_t nearest = kind == ScheduleKind::kTree && tree_start < p_lo ? tree_start : p_lo;
+    if (past_all && shared && (last < sink_size || p_hi - first < window_size)) return Cover::kAll;
+    if (first >= sink_size && nearest - last >= window_size) return Cover::kNone;
     return Cover::kSome;
   }
 
@@ -319,6 +337,9 @@ struct TileSchedule {
     }
     if (kind == ScheduleKind::kPrefix && prefix > end) end = prefix;
     if (kind == ScheduleKind::kLambda && tile * kKeyTile >= sink_size) oldest = p_lo - window_size + 1;
+    if (kind == ScheduleKind::kTree && tile * kKeyTile >= sink_size) {
+      oldest = (tree_start < p_lo ? tree_start : p_lo) - window_size + 1;
+    }
     if (kind == ScheduleKind::kSegments) {
       if (segments == 0 || p_hi < boundaries[0] || p_lo >= boundaries[segments]) return kNoTile;
       const int64_t from = p_lo > boundaries[0] ? p_lo : boundaries[0];
@@ -342,13 +363,19 @@ struct TileSchedule {
     const bool seen_early = kind == ScheduleKind::kFull || (kind == ScheduleKind::kPrefix && first < prefix) ||
                             (kind == ScheduleKind::kKeySubset && !causal);
     *lo = seen_early ? -kFar : first - right;
-    *hi = kind == ScheduleKind::kLambda && first >= sink_size && window_size < kFar ? last + window_size - 1 : kFar;
+    *hi = kFar;
+    const bool windowed = kind == ScheduleKind::kLambda || kind == ScheduleKind::kTree;
+    if (windowed && first >= sink_size && window_size < kFar) {
+      const int64_t seen_last = last + window_size - 1;
+      if (kind == ScheduleKind::kLambda || seen_last < tree_start) *hi = seen_last;  // nodes may stand nearer
+    }
     if (kind != ScheduleKind::kSegments || segments == 0) return;
     // Between two segments there is none, so look from the nearest position inside.
     int64_t start, end;
     segment_of(first, &start, &end);
     if (start < end && start > *lo) *lo = start;
-    segment_of(last < boundaries[segments] ? last : boundaries[segments] - 1, &start, &end);
+    const int64_t past = bounded(boundaries[segments]);
+    segment_of(last < past ? last : past - 1, &start, &end);
     // Boundaries may be any numbers, and callers add to these. Segments that end in the tile have no row after it.
     *hi = end > kFar ? kFar : end - 1;
     const bool sinks = segment_sinks > 0 && bounded(start) + segment_sinks > first;
