@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pycore import _load
 from pycore._checks import check_bool
+from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
 
 _load.load_ops()
@@ -118,6 +119,7 @@ def _check_tensors(op: str, **tensors: Any) -> None:
         check_tensor(op, name, tensor)
         if tensor.is_meta:
             raise ValueError(f"{op}: {name} is on meta, which has no data, and must be on the CPU")
+    refuse_tangents(op, **tensors)
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["no_second_derivative", "refuse_tangents", "register_derivatives"]
+from pycore._tangents import dual, forward_mode, unpacked
+
+__all__ = ["no_second_derivative", "register_derivatives"]
 
 Tangents = list[Tensor | None]
 Jvp = Callable[[Sequence[Any], Tangents, Any], Any]
@@ -47,7 +49,8 @@ def register_derivatives(name: str, backward: Callable[..., Any], setup_context:
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             *inputs, keyset = args
-            output = below(keyset, inputs)
+            with _modes_of_outer_levels():
+                output = below(keyset, inputs)
             setup_context(ctx, tuple(inputs), output)
             return output
 
@@ -58,19 +61,23 @@ def register_derivatives(name: str, backward: Callable[..., Any], setup_context:
             return (*given, None) if isinstance(given, tuple) else (given, None)
 
     Recorded.__name__ = f"{name}Backward"
+    apply: Callable[..., Any] = getattr(Recorded, "apply")  # noqa: B009 - torch's own types leave it out
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if _forward_mode():
+        if forward_mode():
             inputs = [*args, *defaults[len(args) :]]  # the dispatcher leaves out what has its default value
-            pairs = [_unpacked(x) for x in inputs]
+            pairs = [unpacked(x) for x in inputs]
             tangents = [tangent for _, tangent in pairs]
             if any(tangent is not None for tangent in tangents):
                 primals = [primal for primal, _ in pairs]
                 output = op(*primals)
-                return _dual(output, jvp(primals, tangents, output))
+                return dual(output, jvp(primals, tangents, output))
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            given = (*args, *defaults[len(args) :], keyset)
+            if not torch._C._are_functorch_transforms_active():
+                return apply(*given)
             with _single_level():
-                return Recorded.apply(*args, *defaults[len(args) :], keyset)
+                return apply(*given)
         return below(keyset, args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
@@ -95,13 +102,14 @@ def no_second_derivative(name: str, op_of: Callable[[Sequence[Any]], str]) -> No
     )
 
 
-def refuse_tangents(op: str, **tensors: Any) -> None:
-    """For what has no rule for tangents, and would lose them without a word."""
-    if not _forward_mode():
+@contextmanager
+def _modes_of_outer_levels() -> Iterator[None]:
+    """Within the forward of an autograd function nothing is recorded, which is meant for its own level alone."""
+    if not torch._C._are_functorch_transforms_active():
+        yield
         return
-    for name, x in tensors.items():
-        if isinstance(x, Tensor) and _has_tangent(x):
-            raise NotImplementedError(f"{op}: {name} carries a tangent, and {op} has no forward-mode derivative")
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
 
 
 @contextmanager
@@ -114,27 +122,3 @@ def _single_level() -> Iterator[None]:
         yield
     finally:
         functorch.set_single_level_autograd_function_allowed(before)
-
-
-def _forward_mode() -> bool:
-    """Whether any tensor may carry a tangent: within torch.func.jvp or torch.autograd.forward_ad.dual_level."""
-    return forward_ad._current_level >= 0
-
-
-def _has_tangent(x: Tensor) -> bool:
-    while torch._C._functorch.is_batchedtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return _unpacked(x)[1] is not None
-
-
-def _unpacked(x: Any) -> tuple[Any, Tensor | None]:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return x, None
-    pair = forward_ad.unpack_dual(x)
-    return pair.primal, pair.tangent
-
-
-def _dual(output: Any, tangents: Any) -> Any:
-    if isinstance(output, Tensor):
-        return forward_ad.make_dual(output, tangents.to(output.dtype))
-    return tuple(_dual(x, tangent) for x, tangent in zip(output, tangents, strict=True))

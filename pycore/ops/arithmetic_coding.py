@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pycore import _load
 from pycore._checks import check_int, check_whole
+from pycore._tangents import refuse_tangents
 from pycore._tensors import check_devices, check_tensor
 from pycore.bitstreams import Bitstreams
 
@@ -234,6 +235,7 @@ def _decoded(name: str, op: Callable[..., Tensor], *args: Any) -> Tensor:
 def _check_tensors(op: str, **tensors: Any) -> None:
     for name, tensor in tensors.items():
         check_tensor(op, name, tensor)
+    refuse_tangents(op, **tensors)
     if any(tensor.is_meta for tensor in tensors.values()):
         check_devices(op, **tensors)
 

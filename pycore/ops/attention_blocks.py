@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pycore._checks import check_int, check_str
 from pycore._load import load_ops
+from pycore._tangents import refuse_tangents
 from pycore._tensors import as_index, check_devices, check_tensor, graph_numbers
 from pycore.schedules import DistanceFamily, Probabilistic
 
@@ -72,6 +73,7 @@ def draw_blocks(
             graph, parameter = graph_numbers(parameter), 0.0
     elif isinstance(probs, Tensor):
         check_tensor(op, "distance_probs", probs)
+        refuse_tangents(op, distance_probs=probs)
         if not probs.is_floating_point():
             raise ValueError(f"{op}: distance_probs is {str(probs.dtype)[6:]} and must be floating-point")
         table = _moved(op, "distance_probs", probs.detach(), drawn).double()

@@ -5,11 +5,11 @@ With P the weights (D P where dropout multiplies them by D), a logit z = cap(s <
 
     z' = s cap' (<q', k> + <q, k'>),    lse' = sum P z' (+ P_sink sink'),    out' = sum D P (z' v + v') - lse' out.
 
-The backward kernel adds up w (<u, y> - delta) x over a query's keys, with w = D P s cap', u as grad_out, y as value, x as
-key, and delta = 0 where it is told that out was zero. So its grad_query for the keys [k, v], the queries [q, 0], the
-values [k, k'] and grad_out [q', q] has sum D P z' v behind it, in one call. Rotation by distance
-happens between query and key alone, so with it the call is made the other way round: the values are one channel of v,
-the keys [k, k'], and <grad_query, [q', q]> is sum D P z' v of that channel.
+The backward kernel adds up w (<u, y> - delta) x over a query's keys, with w = D P s cap', u as grad_out, y as value, x
+as key, and delta = 0 where it is told that out was zero. So its grad_query for the keys [k, v], the queries [q, 0], the
+values [k, k'] and grad_out [q', q] has sum D P z' v behind it, in one call. Rotation by distance happens between query
+and key alone, so with it the call is made the other way round: the values are one channel of v, the keys [k, k'], and
+<grad_query, [q', q]> is sum D P z' v of that channel: as many calls as v has channels.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch.nn.functional import pad
 __all__ = ["attention_jvp"]
 
 _QUERY, _KEY, _VALUE, _COS, _SIN, _SINK = 0, 1, 2, 3, 4, 7
-_TENSORS = 15  # of an attention call; then its name and other options
+_TENSORS = 15  # of an attention call; then its name and other options, numbers, and whether lse is a pair
+_NUMBERS = _TENSORS + 10
 _INTERLEAVED, _SCALE = 3, 5  # of those options
 _NO_RULE = {
-    _COS: "rope's cos", _SIN: "rope's sin", 5: "distance_bias", 6: "alibi_slopes", 14: "the schedule's correction",
+    _COS: "rope's cos", _SIN: "rope's sin", 5: "distance_bias", 6: "alibi_slopes", 14: "the schedule's correction", _NUMBERS: "scale or softcap",
 }  # fmt: skip
 
 
@@ -36,25 +37,28 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """The tangents of (out, lse), by those of query, key, value and sink_logits."""
     op = inputs[_TENSORS]
-    names = _NO_RULE | {len(inputs) - 1: "scale, softcap or dropout_p"}
-    for place, name in names.items():
+    for place, name in _NO_RULE.items():
         if tangents[place] is not None:
             raise NotImplementedError(f"{op}: {name} carries a tangent, and has no forward-mode derivative")
     call = _Call(inputs)
     parts = [tangents[place] for place in (_QUERY, _KEY, _VALUE)]
     query_tangent, key_tangent, value_tangent = (x if x is None else x.to(call.dtype) for x in parts)
-    out, lse = call.forward(call.value)
+    out, pair = call.forward(call.value)
+    lse = pair[0]
     tangent, lse_tangent = torch.zeros_like(out), torch.zeros_like(lse)
     if value_tangent is not None:
         tangent = call.forward(value_tangent)[0]
     if query_tangent is not None or key_tangent is not None:
-        moved, lse_tangent = call.moved(lse, query_tangent, key_tangent)
+        moved, lse_tangent = call.moved(pair, query_tangent, key_tangent)
         tangent = tangent + moved
     sink_tangent = tangents[_SINK]
     if sink_tangent is not None:
         weight = (inputs[_SINK][:, None] - lse).exp().masked_fill(lse == -torch.inf, 0)
         lse_tangent = lse_tangent + weight * sink_tangent[:, None]
-    return tangent - lse_tangent[..., None] * out, lse_tangent
+    tangent = tangent - lse_tangent[..., None] * out
+    if output[1].dim() == 4:  # what rounding left out of lse has no tangent of its own
+        lse_tangent = torch.stack([lse_tangent, torch.zeros_like(lse_tangent)])
+    return tangent, lse_tangent
 
 
 class _Call:
@@ -64,9 +68,9 @@ class _Call:
         wide = inputs[_QUERY].dtype == torch.float64
         self.dtype = torch.float64 if wide else torch.float32  # of all sums
         self.query, self.key, self.value = (x.to(self.dtype) for x in inputs[:3])
-        self.tensors, self.options = list(inputs[3:_TENSORS]), list(inputs[_TENSORS:])
+        self.tensors, self.options = list(inputs[3:_TENSORS]), list(inputs[_TENSORS : _NUMBERS + 1])
         self.rope = inputs[_COS] is not None
-        numbers = inputs[-1]
+        numbers = inputs[_NUMBERS]
         if self.options[_SCALE] is None:  # of the channels there are, not of those that will be added
             scale = self.query.shape[3] ** -0.5
             self.options[_SCALE] = scale
@@ -74,7 +78,7 @@ class _Call:
                 self.options[-1] = torch.cat([numbers.new_ones(1) * scale, numbers[1:]])
 
     def forward(self, value: Tensor) -> Any:
-        return torch.ops.pycore.attention(self.query, self.key, value, *self.tensors, *self.options)
+        return torch.ops.pycore.attention(self.query, self.key, value, *self.tensors, *self.options, True)
 
     def grad_query(
         self, grad_out: Tensor | None, grad_lse: Tensor | None, lse: Tensor, query: Tensor, key: Tensor, value: Tensor
@@ -98,7 +102,7 @@ class _Call:
         query, key = self.beside(self.query, torch.zeros_like(self.query)), self.beside(self.key, key_tangent)
         ones = torch.ones_like(self.value[..., :1])
         # Without dropout: grad_lse reaches the weights past it.
-        through_lse = self.grad_query(None, torch.ones_like(lse), lse, query, key, ones)
+        through_lse = self.grad_query(None, torch.ones_like(lse[0]), lse, query, key, ones)
         lse_tangent = (through_lse * both).sum(-1)
         dim, value_dim = self.query.shape[3], self.value.shape[3]
         if not self.rope:
@@ -106,14 +110,14 @@ class _Call:
             return self.grad_query(both, None, lse, queries, keys, key)[..., dim:], lse_tangent
         channels = []
         for c in range(value_dim):
-            one = torch.ones_like(lse)[..., None]
+            one = torch.ones_like(lse[0])[..., None]
             gradient = self.grad_query(one, None, lse, query, key, self.value[..., c : c + 1])
             channels.append((gradient * both).sum(-1))
         moved = torch.stack(channels, -1) if channels else torch.zeros_like(self.query[..., :0])
         return moved, lse_tangent
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
-        """Channels of x and y beside each other, so that a pair that is rotated stays one and all of them come first."""
+        """Channels of x and y beside each other; pairs that are rotated stay pairs, and all of them come first."""
         if not self.rope:
             return torch.cat([x, y], -1)
         turned = 2 * self.tensors[0].shape[1]
