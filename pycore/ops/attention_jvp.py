@@ -28,7 +28,8 @@ _TENSORS = 15  # of an attention call; then its name and other options, numbers,
 _NUMBERS = _TENSORS + 10
 _INTERLEAVED, _SCALE = 3, 5  # of those options
 _NO_RULE = {
-    _COS: "rope's cos", _SIN: "rope's sin", 5: "distance_bias", 6: "alibi_slopes", 14: "the schedule's correction", _NUMBERS: "scale or softcap",
+    _COS: "rope's cos", _SIN: "rope's sin", 5: "distance_bias", 6: "alibi_slopes", 14: "the schedule's correction",
+    _NUMBERS: "scale or softcap",
 }  # fmt: skip
 
 
