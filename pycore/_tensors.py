@@ -43,11 +43,12 @@ def check_devices(op: str, **tensors: Any) -> None:
             raise ValueError(f"{op}: {name} is on {x.device} and must be on {first[1].device}, where {first[0]} is")
 
 
-def graph_numbers(*values: float) -> Tensor:
+def graph_numbers(*values: float | Tensor) -> Tensor:
     """Floats as a tensor, float64 on the CPU, for an op's `numbers`: a graph may compute them anew at every call.
 
     A float in an op's schema is part of the graph, and another one needs another graph. torch.compile keeps a product
-    of a tensor with a changing float as it is; of what else could be written here, it makes constants.
+    of a tensor with a changing float as it is; of what else could be written here, it makes constants. Tensors keep
+    their gradients.
     """
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([one * value for value in values])
+    return torch.stack([value.to(one) if isinstance(value, Tensor) else one * value for value in values])

@@ -140,9 +140,11 @@ def attention_backward(
     grad_value: Any = None,
     grad_bias: Any = None,
     grad_sink_logits: Any = None,
+    grad_alibi_slopes: Any = None,
+    number_gradients: bool = False,
     threads: int | None = None,
     stream: int = 0,
-) -> tuple[Any, Any, Any, Any, Any]: ...
+) -> tuple[Any, Any, Any, Any, Any, Any, tuple[float, float] | None]: ...
 def attention_blocks(
     *,
     seed: Any,

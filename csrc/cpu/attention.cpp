@@ -12,6 +12,7 @@
 
 #include "attention_kernels.h"
 #include "attention_plan.h"
+#include "attention_sum_gradients.h"
 
 namespace pycore {
 namespace {
@@ -188,6 +189,8 @@ void backward(const AttentionKernels* kernels, const AttentionBackwardParams& pa
               void* scratch) {
   const AttentionParams& forward = params.forward;
   const int64_t slot_bytes = backward_slot_bytes(params, *kernels), bias_bytes = bias_sum_bytes(forward);
+  auto* const head_sums = static_cast<HeadSums*>(scratch);
+  scratch = static_cast<char*>(scratch) + sum_gradient_bytes(params);
   const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * slot_bytes + bias_bytes; };
   const int64_t size = sum_size(forward.dtype);
   const int64_t group = forward.kv_heads ? forward.heads / forward.kv_heads : 0;
@@ -242,6 +245,8 @@ void backward(const AttentionKernels* kernels, const AttentionBackwardParams& pa
     });
   }
 
+  if (wants_sums(params)) sum_gradients(*kernels, params, parallel, head_sums, slot_scratch);
+
   if (query_rows(forward) == 0) return;
   int64_t key_tiles = 0;
   for (int64_t b = 0; b < forward.batch; ++b) key_tiles = std::max(key_tiles, row_map(forward, b).present_tiles());
@@ -291,7 +296,8 @@ Status attention_forward(const AttentionParams& params, const Parallel& parallel
 int64_t attention_backward_scratch(const AttentionBackwardParams& params, int64_t threads) {
   const AttentionKernels* kernels = kernels_for(params.forward.dtype, params.forward.isa);
   if (!kernels) return 0;
-  const int64_t slots = size_product({threads, backward_slot_bytes(params, *kernels)});
+  const int64_t slots =
+      size_sum(sum_gradient_bytes(params), size_product({threads, backward_slot_bytes(params, *kernels)}));
   const int64_t lse = lse_bytes(params.forward);
   if (lse == 0) return slots;
   const int64_t again = forward_scratch(kernels, lse_params(params.forward, nullptr, nullptr), threads);

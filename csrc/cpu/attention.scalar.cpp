@@ -155,8 +155,9 @@ struct RowTile {
     return rows.key_near;
   }
   // The logit, and its derivative by <q, k>.
-  T logit(int64_t c, T* slope) const {
-    T s = dot(seen_query(c), seen_key(c), params.head_dim) * static_cast<T>(params.scale);
+  T logit(int64_t c, T* slope) const { return logit_of(c, dot(seen_query(c), seen_key(c), params.head_dim), slope); }
+  T logit_of(int64_t c, T product, T* slope) const {
+    T s = product * static_cast<T>(params.scale);
     *slope = static_cast<T>(params.scale);
     if (params.softcap > 0) {
       const T cap = static_cast<T>(params.softcap), bent = std::tanh(s / cap);
@@ -167,6 +168,17 @@ struct RowTile {
     return params.block_bias ? s + block_bias_of<T>(params, h, p, tile * kKeyTile + c) : s;
   }
 };
+
+// What a pair with this <q, k> gives to the gradients of scale and softcap.
+template <class T>
+void add_number_gradients(const AttentionParams& params, T product, T grad_logit, double* sums) {
+  if (params.softcap > 0) {
+    const T x = product * static_cast<T>(params.scale) / static_cast<T>(params.softcap), bent = std::tanh(x);
+    sums[1] += grad_logit * (bent - x * (1 - bent * bent));
+    grad_logit *= 1 - bent * bent;
+  }
+  sums[0] += grad_logit * product;
+}
 
 template <class T>
 struct SoftmaxState {
@@ -301,7 +313,8 @@ void backward_row(const AttentionBackwardParams& params, const RowMap& map, int6
   for (int64_t c = 0; c < kKeyTile; ++c) {
     if (!row.keeps(c)) continue;
     T slope;
-    const T weight = std::exp(row.logit(c, &slope) - lse - lse_low), factor = row.keep_factor(c);
+    const T product = dot(row.seen_query(c), row.seen_key(c), n);
+    const T weight = std::exp(row.logit_of(c, product, &slope) - lse - lse_low), factor = row.keep_factor(c);
     const T grad_weight = factor == 0 ? 0 : factor * dot(grad_out, row.value(c), m);
     const T grad_logit = weight * (grad_weight - row_delta), grad_score = grad_logit * slope;
     if (parts.query) add_scaled(row.is_far(c) ? rows.grad_far : rows.grad_near, grad_score, row.seen_key(c), n);
@@ -309,9 +322,8 @@ void backward_row(const AttentionBackwardParams& params, const RowMap& map, int6
       add_scaled((row.is_far(c) ? rows.tile_far : rows.tile_near) + c * n, grad_score, row.seen_query(c), n);
       if (factor != 0) add_scaled(rows.tile_value + c * m, weight * factor, grad_out, m);
     }
-    if (parts.bias) {
-      parts.bias[bias_index(forward, row.distance(c))] += grad_logit;
-    }
+    if (parts.bias) add_bias_gradient(forward, row.distance(c), grad_logit, parts.bias);
+    if (parts.numbers) add_number_gradients(forward, product, grad_logit, parts.numbers);
   }
   if (!parts.query) return;
   if (forward.rope_cos && row.kept & ~row.far) {

@@ -31,7 +31,9 @@ inline constexpr int64_t kForwardRows = 192, kBackwardRows = 64;
 struct BackwardParts {
   bool query = false;
   bool key_value = false;
-  double* bias = nullptr;  // the head's row of sums, [bias_length]: one chain of floats over all pairs would not do
+  // The head's row of sums, [bias_length], or the sum of its slope: one chain of floats over all pairs would not do.
+  double* bias = nullptr;
+  double* numbers = nullptr;  // the sums of scale and softcap, [2]
 };
 
 struct AttentionKernels {
@@ -51,8 +53,8 @@ struct AttentionKernels {
   // Rows first..first+count-1 of a head: delta = sum(grad_out * out) - grad_lse.
   void (*delta)(const AttentionBackwardParams& params, int64_t batch, int64_t head, int64_t first, int64_t count,
                 void* scratch);
-  // One tile of one head over all its key tiles in order: adds to grad_query and to parts.bias (the head's tiles must
-  // then come in order, from one thread).
+  // One tile of one head over all its key tiles in order: adds to grad_query, parts.bias and parts.numbers (the head's
+  // tiles must then come in order, from one thread).
   void (*grad_query)(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& tile,
                      BackwardParts parts, void* scratch);
   // grad_key and grad_value of one key tile, over the group's heads and their queries in order; with parts.query

@@ -101,6 +101,31 @@ PYCORE_INLINE void logits_of(const AttentionParams& params, float* scores, int64
   }
 }
 
+// Adds what one row's kept pairs give to the gradients of scale and softcap, keys ascending, in double: `products` are
+// the <q, k> and `grads` the gradients of the logits, columns begin..end-1.
+PYCORE_INLINE void add_number_gradients(const AttentionParams& params, const float* products, const float* grads,
+                                        int64_t begin, int64_t end, uint64_t kept, double* sums) {
+  float of_scale[kKeyTile], of_cap[kKeyTile];
+  const float cap = static_cast<float>(params.softcap);
+  const Vec scale = Vec::broadcast(static_cast<float>(params.scale) * (cap > 0 ? 1 / cap : 1));
+  const Vec one = Vec::broadcast(1.0f);
+  for (int64_t c = begin; c < end; c += Vec::kWidth) {
+    const Vec product = Vec::load(products + c);
+    Vec grad = Vec::load(grads + c);
+    if (cap > 0) {
+      const Vec x = product * scale, bent = tanh_of(x), slope = Vec::fnma(bent, bent, one);
+      (grad * Vec::fnma(x, slope, bent)).store(of_cap + c);
+      grad = grad * slope;
+    }
+    (grad * product).store(of_scale + c);
+  }
+  for (uint64_t left = kept; left; left &= left - 1) {
+    const int64_t c = __builtin_ctzll(left);
+    sums[0] += of_scale[c];
+    if (cap > 0) sums[1] += of_cap[c];
+  }
+}
+
 // block_bias joins the logits of the row at position p. A vector of keys lies in one block.
 PYCORE_INLINE void add_block_bias(const AttentionParams& params, int64_t h, int64_t p, int64_t tile, float* logits,
                                   int64_t begin, int64_t end) {

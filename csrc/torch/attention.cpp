@@ -153,9 +153,11 @@ std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair) {
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, OptionalTensor grad_lse, Tensor out,
-                                                            Tensor lse, bool bias_gradient, bool sink_gradient,
-                                                            PYCORE_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, OptionalTensor grad_lse,
+                                                                            Tensor out, Tensor lse, bool bias_gradient,
+                                                                            bool sink_gradient, PYCORE_PARAMETERS,
+                                                                            bool slopes_gradient,
+                                                                            bool numbers_gradient) {
   PYCORE_ARRANGE;
   const FixedFloats fixed;  // for the default scale, the checks and the launches
   grad_out = last_contiguous(grad_out, op, "grad_out");
@@ -168,6 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
   const AttentionParams& shape = params.forward;
   check_value(!bias_gradient || args.distance_bias.defined(), op, "distance_bias has no gradient where there is none");
   check_value(!sink_gradient || args.sink_logits.defined(), op, "sink_logits has no gradient where there is none");
+  check_value(!slopes_gradient || args.alibi_slopes.defined(), op, "alibi_slopes has no gradient where there is none");
   const auto empty = [&](const char* gradient, const std::vector<int64_t>& sizes) {
     return new_tensor(op, gradient, query, sizes, sum_type(shape));
   };
@@ -177,12 +180,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
   Tensor grad_bias =
       empty("grad_distance_bias", {bias_gradient ? shape.heads : 0, bias_gradient ? shape.bias_length : 0});
   Tensor grad_sink = empty("grad_sink_logits", {sink_gradient ? shape.heads : 0});
+  std::vector<int64_t> slopes_shape = {0};
+  if (slopes_gradient) {
+    const TensorView& slopes = args.alibi_slopes;
+    slopes_shape.assign(slopes.shape, slopes.shape + slopes.dims);
+    params.slope_rows = slopes.dims == 2 ? slopes.shape[0] : 1;
+  }
+  Tensor grad_slopes = empty("grad_alibi_slopes", slopes_shape);
+  // Like `numbers`: of scale, softcap and dropout_p, which has none.
+  Tensor grad_numbers = new_tensor(op, "grad_numbers", query, {numbers_gradient ? 3 : 0}, ScalarType::Double);
+  if (numbers_gradient) torch::stable::zero_(grad_numbers);
   Tensor delta = empty("delta", {shape.batch, shape.heads, shape.query_length});
   params.grad_query = grad_query.data_ptr();
   params.grad_key = grad_key.data_ptr();
   params.grad_value = grad_value.data_ptr();
   params.grad_bias = bias_gradient ? grad_bias.data_ptr() : nullptr;
   params.grad_sink_logits = sink_gradient ? grad_sink.data_ptr() : nullptr;
+  params.grad_slopes = slopes_gradient ? grad_slopes.data_ptr() : nullptr;
+  params.grad_numbers = numbers_gradient ? static_cast<double*>(grad_numbers.data_ptr()) : nullptr;
   params.delta = delta.data_ptr();
   if (args.query.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.query.device_index);
@@ -193,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Opt
     const Scratch scratch(op, query, attention_backward_scratch(params, parallel.threads));
     throw_if(attention_backward(params, parallel, scratch.data), name);
   }
-  return {grad_query, grad_key, grad_value, grad_bias, grad_sink};
+  return {grad_query, grad_key, grad_value, grad_bias, grad_sink, grad_slopes, grad_numbers};
 }
 
 }  // namespace
@@ -204,7 +219,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_gradient, "
       "bool sink_gradient, " PYCORE_SCHEMA
-      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sink_logits)");
+      ", bool slopes_gradient=False, bool numbers_gradient=False) -> (Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_value, Tensor grad_bias, Tensor grad_sink_logits, Tensor grad_slopes, Tensor grad_numbers)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {

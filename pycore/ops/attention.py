@@ -42,9 +42,9 @@ def attention(
     alibi_slopes: Tensor | None = None,
     symmetric_bias: bool = False,
     sink_logits: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     dropout_p: float = 0.0,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     key_starts: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_offset: Tensor | None = None,
@@ -79,10 +79,11 @@ def attention(
         symmetric_bias: for encoders: distance_bias and alibi_slopes see d' = min(|d|, distance_limit), so that a key
             after the query has the bias of one as far before it. Without it such keys have that of distance 0.
         sink_logits: [H], float32 (float64): a logit per head that joins the softmax and carries no value.
-        softcap: logits become softcap * tanh(logit / softcap) before the bias is added; 0 for none.
+        softcap: logits become softcap * tanh(logit / softcap) before the bias is added; 0 for none. A number, or a
+            floating-point tensor without dimensions, which gets a gradient.
         dropout_p: the share of weights set to zero, in [0, 1); the others grow by 1 / (1 - dropout_p). Drawn anew at
             each call from torch's generator, the same in the backward pass; under vmap as its randomness says.
-        scale: factor of the scores, D ** -0.5 by default.
+        scale: factor of the scores, D ** -0.5 by default; a number or a tensor, as softcap.
         key_starts, key_lengths, key_offset, query_lengths: int64 [B] or smaller integers, see Positions.
         return_lse: also return the log of the softmax's denominator, [B, H, Lq], float32 (float64 for float64).
 
@@ -91,7 +92,7 @@ def attention(
 
     Returns:
         [B, H, Lq, Dv] in query's dtype, and lse if asked for. Differentiable in query, key, value,
-        distance_bias and sink_logits (through both).
+        distance_bias, alibi_slopes, sink_logits, and in scale and softcap where they are tensors (through both).
 
     Raises:
         ValueError: a shape, dtype, device or number that does not fit; the sentence names it.
@@ -122,9 +123,9 @@ def lambda_attention(
     alibi_slopes: Tensor | None = None,
     symmetric_bias: bool = False,
     sink_logits: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     dropout_p: float = 0.0,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     key_starts: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_offset: Tensor | None = None,
@@ -168,16 +169,6 @@ def lambda_attention(
         distance_bias, alibi_slopes = (
             x if not isinstance(x, Tensor) else as_table(x, _autocast(query)[0]) for x in (distance_bias, alibi_slopes)
         )
-        if (
-            distance_bias is None
-            and alibi_slopes is not None
-            and alibi_slopes.dim() == 1
-            and alibi_slopes.requires_grad
-        ):
-            # As a table, which has a gradient: distances end at the window, where the middle tokens stand.
-            reach = min(window_size, key.shape[2]) if key_offset is None and key.dim() == 4 else window_size
-            distance_bias = -alibi_slopes[:, None] * torch.arange(reach + 1, device=alibi_slopes.device)
-            alibi_slopes = None
     kept = call_attention(
         op, query, key, value, Lambda(sink_size, window_size, right), rope, interleaved, limit, distance_bias,
         alibi_slopes, sink_logits, softcap, dropout_p, scale, lengths, return_lse or middle_topk != 0,
@@ -218,9 +209,9 @@ def call_attention(
     distance_bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sink_logits: Tensor | None,
-    softcap: float,
+    softcap: float | Tensor,
     dropout_p: float,
-    scale: float | None,
+    scale: float | Tensor | None,
     lengths: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     return_lse: bool,
     key_ring: int = 0,
@@ -252,8 +243,8 @@ def call_attention(
     check_bool(op, "interleaved", interleaved)
     check_bool(op, "return_lse", return_lse)
     if scale is not None:
-        scale = check_number(op, "scale", scale)
-    softcap, dropout_p = check_number(op, "softcap", softcap), check_number(op, "dropout_p", dropout_p)
+        scale = _factor(op, "scale", scale)
+    softcap, dropout_p = _factor(op, "softcap", softcap), check_number(op, "dropout_p", dropout_p)
     limit = _NO_LIMIT
     if distance_limit is not None:
         check_int(op, "distance_limit", distance_limit, 0)
@@ -268,7 +259,8 @@ def call_attention(
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     numbers = None
-    if torch.compiler.is_compiling() and (scale is not None or softcap != 0 or dropout_p != 0):
+    given = isinstance(scale, Tensor) or isinstance(softcap, Tensor)
+    if given or (torch.compiler.is_compiling() and (scale is not None or softcap != 0 or dropout_p != 0)):
         numbers = graph_numbers(1.0 if scale is None else scale, softcap, dropout_p)
         scale, softcap, dropout_p = scale if scale is None else 1.0, 0.0, 0.0
     if isinstance(schedule, Probabilistic) and query.dim() == 4 and key.dim() == 4:
@@ -280,7 +272,7 @@ def call_attention(
     elif isinstance(schedule, Tree):
         schedule_tensor = tree_nodes(op, schedule)
     # For a gradient, lse comes with what rounding it left out.
-    differentiable = (query, key, value, distance_bias, sink_logits)
+    differentiable = (query, key, value, distance_bias, alibi_slopes, sink_logits, numbers)
     pair = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     out, lse = torch.ops.pycore.attention(
         query, key, value, cos, sin, distance_bias, alibi_slopes, sink_logits, *lengths, schedule_tensor, seed,
@@ -290,6 +282,14 @@ def call_attention(
     if not return_lse:
         return out
     return out, lse[0] if pair else lse
+
+
+def _factor(op: str, name: str, value: Any) -> Any:
+    """A number, or a tensor of one, which may want a gradient."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
+        check_tensor(op, name, value)
+        return value
+    return check_number(op, name, value)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -318,6 +318,7 @@ _TENSORS = (
 )  # fmt: skip
 _SLOPES = _TENSORS.index("alibi_slopes")
 _LSE_PAIR = len(_TENSORS) + 11  # the last of all, after symmetric_bias and numbers
+_NUMBERS = _LSE_PAIR - 1
 _BIAS, _SINK = _TENSORS.index("distance_bias"), _TENSORS.index("sink_logits")
 
 
@@ -358,15 +359,18 @@ def _attention_backward_fake(
     query, key, value = args[:3]
     bias = args[_BIAS].shape if bias_gradient else (0, 0)
     sink = args[_SINK].shape if sink_gradient else (0,)
-    shapes = (query.shape, key.shape, value.shape, bias, sink)
-    return tuple(query.new_empty(shape, dtype=_sum_dtype(query)) for shape in shapes)
+    slopes_gradient, numbers_gradient = (*args[_NUMBERS + 1 :], False, False)[:2]
+    slopes = args[_SLOPES].shape if slopes_gradient else (0,)
+    shapes = (query.shape, key.shape, value.shape, bias, sink, slopes)
+    grads = (query.new_empty(shape, dtype=_sum_dtype(query)) for shape in shapes)
+    return *grads, query.new_empty(3 if numbers_gradient else 0, dtype=torch.float64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     count = len(_TENSORS)
-    ctx.options = inputs[count : _LSE_PAIR - 1]
-    ctx.save_for_backward(*output, *inputs[:count], inputs[_LSE_PAIR - 1])
+    ctx.options = inputs[count:_NUMBERS]
+    ctx.save_for_backward(*output, *inputs[:count], inputs[_NUMBERS])
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -378,13 +382,14 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         grad_out = torch.zeros_like(out)
     if grad_lse is not None and grad_lse.dim() == 4:
         grad_lse = grad_lse[0]
-    wants_bias, wants_sink = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINK]
-    query, key, value, bias, sink = torch.ops.pycore.attention_backward(
-        grad_out, grad_lse, out, lse, wants_bias, wants_sink, *tensors, *ctx.options, numbers
+    wanted = [ctx.needs_input_grad[place] for place in (_BIAS, _SINK, _SLOPES, _NUMBERS)]
+    query, key, value, *others = torch.ops.pycore.attention_backward(
+        grad_out, grad_lse, out, lse, *wanted[:2], *tensors, *ctx.options, numbers, *wanted[2:]
     )
     grads[:3] = (query.to(out.dtype), key.to(out.dtype), value.to(out.dtype))
-    grads[_BIAS] = bias if wants_bias else None
-    grads[_SINK] = sink if wants_sink else None
+    for place, wants, gradient in zip((_BIAS, _SINK, _SLOPES), wanted, others, strict=False):
+        grads[place] = gradient if wants else None
+    grads[_NUMBERS] = others[3].to("cpu") if wanted[3] else None
     return tuple(grads)
 
 
@@ -480,11 +485,12 @@ def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> t
 
 @torch.library.register_vmap("pycore::attention_backward")
 def _attention_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    if args[4] or args[5]:
-        raise NotImplementedError("attention: under vmap distance_bias and sink_logits have no gradient")
-    if args[6 + _SEED] is not None and info.batch_size > 0:
+    # What a table gathers is that of all rows, so each sample needs a call of its own.
+    tables = args[4] or args[5] or any(args[6 + _NUMBERS + 1 :])
+    if (tables or args[6 + _SEED] is not None) and info.batch_size > 0:
         grads = _one_by_one(torch.ops.pycore.attention_backward, info, in_dims, args, first=6)
-        return grads, (0,) * 5
+        return grads, (0,) * len(grads)
     outputs = torch.ops.pycore.attention_backward(*_fold(info, in_dims, args, first=6))
     grads = tuple(x.unflatten(0, (info.batch_size, _batch(in_dims, args, 6))) for x in outputs[:3])
-    return (*grads, *outputs[3:]), (0, 0, 0, None, None)
+    others = tuple(x.expand(info.batch_size, *x.shape) for x in outputs[3:])
+    return (*grads, *others), (0,) * len(outputs)

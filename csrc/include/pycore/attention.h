@@ -104,6 +104,9 @@ struct AttentionBackwardParams {
   void* grad_value = nullptr;        // [batch, kv_heads, key_length, value_dim]
   void* grad_bias = nullptr;         // [heads, bias_length] or null: not wanted
   void* grad_sink_logits = nullptr;  // [heads] or null: not wanted
+  void* grad_slopes = nullptr;       // [slope_rows, heads], of alibi_slopes, or null: not wanted
+  int64_t slope_rows = 1;            // of alibi_slopes: 1, or batch
+  double* grad_numbers = nullptr;    // [2], of scale and of softcap, or null: not wanted
 };
 
 // How the rows of one batch row map to positions, and what they keep.
