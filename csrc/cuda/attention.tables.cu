@@ -114,8 +114,8 @@ __global__ void grad_sink_kernel(const __grid_constant__ AttentionBackwardParams
 // What the pairs of one batch row's head give to the gradients of its slope, of scale and of softcap.
 constexpr int kHeadSums = 3;
 
-// sums [chunks, batch, heads, 3]: a warp for some rows of a batch row's head, a lane for every thirty-second key.
-// shared as for plain_grad_bias_kernel.
+// sums [chunks, batch, heads, 3]: a warp for some rows of a batch row's head, a lane for every thirty-second key. What
+// is summed, and why not with delta, says cpu/attention_sum_gradients.h. shared as for plain_grad_bias_kernel.
 template <class T>
 __global__ void head_sums_kernel(const __grid_constant__ AttentionBackwardParams params, double* sums, int64_t chunks) {
   const AttentionParams& forward = params.forward;
@@ -124,41 +124,47 @@ __global__ void head_sums_kernel(const __grid_constant__ AttentionBackwardParams
   if (chunk >= chunks) return;
   float* near = reinterpret_cast<float*>(shared_memory()) + threadIdx.x / kLanes * (2 * n + kLanes);
   const int64_t first = forward.query_length * chunk / chunks, last = forward.query_length * (chunk + 1) / chunks;
-  double slope_sum = 0, scale_sum = 0, cap_sum = 0;
+  double head[kHeadSums] = {0, 0, 0};
   for (int64_t i = first; i < last; ++i) {
     const int64_t index = pair * forward.query_length + i;
     __syncwarp();
     const QueryRow<T> row(forward, index, near, near + n);
     const TwoParts lse = load_lse(forward, index);
-    const float delta = static_cast<const float*>(params.delta)[index];
     const T* grad_out = row_pointer<T>(params.grad_out, params.grad_out_strides, row.b, row.h, row.i);
+    double weights = 0, grads = 0, by_grad[kHeadSums] = {0, 0, 0}, by_weight[kHeadSums] = {0, 0, 0};
     const auto visit = [&](int64_t tile_first, uint32_t bits) {
       if (!(bits >> lane & 1)) return;
       const int64_t j = tile_first + lane;
       const float product = row.product(j);
-      double grad = pair_gradient(params, row.map.schedule, row.b, row.h, row.p, j, product, lse, delta,
-                                  row.keep_factor(j), grad_out, row.value(j))
-                        .grad_logit;
-      const int64_t distance = row.place - row.map.schedule.place(j);
-      slope_sum -= grad * static_cast<double>(seen_distance(forward, distance));
+      const WarpPair seen = pair_gradient(params, row.map.schedule, row.b, row.h, row.p, j, product, lse, 0.0f,
+                                          row.keep_factor(j), grad_out, row.value(j));
+      float by_scale = product, by_cap = 0;
       if (forward.softcap > 0) {
         const float x = product * static_cast<float>(forward.scale) / static_cast<float>(forward.softcap);
         const float bent = tanhf(x), bend = 1 - bent * bent;
-        cap_sum += grad * (bent - x * bend);
-        grad *= bend;
+        by_cap = bent - x * bend;
+        by_scale *= bend;
       }
-      scale_sum += grad * product;
+      const double distance = static_cast<double>(seen_distance(forward, row.place - row.map.schedule.place(j)));
+      const double x[kHeadSums] = {-distance, by_scale, by_cap};
+      weights += seen.share;
+      grads += seen.grad_logit;
+      for (int k = 0; k < kHeadSums; ++k) {
+        by_grad[k] += seen.grad_logit * x[k];
+        by_weight[k] += seen.share * x[k];
+      }
     };
-    if (lse.high != -INFINITY) row.walk(visit, [](int64_t) {});
+    if (lse.high == -INFINITY) continue;
+    row.walk(visit, [](int64_t) {});
+    double all = warp_sum(weights);
+    if (forward.sink_logits)
+      all += exp(static_cast<double>(static_cast<const float*>(forward.sink_logits)[row.h]) - lse.high - lse.low);
+    const double from_lse = params.grad_lse ? static_cast<const float*>(params.grad_lse)[index] : 0.0f;
+    const double delta = warp_sum(grads) / all - from_lse;
+    for (int k = 0; k < kHeadSums; ++k) head[k] += (warp_sum(by_grad[k]) - delta * warp_sum(by_weight[k])) / all;
   }
-  slope_sum = warp_sum(slope_sum);
-  scale_sum = warp_sum(scale_sum);
-  cap_sum = warp_sum(cap_sum);
   if (lane != 0) return;
-  double* out = sums + (chunk * pairs + pair) * kHeadSums;
-  out[0] = slope_sum;
-  out[1] = scale_sum;
-  out[2] = cap_sum;
+  for (int k = 0; k < kHeadSums; ++k) sums[(chunk * pairs + pair) * kHeadSums + k] = head[k];
 }
 
 // Thread n adds up the slope of [slope_rows, heads]'s entry n; two more those of scale and softcap. In order.

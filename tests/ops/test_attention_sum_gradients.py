@@ -93,18 +93,20 @@ def test_float32_is_as_accurate_as_plain_torch(case: Case, capped: bool, isa: st
     query, key, value = (x.nan_to_num() for x in case.inputs(F64))
     scale, softcap, slopes = values(case, F64)
     options = options_of(case, F64) | {"softcap": softcap if capped else 0.0}
-    query.requires_grad_()
-    results = reference.attention(query, key, value, scale=scale, alibi_slopes=slopes, **options)
-    by_channel = query * torch.autograd.grad(loss(results), query)[0]  # which are the summands of scale's, scaled
-    size = max(1.0, by_channel.abs().sum().item())
+    distances = torch.arange(case.key_length + max(case.key_offset or [0]) + 1)
+    table = (-slopes[:, None] * distances).requires_grad_()
+    results = reference.attention(query.requires_grad_(), key, value, scale=scale, distance_bias=table, **options)
+    by_query, by_distance = torch.autograd.grad(loss(results), (query, table))
+    sizes = {"scale": (query * by_query).abs().sum(), "slopes": (by_distance * distances).abs().sum()}
+    sizes["softcap"] = sizes["scale"]
     actual, exact, plain = (
         gradients(f, case, dtype, capped)
         for f, dtype in ((ours, F32), (reference.attention, F64), (reference.attention, F32))
     )
-    for name, mine, true, theirs in zip(("scale", "softcap", "slopes"), actual, exact, plain, strict=False):
-        one = torch.tensor([size], dtype=F64)
-        pad = lambda x, one=one: torch.cat([x.flatten(), one.to(x.dtype)])  # noqa: E731
-        assert_as_accurate(pad(mine), pad(true), pad(theirs), name)
+    names = ("scale", "softcap", "slopes") if capped else ("scale", "slopes")
+    for name, mine, true, theirs in zip(names, actual, exact, plain, strict=True):
+        size = sizes[name].clamp(min=1.0).reshape(1)
+        assert_as_accurate(*(torch.cat([x.flatten(), size.to(x.dtype)]) for x in (mine, true, theirs)), name)
 
 
 @pytest.mark.parametrize("case", SMALL[:11], ids=str)
