@@ -61,7 +61,9 @@ def _converts(value: Any) -> bool:
     """Whether it is a number in another guise: a SymFloat, or an array of one number and no dimensions."""
     if type(value).__name__ in ("SymInt", "SymFloat"):
         return True
-    return getattr(value, "shape", None) == () and hasattr(value, "__float__") and not is_bool(value[()])
+    if str(getattr(value, "dtype", "")).endswith("bool"):
+        return False
+    return getattr(value, "shape", None) == () and hasattr(value, "__float__")
 
 
 def check_bool(op: str, name: str, value: Any) -> None:

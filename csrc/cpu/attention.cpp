@@ -245,7 +245,11 @@ void backward(const AttentionKernels* kernels, const AttentionBackwardParams& pa
     });
   }
 
-  if (wants_sums(params)) sum_gradients(*kernels, params, parallel, head_sums, slot_scratch);
+  if (wants_sums(params) && forward.dtype == DType::kFloat64) {
+    sum_gradients<double>(*kernels, params, parallel, head_sums, slot_scratch);
+  } else if (wants_sums(params)) {
+    sum_gradients<float>(*kernels, params, parallel, head_sums, slot_scratch);
+  }
 
   if (query_rows(forward) == 0) return;
   int64_t key_tiles = 0;

@@ -169,15 +169,20 @@ struct RowTile {
   }
 };
 
-// What a pair with this <q, k> gives to the gradients of scale and softcap.
+// A pair with this <q, k> joins its query's sums.
 template <class T>
-void add_number_gradients(const AttentionParams& params, T product, T grad_logit, double* sums) {
+void add_row_sums(const AttentionParams& params, int64_t distance, T product, T weight, T grad, RowSums* sums) {
+  const double weighted = static_cast<double>(weight) * grad;
+  sums->weight += weight;
+  sums->grad += weighted;
+  T by_scale = product;
   if (params.softcap > 0) {
     const T x = product * static_cast<T>(params.scale) / static_cast<T>(params.softcap), bent = std::tanh(x);
-    sums[1] += grad_logit * (bent - x * (1 - bent * bent));
-    grad_logit *= 1 - bent * bent;
+    sums->softcap.add(weight, weighted, bent - x * (1 - bent * bent));
+    by_scale *= 1 - bent * bent;
   }
-  sums[0] += grad_logit * product;
+  sums->scale.add(weight, weighted, by_scale);
+  if (params.alibi_slopes) sums->slope.add(weight, weighted, -static_cast<double>(seen_distance(params, distance)));
 }
 
 template <class T>
@@ -322,8 +327,10 @@ void backward_row(const AttentionBackwardParams& params, const RowMap& map, int6
       add_scaled((row.is_far(c) ? rows.tile_far : rows.tile_near) + c * n, grad_score, row.seen_query(c), n);
       if (factor != 0) add_scaled(rows.tile_value + c * m, weight * factor, grad_out, m);
     }
-    if (parts.bias) add_bias_gradient(forward, row.distance(c), grad_logit, parts.bias);
-    if (parts.numbers) add_number_gradients(forward, product, grad_logit, parts.numbers);
+    if (parts.bias) {
+      parts.bias[bias_index(forward, row.distance(c))] += grad_logit;
+    }
+    if (parts.rows) add_row_sums<T>(forward, row.distance(c), product, weight, grad_weight, parts.rows);
   }
   if (!parts.query) return;
   if (forward.rope_cos && row.kept & ~row.far) {
@@ -341,7 +348,9 @@ void grad_query(const AttentionBackwardParams& params, const RowMap& map, const 
                 void* scratch) {
   Rows<T> rows;
   rows.bind(params.forward, scratch);
+  RowSums* const row_sums = parts.rows;
   for (int64_t i = queries.first; i < queries.first + queries.count; ++i) {
+    if (row_sums) parts.rows = row_sums + (i - queries.first);
     const int64_t p = map.query_position(i);
     for (int64_t tile = map.next_tile(p, p, 0); tile != kNoTile; tile = map.next_tile(p, p, tile + 1)) {
       backward_row<T>(params, map, queries.batch, queries.head, i, tile, parts, rows);

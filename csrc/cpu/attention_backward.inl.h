@@ -256,7 +256,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
         row_biases = biases;
       }
       float products[kKeyTile], grads[kKeyTile];
-      if (parts.numbers) copy_row(row_weights + begin, end - begin, products + begin);
+      if (parts.rows) copy_row(row_weights + begin, end - begin, products + begin);
       // Columns that are not kept may hold anything here; accumulate_kept never reads them.
       if (!plain) {
         logits_of(forward, row_weights, begin, end, row_biases, row_slopes);
@@ -267,6 +267,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
         dropped = dropped_keys(forward, b, h, p_first + row + m, tile, keeps.bits[m]);
         drop_out(forward, row_grads, begin, end, dropped);
       }
+      if (parts.rows) copy_row(row_grads + begin, end - begin, grads + begin);
       for (int64_t c = begin; c < end; c += Vec::kWidth) {
         const Vec score = Vec::load(row_weights + c);
         const Vec p = (Vec::fma(score, factor, row_lse) - row_rest).exp2();
@@ -278,17 +279,17 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
         } else if (parts.bias) {
           grad.store(biases + c);
         }
-        if (parts.numbers) grad.store(grads + c);
         if (row_slopes) grad = grad * Vec::load(row_slopes + c);
         (grad * scale).store(row_grads + c);
       }
-      if (parts.numbers) {
-        add_number_gradients(forward, products, grads, begin, end, keeps.bits[m], parts.numbers);
+      if (parts.rows) {
+        add_row_sums(forward, map.schedule, places[row + m] - base, tile, products, row_weights, grads, begin, end,
+                     keeps.bits[m], parts.rows + row + m);
       }
       if (forward.dropout_p > 0) drop_out(forward, row_weights, begin, end, dropped);
       for (uint64_t left = parts.bias && !in_place ? keeps.bits[m] : 0; left; left &= left - 1) {
         const int64_t c = __builtin_ctzll(left), distance = places[row + m] - base - key_turn(map.schedule, tile, c);
-        add_bias_gradient(forward, distance, biases[c], parts.bias);
+        parts.bias[bias_index(forward, distance)] += biases[c];
       }
     }
     if (!parts.query) continue;
@@ -314,7 +315,7 @@ __attribute__((noinline)) void backward_step(const AttentionBackwardParams& para
   if (parts.bias && in_place) {
     const int64_t distance = span.hi - base;
     for (int64_t t = 0; t < strip_length(span.count()); ++t) {
-      add_bias_gradient(forward, distance - t, buffers.grad_strip[t], parts.bias);
+      parts.bias[bias_index(forward, distance - t)] += buffers.grad_strip[t];
     }
   }
   if (!parts.key_value) return;

@@ -27,13 +27,26 @@ struct SegmentRange {
 // What the vector kernels take for forward_rows and backward_rows.
 inline constexpr int64_t kForwardRows = 192, kBackwardRows = 64;
 
+// Sums over the keys of one query, of which the gradients of scale, softcap and a slope are made. Of each, x is the
+// logit's derivative, p a weight and g the gradient of a weight, <grad_out, v> as dropout leaves it.
+struct RowSums {
+  double weight = 0, grad = 0;  // sum p, sum p g
+  struct Derivative {
+    double grad = 0, mean = 0;  // sum p g x, sum p x
+    void add(double weight, double weighted_grad, double x) {
+      grad += weighted_grad * x;
+      mean += weight * x;
+    }
+  };
+  Derivative scale, softcap, slope;
+};
+
 // Which gradients a backward call is to produce.
 struct BackwardParts {
   bool query = false;
   bool key_value = false;
-  // The head's row of sums, [bias_length], or the sum of its slope: one chain of floats over all pairs would not do.
-  double* bias = nullptr;
-  double* numbers = nullptr;  // the sums of scale and softcap, [2]
+  double* bias = nullptr;   // the head's row of sums, [bias_length]: one chain of floats over all pairs would not do
+  RowSums* rows = nullptr;  // of the tile's queries
 };
 
 struct AttentionKernels {
@@ -53,7 +66,7 @@ struct AttentionKernels {
   // Rows first..first+count-1 of a head: delta = sum(grad_out * out) - grad_lse.
   void (*delta)(const AttentionBackwardParams& params, int64_t batch, int64_t head, int64_t first, int64_t count,
                 void* scratch);
-  // One tile of one head over all its key tiles in order: adds to grad_query, parts.bias and parts.numbers (the head's
+  // One tile of one head over all its key tiles in order: adds to grad_query, parts.rows and parts.bias (the head's
   // tiles must then come in order, from one thread).
   void (*grad_query)(const AttentionBackwardParams& params, const RowMap& map, const QueryTile& tile,
                      BackwardParts parts, void* scratch);

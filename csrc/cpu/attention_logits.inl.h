@@ -101,28 +101,35 @@ PYCORE_INLINE void logits_of(const AttentionParams& params, float* scores, int64
   }
 }
 
-// Adds what one row's kept pairs give to the gradients of scale and softcap, keys ascending, in double: `products` are
-// the <q, k> and `grads` the gradients of the logits, columns begin..end-1.
-PYCORE_INLINE void add_number_gradients(const AttentionParams& params, const float* products, const float* grads,
-                                        int64_t begin, int64_t end, uint64_t kept, double* sums) {
-  float of_scale[kKeyTile], of_cap[kKeyTile];
+// One query's kept pairs join its sums, keys ascending: `products` are the <q, k>, `weights` and `grads` those of the
+// softmax, columns begin..end-1, and `distance` that of column 0.
+PYCORE_INLINE void add_row_sums(const AttentionParams& params, const TileSchedule& schedule, int64_t distance,
+                                int64_t tile, const float* products, const float* weights, const float* grads,
+                                int64_t begin, int64_t end, uint64_t kept, RowSums* sums) {
+  float by_scale[kKeyTile], by_cap[kKeyTile];
   const float cap = static_cast<float>(params.softcap);
   const Vec scale = Vec::broadcast(static_cast<float>(params.scale) * (cap > 0 ? 1 / cap : 1));
   const Vec one = Vec::broadcast(1.0f);
   for (int64_t c = begin; c < end; c += Vec::kWidth) {
     const Vec product = Vec::load(products + c);
-    Vec grad = Vec::load(grads + c);
     if (cap > 0) {
       const Vec x = product * scale, bent = tanh_of(x), slope = Vec::fnma(bent, bent, one);
-      (grad * Vec::fnma(x, slope, bent)).store(of_cap + c);
-      grad = grad * slope;
+      Vec::fnma(x, slope, bent).store(by_cap + c);
+      (product * slope).store(by_scale + c);
+    } else {
+      product.store(by_scale + c);
     }
-    (grad * product).store(of_scale + c);
   }
   for (uint64_t left = kept; left; left &= left - 1) {
     const int64_t c = __builtin_ctzll(left);
-    sums[0] += of_scale[c];
-    if (cap > 0) sums[1] += of_cap[c];
+    const double weight = weights[c], weighted = weight * grads[c];
+    sums->weight += weight;
+    sums->grad += weighted;
+    sums->scale.add(weight, weighted, by_scale[c]);
+    if (cap > 0) sums->softcap.add(weight, weighted, by_cap[c]);
+    if (params.alibi_slopes == nullptr) continue;
+    const int64_t seen = seen_distance(params, distance - key_turn(schedule, tile, c));
+    sums->slope.add(weight, weighted, -static_cast<double>(seen));
   }
 }
 

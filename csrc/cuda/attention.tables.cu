@@ -111,6 +111,82 @@ __global__ void grad_sink_kernel(const __grid_constant__ AttentionBackwardParams
   if (lane == 0) sums[chunk * forward.heads + h] = sum;
 }
 
+// What the pairs of one batch row's head give to the gradients of its slope, of scale and of softcap.
+constexpr int kHeadSums = 3;
+
+// sums [chunks, batch, heads, 3]: a warp for some rows of a batch row's head, a lane for every thirty-second key. What
+// is summed, and why not with delta, says cpu/attention_sum_gradients.h. shared as for plain_grad_bias_kernel.
+template <class T>
+__global__ void head_sums_kernel(const __grid_constant__ AttentionBackwardParams params, double* sums, int64_t chunks) {
+  const AttentionParams& forward = params.forward;
+  const int64_t lane = threadIdx.x % kLanes, n = forward.head_dim, pairs = forward.batch * forward.heads;
+  const int64_t chunk = warp_index() / pairs, pair = warp_index() % pairs;
+  if (chunk >= chunks) return;
+  float* near = reinterpret_cast<float*>(shared_memory()) + threadIdx.x / kLanes * (2 * n + kLanes);
+  const int64_t first = forward.query_length * chunk / chunks, last = forward.query_length * (chunk + 1) / chunks;
+  double head[kHeadSums] = {0, 0, 0};
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t index = pair * forward.query_length + i;
+    __syncwarp();
+    const QueryRow<T> row(forward, index, near, near + n);
+    const TwoParts lse = load_lse(forward, index);
+    const T* grad_out = row_pointer<T>(params.grad_out, params.grad_out_strides, row.b, row.h, row.i);
+    double weights = 0, grads = 0, by_grad[kHeadSums] = {0, 0, 0}, by_weight[kHeadSums] = {0, 0, 0};
+    const auto visit = [&](int64_t tile_first, uint32_t bits) {
+      if (!(bits >> lane & 1)) return;
+      const int64_t j = tile_first + lane;
+      const float product = row.product(j);
+      const WarpPair seen = pair_gradient(params, row.map.schedule, row.b, row.h, row.p, j, product, lse, 0.0f,
+                                          row.keep_factor(j), grad_out, row.value(j));
+      float by_scale = product, by_cap = 0;
+      if (forward.softcap > 0) {
+        const float x = product * static_cast<float>(forward.scale) / static_cast<float>(forward.softcap);
+        const float bent = tanhf(x), bend = 1 - bent * bent;
+        by_cap = bent - x * bend;
+        by_scale *= bend;
+      }
+      const double distance = static_cast<double>(seen_distance(forward, row.place - row.map.schedule.place(j)));
+      const double x[kHeadSums] = {-distance, by_scale, by_cap};
+      weights += seen.share;
+      grads += seen.grad_logit;
+      for (int k = 0; k < kHeadSums; ++k) {
+        by_grad[k] += seen.grad_logit * x[k];
+        by_weight[k] += seen.share * x[k];
+      }
+    };
+    if (lse.high == -INFINITY) continue;
+    row.walk(visit, [](int64_t) {});
+    double all = warp_sum(weights);
+    if (forward.sink_logits)
+      all += exp(static_cast<double>(static_cast<const float*>(forward.sink_logits)[row.h]) - lse.high - lse.low);
+    const double from_lse = params.grad_lse ? static_cast<const float*>(params.grad_lse)[index] : 0.0f;
+    const double delta = warp_sum(grads) / all - from_lse;
+    for (int k = 0; k < kHeadSums; ++k) head[k] += (warp_sum(by_grad[k]) - delta * warp_sum(by_weight[k])) / all;
+  }
+  if (lane != 0) return;
+  for (int k = 0; k < kHeadSums; ++k) sums[(chunk * pairs + pair) * kHeadSums + k] = head[k];
+}
+
+// Thread n adds up the slope of [slope_rows, heads]'s entry n; two more those of scale and softcap. In order.
+__global__ void sum_heads_kernel(const __grid_constant__ AttentionBackwardParams params, const double* sums,
+                                 int64_t chunks) {
+  const AttentionParams& forward = params.forward;
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarpBlockThreads + threadIdx.x;
+  const int64_t pairs = forward.batch * forward.heads, slopes = params.slope_rows * forward.heads;
+  if (n >= slopes + 2) return;
+  const bool is_slope = n < slopes;
+  double sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t pair = is_slope ? n : 0; pair < pairs; pair += is_slope ? slopes : 1) {
+      sum += sums[(chunk * pairs + pair) * kHeadSums + (is_slope ? 0 : n - slopes + 1)];
+    }
+  }
+  if (is_slope && params.grad_slopes) static_cast<float*>(params.grad_slopes)[n] = static_cast<float>(sum);
+  if (!is_slope && params.grad_numbers) params.grad_numbers[n - slopes] = sum;
+}
+
+bool wants_head_sums(const AttentionBackwardParams& params) { return params.grad_slopes || params.grad_numbers; }
+
 // out[n] = the sum of sums[chunk][n], chunks ascending.
 __global__ void sum_chunks_kernel(const double* sums, int64_t chunks, int64_t count, float* out) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarpBlockThreads + threadIdx.x;
@@ -168,6 +244,20 @@ Status tables_of(const AttentionBackwardParams& params, const TilePlan* plan, vo
     status = launch(grad_sink_kernel<T>, blocks_of_warps(chunks * count), kWarpBlockThreads, 0, stream, params, sums,
                     chunks);
     if (status.ok()) status = sum_chunks(sums, chunks, count, params.grad_sink_logits);
+    sums += chunks * count;
+  }
+  if (status.ok() && wants_head_sums(params)) {
+    const int64_t pairs = forward.batch * forward.heads, chunks = chunks_for(pairs * kHeadSums);
+    if (pairs > 0) {
+      status = launch(head_sums_kernel<T>, blocks_of_warps(chunks * pairs), kWarpBlockThreads,
+                      kWarpsPerBlock * (2 * forward.head_dim + kLanes) * static_cast<int64_t>(sizeof(float)), stream,
+                      params, sums, chunks);
+    }
+    const int64_t threads = params.slope_rows * forward.heads + 2;
+    if (status.ok()) {
+      status = launch(sum_heads_kernel, (threads + kWarpBlockThreads - 1) / kWarpBlockThreads, kWarpBlockThreads, 0,
+                      stream, params, sums, chunks);
+    }
   }
   return status;
 }
@@ -189,6 +279,10 @@ int64_t table_gradient_scratch(const AttentionBackwardParams& params) {
     doubles += chunks_for(forward.heads * forward.bias_length) * forward.heads * forward.bias_length;
   }
   if (params.grad_sink_logits) doubles += chunks_for(forward.heads) * forward.heads;
+  if (wants_head_sums(params)) {
+    const int64_t sums = forward.batch * forward.heads * kHeadSums;
+    doubles += chunks_for(sums) * sums;
+  }
   return doubles * static_cast<int64_t>(sizeof(double));
 }
 

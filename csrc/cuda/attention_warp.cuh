@@ -95,6 +95,7 @@ struct QueryRow {
 // What a pair of a query and a key it keeps adds to the gradients.
 struct WarpPair {
   float weight = 0;      // of the value, after dropout
+  float share = 0;       // before dropout
   float grad_logit = 0;  // by the logit, which is also the bias's
   float grad_score = 0;  // by <q, k>
 };
@@ -115,6 +116,7 @@ __device__ WarpPair pair_gradient(const AttentionBackwardParams& params, const T
     grad_weight *= keep_factor;
   }
   pair.weight = weight * keep_factor;
+  pair.share = weight;
   pair.grad_logit = weight * (grad_weight - delta);
   pair.grad_score = pair.grad_logit * slope;
   return pair;

@@ -465,10 +465,19 @@ def _one_by_one(
     if not places.issuperset(mapped):
         raise NotImplementedError(_NOT_OVER_TABLES)
     samples = [
-        op(*(arg.select(in_dims[place], n) if place in mapped else arg for place, arg in enumerate(args)))
+        op(
+            *(
+                _sample(arg, in_dims[place], n, place < first) if place in mapped else arg
+                for place, arg in enumerate(args)
+            )
+        )
         for n in range(info.batch_size)
     ]
     return tuple(torch.stack(results) for results in zip(*samples, strict=True))
+
+
+def _sample(arg: Tensor, dim: Any, n: int, dense: bool) -> Tensor:
+    return arg.select(dim, n).contiguous() if dense else arg.select(dim, n)
 
 
 _SEED = _TENSORS.index("dropout_seed")

@@ -39,6 +39,8 @@ void emulate(Problem* problem) {
   }
   if (params.grad_bias) std::fill(problem->grad_bias.begin(), problem->grad_bias.end(), NAN);
   if (params.grad_sink_logits) std::fill(problem->grad_sinks.begin(), problem->grad_sinks.end(), NAN);
+  if (params.grad_slopes) std::fill(problem->grad_slopes.begin(), problem->grad_slopes.end(), NAN);
+  std::fill(problem->grad_numbers, problem->grad_numbers + 2, NAN);
   std::fill(problem->out.begin(), problem->out.end(), -1);
   const int64_t forward_bytes = pycore::emulated_forward_scratch(params.forward);
   const auto forward_scratch = aligned(forward_bytes);
@@ -69,7 +71,8 @@ bool compare(int64_t number) {
                     close("grad_key", problem.grad_key, expected.grad_key, tolerance) &&
                     close("grad_value", problem.grad_value, expected.grad_value, tolerance) &&
                     close("grad_bias", problem.grad_bias, expected.grad_bias, 4 * tolerance) &&
-                    close("grad_sink_logits", problem.grad_sinks, expected.grad_sinks, 4 * tolerance);
+                    close("grad_sink_logits", problem.grad_sinks, expected.grad_sinks, 4 * tolerance) &&
+                    close_sums(problem, expected.grad_slopes, expected.grad_numbers, tolerance);
   if (!same) {
     const pycore::AttentionParams& p = problem.params.forward;
     std::fprintf(stderr, "in problem %ld: schedule %d, dtype %d, %ld queries, %ld keys, rope %d, reversed %d\n", number,

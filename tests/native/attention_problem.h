@@ -73,7 +73,8 @@ struct Problem {
   pycore::AttentionBackwardParams params;
   std::vector<char> query, key, value, out, grad_out;
   Buffer lse, lse_low, cosine, sine, delta, grad_query, grad_key, grad_value, bias, slopes, sinks, grad_bias,
-      grad_sinks;
+      grad_sinks, grad_slopes;
+  double grad_numbers[2] = {0, 0};
   std::vector<int64_t> starts, lengths, offsets, queries, prefixes, boundaries, bitmap;
   std::vector<uint64_t> blocks;
   Buffer block_bias;
@@ -240,6 +241,9 @@ struct Problem {
       slopes.resize(p.slopes_stride * (p.batch - 1) + p.heads);
       for (float& slope : slopes) slope = draw(0, 20) * 0.01f;
       p.alibi_slopes = slopes.data();
+      params.slope_rows = p.slopes_stride > 0 ? p.batch : 1;
+      grad_slopes.resize(params.slope_rows * p.heads);
+      if (draw(0, 3)) params.grad_slopes = grad_slopes.data();
     }
     p.symmetric_bias = draw(0, 1);
     if (draw(0, 1)) {
@@ -250,6 +254,7 @@ struct Problem {
       if (draw(0, 3)) params.grad_sink_logits = grad_sinks.data();
     }
     if (draw(0, 2) == 0) p.softcap = draw(1, 20) * 0.5;
+    if (draw(0, 1)) params.grad_numbers = grad_numbers;
     if (draw(0, 2) == 0) {
       p.dropout_p = draw(1, 9) * 0.1;
       seed = static_cast<int64_t>(engine()) << 32 | engine();
@@ -338,6 +343,19 @@ bool close(const char* what, const Buffer& actual, const Buffer& expected, float
     return false;
   }
   return true;
+}
+
+// Sums over all pairs of what is up to `reach` times as large as a gradient of a logit, and may cancel.
+bool close_sums(const Problem& problem, const Buffer& slopes, const double* numbers, float tolerance) {
+  const pycore::AttentionParams& p = problem.params.forward;
+  const float rows = std::sqrt(static_cast<float>(p.batch * p.heads * p.query_length));
+  const float reach = static_cast<float>(std::min<int64_t>(p.distance_limit, p.key_length + 500));
+  if (problem.params.grad_slopes && !close("grad_slopes", problem.grad_slopes, slopes, tolerance * rows * reach)) {
+    return false;
+  }
+  if (!problem.params.grad_numbers) return true;
+  const Buffer actual(problem.grad_numbers, problem.grad_numbers + 2), expected(numbers, numbers + 2);
+  return close("grad_numbers", actual, expected, tolerance * rows * std::sqrt(static_cast<float>(p.head_dim)));
 }
 
 }  // namespace

@@ -77,15 +77,6 @@ PYCORE_HOST_DEVICE inline T bias_of(const AttentionParams& params, int64_t b, in
   return -slope_of<T>(params, b, h) * static_cast<T>(seen_distance(params, d));
 }
 
-// Adds what a pair at distance d gives to a row of distance_bias's gradient or, where there are slopes, to the slope's.
-inline void add_bias_gradient(const AttentionParams& params, int64_t d, double grad, double* sums) {
-  if (params.distance_bias) {
-    sums[bias_index(params, d)] += grad;
-  } else {
-    sums[0] -= grad * static_cast<double>(seen_distance(params, d));
-  }
-}
-
 // What block_bias adds to the logit of a kept pair: nothing for sinks and in window blocks.
 template <class T>
 PYCORE_HOST_DEVICE inline T block_bias_of(const AttentionParams& params, int64_t h, int64_t p, int64_t j) {
