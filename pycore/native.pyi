@@ -141,10 +141,10 @@ def attention_backward(
     grad_bias: Any = None,
     grad_sink_logits: Any = None,
     grad_alibi_slopes: Any = None,
-    number_gradients: bool = False,
+    grad_numbers: Any = None,
     threads: int | None = None,
     stream: int = 0,
-) -> tuple[Any, Any, Any, Any, Any, Any, tuple[float, float] | None]: ...
+) -> tuple[Any, Any, Any, Any, Any]: ...
 def attention_blocks(
     *,
     seed: Any,

@@ -255,8 +255,9 @@ Status tables_of(const AttentionBackwardParams& params, const TilePlan* plan, vo
     }
     const int64_t threads = params.slope_rows * forward.heads + 2;
     if (status.ok()) {
+      const double* given = sums;
       status = launch(sum_heads_kernel, (threads + kWarpBlockThreads - 1) / kWarpBlockThreads, kWarpBlockThreads, 0,
-                      stream, params, sums, chunks);
+                      stream, params, given, chunks);
     }
   }
   return status;

@@ -177,16 +177,22 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
   if (shape.distance_bias) params.grad_bias = gradient("grad_bias", {shape.heads, shape.bias_length});
   const size_t with_bias = gradients.size();
   if (shape.sink_logits) params.grad_sink_logits = gradient("grad_sink_logits", {shape.heads});
-  const size_t with_sinks = gradients.size();
-  if (shape.alibi_slopes) {
+  const size_t usual = gradients.size();
+  // Where they are given alone: each is a pass of its own.
+  if (const py::object given = keywords.object("grad_alibi_slopes"); !given.is_none()) {
     const TensorView& slopes = inputs.args.alibi_slopes;
+    check_value(slopes.defined(), kOp, "grad_alibi_slopes is given and must be None, for want of alibi_slopes");
     params.slope_rows = slopes.dims == 2 ? slopes.shape[0] : 1;
-    params.grad_slopes = gradient("grad_alibi_slopes", {slopes.shape, slopes.shape + slopes.dims});
+    names.push_back("grad_alibi_slopes");
+    gradients.push_back(
+        cpu_result(given, sum_dtype(shape), {slopes.shape, slopes.shape + slopes.dims}, kOp, names.back()));
+    params.grad_slopes = gradients.back().view.data;
   }
-  const size_t with_slopes = gradients.size();
-  double number_gradients[2] = {0, 0};
-  const bool of_numbers = keywords.number<bool>("number_gradients").value_or(false);
-  if (of_numbers) params.grad_numbers = number_gradients;
+  if (const py::object given = keywords.object("grad_numbers"); !given.is_none()) {
+    names.push_back("grad_numbers");
+    gradients.push_back(cpu_result(given, DType::kFloat64, {2}, kOp, names.back()));
+    params.grad_numbers = static_cast<double*>(gradients.back().view.data);
+  }
   keywords.finish();
   std::vector<NamedView> results;
   for (size_t i = 0; i < gradients.size(); ++i) results.push_back({names[i], gradients[i].view});
@@ -204,12 +210,9 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
     const AlignedScratch scratch(kOp, attention_backward_scratch(params, parallel.threads));
     throw_if(attention_backward(params, parallel, scratch.data), kOp);
   }
-  const py::object numbers =
-      of_numbers ? py::object(py::make_tuple(number_gradients[0], number_gradients[1])) : py::none();
   return py::make_tuple(gradients[0].object, gradients[1].object, gradients[2].object,
                         with_bias > always ? gradients[always].object : py::none(),
-                        with_sinks > with_bias ? gradients[with_bias].object : py::none(),
-                        with_slopes > with_sinks ? gradients[with_sinks].object : py::none(), numbers);
+                        usual > with_bias ? gradients[with_bias].object : py::none());
 }
 
 constexpr const char* kAttentionDoc =
@@ -232,13 +235,13 @@ stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]).
 in one sentence.)";
 
 constexpr const char* kBackwardDoc =
-    R"(Gradients of `attention`: (grad_query, grad_key, grad_value, grad_bias, grad_sink_logits, grad_alibi_slopes, numbers), new
-arrays unless given. CPU.
+    R"(Gradients of `attention`: (grad_query, grad_key, grad_value, grad_bias, grad_sink_logits), new arrays unless given. CPU.
 
 grad_out is like out; grad_lse [B, H, Lq] or None; out and lse are what `attention` returned for the same arguments, and lse_low
 what it left there, without which the scores are computed once more, where lse is that of these keys alone. Gradients
-are float32 (float64 for float64); those of distance_bias, sink_logits and alibi_slopes are None where there is none
-of these. numbers is (grad_scale, grad_softcap) with number_gradients=True, else None.)";
+are float32 (float64 for float64); those of distance_bias and sink_logits are None where there is none of these.
+grad_alibi_slopes, of the shape of alibi_slopes, and grad_numbers, float64 [2], of scale and softcap, are written where
+they are given.)";
 
 }  // namespace
 

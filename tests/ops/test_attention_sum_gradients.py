@@ -331,15 +331,17 @@ def test_native_face() -> None:
     options: dict[str, Any] = {"alibi_slopes": slopes.numpy(), "scale": 0.30000001192092896, "softcap": 2.0}
     low = np.empty((2, 2, 20), np.float32)
     native_out, native_lse = native.attention(*arrays, **options, lse_low=low)
-    given = np.empty((2, 2), np.float32)
-    results = native.attention_backward(
-        weight.numpy(), None, native_out, native_lse, *arrays, **options, lse_low=low, number_gradients=True,
-        grad_alibi_slopes=given,
-    )  # fmt: skip
-    assert results[5] is given and np.array_equal(given, expected[0].numpy())
-    assert np.array_equal(np.float32(results[6]), [expected[1].item(), expected[2].item()])
-    without = native.attention_backward(weight.numpy(), None, native_out, native_lse, *arrays, scale=0.3, softcap=2.0)
-    assert without[5] is None and without[6] is None
+    given, numbers = np.empty((2, 2), np.float32), np.empty(2)
+    call = (weight.numpy(), None, native_out, native_lse, *arrays)
+    native.attention_backward(*call, **options, lse_low=low, grad_numbers=numbers, grad_alibi_slopes=given)
+    assert np.array_equal(given, expected[0].numpy())
+    assert np.array_equal(numbers.astype(np.float32), [expected[1].item(), expected[2].item()])
+    with pytest.raises(ValueError, match="^attention_backward: grad_alibi_slopes is given and must be None"):
+        native.attention_backward(*call, grad_alibi_slopes=given)
+    with pytest.raises(ValueError, match="^attention_backward: grad_numbers"):
+        native.attention_backward(*call, grad_numbers=np.empty(3))
+    with pytest.raises(ValueError, match="^attention_backward: grad_numbers"):
+        native.attention_backward(*call, grad_numbers=np.empty(2, np.float32))
 
 
 def test_tables_that_want_no_gradient_get_none() -> None:

@@ -355,7 +355,7 @@ def test_vmap_refuses_tables() -> None:
 
 @pytest.mark.parametrize("in_dims", [(0, None, 0), (1, 2, 3), (4, None, None), (None, None, 1)], ids=str)
 def test_vmap_of_the_backward_op(in_dims: tuple[int | None, ...]) -> None:
-    """torch.ops.pycore.attention_backward itself, mapped over gradients, keys and values; tables have no gradient."""
+    """torch.ops.pycore.attention_backward itself, mapped over gradients, keys and values, with tables and without."""
     q, k, v = (x.unflatten(0, (TIMES, BATCH)) for x in qkv(TIMES * BATCH, 4, 2, 5, 9, 8))
     q, grad_lse = q[0], torch.randn(BATCH, 4, 5)
     grad_out = torch.randn(TIMES, BATCH, 4, 5, 8)
@@ -366,9 +366,8 @@ def test_vmap_of_the_backward_op(in_dims: tuple[int | None, ...]) -> None:
         out, lse = torch.ops.pycore.attention(q, k, v, *rest)
         return torch.ops.pycore.attention_backward(grad_out, grad_lse, out, lse, tables, tables, q, k, v, *rest)
 
-    mapped = torch.vmap(lambda *x: backward(False, *x)[:3], in_dims)(*args)
-    for place in range(3):
-        assert torch.equal(mapped[place], loop(lambda *x, n=place: backward(False, *x)[n], in_dims, *args))
-    message = "attention: under vmap distance_bias and sink_logits have no gradient"
-    with pytest.raises(NotImplementedError, match=f"^{message}$"):
-        torch.vmap(lambda *x: backward(True, *x), in_dims)(*args)
+    for with_tables, count in ((False, 3), (True, 5)):
+        mapped = torch.vmap(lambda *x, wanted=with_tables, n=count: backward(wanted, *x)[:n], in_dims)(*args)
+        for place in range(count):
+            expected = loop(lambda *x, wanted=with_tables, n=place: backward(wanted, *x)[n], in_dims, *args)
+            assert torch.equal(mapped[place], expected)
