@@ -207,6 +207,21 @@ inline Array optional_input(const py::handle& object, const char* op, const char
   return object.is_none() ? Array{{}, py::none(), {}} : input(object, op, argument, stream);
 }
 
+// A table or a list of numbers, or None, as the torch face takes them: a NumPy array whose elements do not lie side by
+// side is copied, and so is, with `widen`, one of integers smaller than int64.
+inline Array small_input(const py::handle& object, const char* op, const char* argument, int64_t stream, bool widen) {
+  const bool plain = Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_;
+  if (!plain || py::reinterpret_borrow<py::array>(object).ndim() == 0) {
+    return optional_input(object, op, argument, stream);
+  }
+  const py::array array = py::reinterpret_borrow<py::array>(object);
+  const char kind = array.dtype().kind();
+  const bool narrow = widen && (kind == 'i' || kind == 'u') && array.itemsize() < 8;
+  if (!narrow && (array.flags() & py::array::c_style) != 0) return optional_input(object, op, argument, stream);
+  const py::object copy = py::module_::import("numpy").attr("ascontiguousarray");
+  return input(narrow ? copy(array, "int64") : copy(array), op, argument, stream);
+}
+
 // An argument that is written to.
 inline Array output(const py::handle& object, const char* op, const char* argument, int64_t stream = 0) {
   return detail::from_object(object, true, op, argument, stream);

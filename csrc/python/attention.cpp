@@ -67,14 +67,16 @@ struct Inputs {
     args.op = op;
     threads = keywords.object("threads");
     stream = keywords.integer("stream").value_or(0);
-    const auto take = [&](const py::object& object, const char* name, bool optional) {
-      arrays.push_back(optional ? optional_input(object, op, name, stream) : input(object, op, name, stream));
+    const auto take = [&](Array array, const char* name) {
+      arrays.push_back(std::move(array));
       names.push_back(name);
       return arrays.back().view;
     };
-    args.query = take(query, "query", false);
-    args.key = take(key, "key", false);
-    args.value = take(value, "value", false);
+    args.query = take(input(query, op, "query", stream), "query");
+    args.key = take(input(key, op, "key", stream), "key");
+    args.value = take(input(value, op, "value", stream), "value");
+    args.schedule = keywords.number<std::string>("schedule").value_or("causal");
+    const bool positions = args.schedule == "prefix" || args.schedule == "segments";  // else words of bits
     const std::pair<const char*, TensorView*> optional[] = {
         {"rope_cos", &args.rope_cos},           {"rope_sin", &args.rope_sin},
         {"distance_bias", &args.distance_bias}, {"alibi_slopes", &args.alibi_slopes},
@@ -82,8 +84,10 @@ struct Inputs {
         {"key_lengths", &args.key_lengths},     {"key_offset", &args.key_offset},
         {"query_lengths", &args.query_lengths}, {"schedule_tensor", &args.schedule_tensor},
         {"dropout_seed", &args.dropout_seed},   {"block_bias", &args.block_bias}};
-    for (const auto& [name, target] : optional) *target = take(keywords.object(name), name, true);
-    args.schedule = keywords.number<std::string>("schedule").value_or("causal");
+    for (const auto& [name, target] : optional) {
+      const bool widen = target != &args.schedule_tensor || positions;
+      *target = take(small_input(keywords.object(name), op, name, stream, widen), name);
+    }
     const py::object numbers = keywords.object("schedule_args");
     if (!numbers.is_none()) args.schedule_args = integers(numbers, op, "schedule_args");
     args.interleaved = keywords.number<bool>("interleaved").value_or(false);

@@ -27,10 +27,10 @@ py::tuple draw(py::object seed, py::object round, py::object batch, py::object h
   const Array read[] = {input(seed, kOp, "seed"),
                         input(round, kOp, "round"),
                         optional_input(distance_probs, kOp, "distance_probs"),
-                        optional_input(key_starts, kOp, "key_starts"),
-                        optional_input(key_lengths, kOp, "key_lengths"),
-                        optional_input(key_offset, kOp, "key_offset"),
-                        optional_input(query_lengths, kOp, "query_lengths")};
+                        small_input(key_starts, kOp, "key_starts", 0, true),
+                        small_input(key_lengths, kOp, "key_lengths", 0, true),
+                        small_input(key_offset, kOp, "key_offset", 0, true),
+                        small_input(query_lengths, kOp, "query_lengths", 0, true)};
   BlocksArgs args;
   args.op = kOp;
   args.seed = read[0].view;

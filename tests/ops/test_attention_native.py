@@ -199,3 +199,32 @@ def test_the_stub_names_the_keywords(function: str) -> None:
     for name in keywords:
         options = tables_given | {name: None} if not name.startswith("grad_") else tables_given
         getattr(native, function)(*first, *inputs, **options)
+
+
+def test_small_integers_and_gaps_are_copied() -> None:
+    """Lengths, boundaries and tables as NumPy users hold them: int32, every other element, expanded, transposed."""
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((3, 2, 2, 9, 8), dtype=np.float32)
+    table, slopes = rng.standard_normal((2, 5), dtype=np.float32), rng.random(2, dtype=np.float32)
+    ends, bounds = np.array([5, 9]), np.array([0, 4, 9])
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"key_lengths": ends}, {"key_lengths": ends.astype(np.int32)}),
+        ({"key_lengths": ends}, {"key_lengths": np.repeat(ends, 3)[::3]}),
+        ({"key_starts": np.array([3, 3])}, {"key_starts": np.broadcast_to(np.uint8(3), 2)}),
+        ({"alibi_slopes": slopes}, {"alibi_slopes": np.repeat(slopes, 2)[::2]}),
+        ({"sink_logits": slopes}, {"sink_logits": np.repeat(slopes, 2)[::2]}),
+        ({"distance_bias": table}, {"distance_bias": np.asfortranarray(table)}),
+    ]
+    for plain, given in pairs:
+        assert np.array_equal(
+            native.attention(query, key, value, **given)[0], native.attention(query, key, value, **plain)[0]
+        )
+    segments = {"schedule": "segments", "schedule_args": [1]}
+    wanted = native.attention(query, key, value, schedule_tensor=bounds, **segments)[0]
+    narrow = native.attention(query, key, value, schedule_tensor=bounds.astype(np.int16), **segments)[0]
+    assert np.array_equal(narrow, wanted)
+    with pytest.raises(ValueError, match="is int32 and must be int64"):  # words of bits are no numbers
+        words = {"schedule": "key_subset", "schedule_args": [1], "schedule_tensor": np.ones((1, 1), np.int32)}
+        native.attention(query, key, value, **words)
+    with pytest.raises(TypeError, match="masked array"):
+        native.attention(query, key, value, key_lengths=np.ma.masked_array(ends, [0, 1]))
