@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int
-from pycore._tensors import check_devices, check_tensor
+from pycore._tensors import as_index, check_devices, check_tensor
 
-__all__ = ["check_index", "check_path", "check_starts", "check_state", "check_tokens", "integers"]
+__all__ = ["check_index", "check_path", "check_starts", "check_state", "check_tokens"]
 
 _FAR = 2**61  # of positions: csrc/include/pycore/tile_schedule.h
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -22,21 +22,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def integers(tensor: Tensor) -> Tensor:
-    """int32 numbers as int64; others stay, to be refused."""
-    return tensor.to(torch.int64) if tensor.dtype == torch.int32 else tensor
-
-
-def _dense(op: str, name: str, tensor: Any) -> Tensor:
-    check_tensor(op, name, tensor)
-    dense: Tensor = tensor
-    return dense
+def _index(op: str, name: str, x: Any) -> Tensor:
+    check_tensor(op, name, x)
+    return as_index(x)
 
 
 def check_tokens(op: str, key: Any, value: Any, held: tuple[Tensor, Tensor] | None) -> None:
     """New tokens: [batch, kv_heads, tokens, channels] each, beside each other, and like those that are held."""
     for name, tensor in (("key", key), ("value", value)):
-        if _dense(op, name, tensor).dim() != 4:
+        check_tensor(op, name, tensor)
+        if tensor.dim() != 4:
             raise ValueError(
                 f"{op}: {name} has {tensor.dim()} dimensions and must have 4: [batch, kv_heads, tokens, head_dim]"
             )
@@ -59,7 +54,7 @@ def check_starts(op: str, starts: Any, key: Tensor, values: bool) -> Tensor | No
     """int64 [batch], on the device of key; with `values` each at most key's tokens, else the kernel's face looks."""
     if starts is None:
         return None
-    starts = integers(_dense(op, "starts", starts))
+    starts = _index(op, "starts", starts)
     batch, tokens = key.shape[0], key.shape[2]
     if starts.dtype != torch.int64 or starts.dim() != 1 or len(starts) != batch:
         raise ValueError(f"{op}: starts is {_name(starts.dtype)} {list(starts.shape)} and must be int64 [{batch}]")
@@ -74,7 +69,7 @@ def check_starts(op: str, starts: Any, key: Tensor, values: bool) -> Tensor | No
 
 def check_index(op: str, index: Any, batch: int, count: int | None = None) -> Tensor:
     """int64 [n] (n = count, if given) of rows below `batch`, whose values are looked at on the CPU."""
-    index = integers(_dense(op, "index", index))
+    index = _index(op, "index", index)
     if count is not None and index.dim() == 1 and len(index) != count:
         raise ValueError(f"{op}: index has {len(index)} entries and must have {count}")
     if index.dim() != 1 or index.dtype != torch.int64:
@@ -86,7 +81,7 @@ def check_index(op: str, index: Any, batch: int, count: int | None = None) -> Te
 
 def check_path(op: str, path: Any, batch: int, tokens: int) -> Tensor:
     """int64 [batch, n]: places below `tokens`, ascending, then -1."""
-    path = integers(_dense(op, "path", path))
+    path = _index(op, "path", path)
     if path.dtype != torch.int64 or path.dim() not in (1, 2) or (path.dim() == 2 and path.shape[0] != batch):
         raise ValueError(f"{op}: path is {_name(path.dtype)} {list(path.shape)} and must be int64 [n] or [{batch}, n]")
     path = path.expand(batch, -1)
@@ -129,7 +124,7 @@ def check_state(op: str, state: Any, sizes: Mapping[str, int], rows: int) -> tup
     for name, numbers, most in (("lengths", lengths, _FAR - 1), ("cropped", cropped, sizes["rollback"])):
         if name == "cropped" and not isinstance(numbers, Tensor):
             continue
-        _dense(op, name, numbers)
+        check_tensor(op, name, numbers)
         if numbers.dtype != torch.int64 or numbers.dim() != 1 or len(numbers) != batch:
             raise ValueError(
                 f"{op}: {name} is {_name(numbers.dtype)} {list(numbers.shape)} and must be int64 [{batch}]"
@@ -144,7 +139,7 @@ def check_state(op: str, state: Any, sizes: Mapping[str, int], rows: int) -> tup
 
 def _check_rows(op: str, key: Any, value: Any, rows: int) -> None:
     for name, tensor in (("key", key), ("value", value)):
-        _dense(op, name, tensor)
+        check_tensor(op, name, tensor)
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{op}: {name} is {_name(tensor.dtype)} and must be float32, float16, bfloat16 or float64")
         if tensor.dim() != 4 or tensor.shape[2] != rows:

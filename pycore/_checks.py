@@ -10,7 +10,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-__all__ = ["check_bool", "check_int", "check_number", "check_str", "check_whole", "is_bool"]
+__all__ = ["check_bool", "check_int", "check_number", "check_str", "check_unmasked", "check_whole", "is_bool"]
 
 _MOST = 2**63 - 1  # the kernels count in int64
 
@@ -76,3 +76,11 @@ def check_str(op: str, name: str, value: Any) -> None:
     """Refuses what is no str."""
     if not isinstance(value, str):
         raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be a str")
+
+
+def check_unmasked(op: str, name: str, value: Any) -> None:
+    """Refuses NumPy's masked arrays, whose mask nothing here sees."""
+    if any(kind.__name__ == "MaskedArray" for kind in type(value).__mro__):
+        raise TypeError(
+            f"{op}: {name} is a masked array, whose mask no kernel sees, and must be a plain one: call filled()"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from pycore._cache_checks import check_index, check_path, check_starts, check_state, check_tokens
 from pycore._checks import check_int
 from pycore._tangents import refuse_tangents
-from pycore._tensors import as_index, check_devices, check_tensor
+from pycore._tensors import check_devices, check_tensor
 from pycore.ops.attention import call_attention, lambda_attention
 from pycore.schedules import Lambda, Schedule, Tree
 
@@ -138,9 +138,6 @@ class LambdaKVCache:
         """
         op = "LambdaKVCache.append"
         refuse_tangents(op, key=key, value=value)
-        if starts is not None:
-            check_tensor(op, "starts", starts)
-            starts = as_index(starts)
         first = self._lengths is None
         held = None if first else self._held("append")
         check_tokens(op, key, value, held and held[:2])

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycore import _load
-from pycore._checks import check_int, check_whole
+from pycore._checks import check_int, check_unmasked, check_whole
 from pycore.equal_info_windows import NextProbs, Rows
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class EqualInfoTable:
             TypeError: tokens are no integers.
             ValueError: tokens has another shape.
         """
+        check_unmasked("EqualInfoTable.decode", "tokens", tokens)
         array = np.asarray(tokens.detach().cpu() if hasattr(tokens, "detach") else tokens)
         if array.size == 0 and not hasattr(tokens, "dtype"):
             array = array.astype(np.int64)  # an empty list

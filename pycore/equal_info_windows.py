@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycore import _load
-from pycore._checks import check_int, check_whole
+from pycore._checks import check_int, check_unmasked, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,6 +143,7 @@ def _token_array(op: str, tokens: Any, limit: int) -> Ints:
     """Tokens as int64 [n], each checked to be in [0, limit)."""
     if hasattr(tokens, "detach"):
         tokens = tokens.detach().cpu()
+    check_unmasked(op, "tokens", tokens)
     array = np.asarray(tokens)
     if array.size == 0 and not hasattr(tokens, "dtype"):
         array = array.astype(np.int64)  # an empty list

@@ -156,7 +156,7 @@ class KeySubset(Schedule):
     Args:
         keys: which positions take part, on the device of the query. Either bool [n] or [B, n] by position, positions
             from n on taking no part; or int64 [k] or [B, k], positions in any order, some perhaps more than once, none
-            below 0.
+            below 0. With a key_offset, compiled code and vmap take a mask alone.
         causal: d >= 0 as well. Without it every query attends to the same keys.
 
     Time follows the share of tiles of 64 positions that have a key; the others are never read.

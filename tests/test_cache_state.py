@@ -119,10 +119,14 @@ BAD_CALLS: dict[str, tuple[type[Exception], str, Callable[[LambdaKVCache], Any]]
     "long-shape": (ValueError, "value has shape", lambda c: c.append(LONG[1], LONG[2][..., :3])),
     "key-nested": (
         ValueError,
-        "key is a nested tensor and must be a dense one",
+        "key is nested and must be a dense tensor",
         lambda c: c.append(torch.nested.nested_tensor([K[0], K[1]]), V),
     ),
-    "key-sparse": (ValueError, "key is a sparse_coo tensor", lambda c: c.append(K.to_sparse(), V)),
+    "key-sparse": (
+        ValueError,
+        "key has layout sparse_coo and must be a dense tensor",
+        lambda c: c.append(K.to_sparse(), V),
+    ),
     "key-meta": (ValueError, "key is torch.float32 on meta", lambda c: c.append(K.to("meta"), V)),
     "crop-type": (TypeError, "tokens is a float and must be an int", lambda c: c.crop(1.0)),
     "crop-much": (ValueError, "tokens is 21 and must be at most rollback, 20", lambda c: c.crop(21)),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits do not depend on the floating-point environment of the thread that calls, and it gets its own back.
 
-A caller may flush subnormal numbers or round otherwise; the threads of a pool do neither. Each call is made once as ever,
+A caller may flush subnormal numbers or round otherwise; a pool's threads do neither. Each call is made once as ever,
 and then in each environment on one thread and on several; inputs are small enough for their products to be subnormal.
 """
 

@@ -247,12 +247,22 @@ def overlapping() -> dict[str, tuple[str, Callable[[], Any]]]:
         "gradients": (
             "attention_backward: grad_value overlaps grad_key",
             lambda: native.attention_backward(
-                out, None, out.copy(), lse, q, key, key, grad_key=at(9000, 1, 2, 20, 8),
+                out,
+                None,
+                out.copy(),
+                lse,
+                q,
+                key,
+                key,
+                grad_key=at(9000, 1, 2, 20, 8),
                 grad_value=at(9300, 1, 2, 20, 8),
             ),
         ),
         "out and query": ("attention: out overlaps query", lambda: native.attention(q, key, key, out=q)),
-        "out and value": ("attention: out overlaps key", lambda: native.attention(q, key, key, out=at(1319, 1, 2, 20, 8))),
+        "out and value": (
+            "attention: out overlaps key",
+            lambda: native.attention(q, key, key, out=at(1319, 1, 2, 20, 8)),
+        ),
         "out and lengths": (
             "attention: out overlaps key_lengths",
             lambda: native.attention(q, key, key, key_lengths=lengths, out=at(2800, 1, 2, 20, 8)),
@@ -263,7 +273,8 @@ def overlapping() -> dict[str, tuple[str, Callable[[], Any]]]:
         ),
         "linear": ("invariant_linear: out overlaps x", lambda: native.invariant_linear(x, w, out=at(7, 30, 8))),
         "linear and bias": (
-            "invariant_linear: out overlaps bias", lambda: native.invariant_linear(x, w, bias, out=at(1900, 30, 8)),
+            "invariant_linear: out overlaps bias",
+            lambda: native.invariant_linear(x, w, bias, out=at(1900, 30, 8)),
         ),
         "linear backwards": (
             "invariant_linear_backward: grad_weight overlaps weight",
@@ -272,7 +283,8 @@ def overlapping() -> dict[str, tuple[str, Callable[[], Any]]]:
         "norm": ("rms_norm: out overlaps x", lambda: native.rms_norm(x, out=x)),
         "norm of a reversed array": ("rms_norm: out overlaps x", lambda: native.rms_norm(x[::-1], out=at(1, 30, 8))),
         "norm backwards": (
-            "rms_norm_backward: grad_x overlaps grad_out", lambda: native.rms_norm_backward(x, at(5000, 30, 8), grad_x=x),
+            "rms_norm_backward: grad_x overlaps grad_out",
+            lambda: native.rms_norm_backward(x, at(5000, 30, 8), grad_x=x),
         ),
         "quantize": (
             "quantize_cdf: out overlaps logits",
@@ -300,9 +312,11 @@ def overlapping() -> dict[str, tuple[str, Callable[[], Any]]]:
         ),
         "cache and key": (
             "lambda_cache_append: key_cache overlaps key",
-            lambda: native.lambda_cache_append(cache, cache.copy(), seen, cache[:, :, :5], cache[:, :, :5].copy(), sink_size=4),
+            lambda: native.lambda_cache_append(
+                cache, cache.copy(), seen, cache[:, :, :5], cache[:, :, :5].copy(), sink_size=4
+            ),
         ),
-    }  # fmt: skip
+    }
 
 
 OVERLAPPING = overlapping()

@@ -74,7 +74,7 @@ PROBLEMS: list[tuple[str, Shape, tuple[int, ...], Callable[[int], dict[str, Any]
         "packed by rows, windows",
         (2, 2, 2, 90, 200),
         (64,),
-        lambda dim: {"schedule": Segments(torch.tensor([[0, 130, 200], [9, 140, 140]]), False, 40, 3, 20)},
+        lambda dim: {"schedule": Segments(torch.tensor([[0, 130, 130, 200], [9, 140, 200, 200]]), False, 40, 3, 20)},
     ),
     (
         "both sides, ALiBi of rows",

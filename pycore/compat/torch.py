@@ -85,7 +85,8 @@ def scaled_dot_product_attention(
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    cast = isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)
+    cast = isinstance(query, Tensor) and query.device.type in ("cpu", "cuda")
+    cast = cast and torch.is_autocast_enabled(query.device.type)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(_OP, name, tensor)
         least = 3 if enable_gqa else 2

@@ -82,10 +82,13 @@ def attention(
         softcap: logits become softcap * tanh(logit / softcap) before the bias is added; 0 for none. A number, or a
             floating-point tensor without dimensions, which gets a gradient.
         dropout_p: the share of weights set to zero, in [0, 1); the others grow by 1 / (1 - dropout_p). Drawn anew at
-            each call from torch's generator, the same in the backward pass.
+            each call from torch's generator, the same in the backward pass; under vmap as its randomness says.
         scale: factor of the scores, D ** -0.5 by default; a number or a tensor, as softcap.
-        key_starts, key_lengths, key_offset, query_lengths: int64 [B], contiguous, see Positions.
+        key_starts, key_lengths, key_offset, query_lengths: int64 [B] or smaller integers, see Positions.
         return_lse: also return the log of the softmax's denominator, [B, H, Lq], float32 (float64 for float64).
+
+    Any strides: query, key and value are read where they lie if their last dimension is contiguous; all else is copied
+    where it has gaps. Tables in float16 or bfloat16 are widened where query has half precision, autocast or not.
 
     Returns:
         [B, H, Lq, Dv] in query's dtype, and lse if asked for. Differentiable in query, key, value,

@@ -228,6 +228,11 @@ struct Problem {
       p.bias_length = draw(0, 1) ? draw(1, 20) : draw(1, 400);
       p.bias_stride = p.bias_length + draw(0, 2);
       bias = normal((p.heads - 1) * p.bias_stride + p.bias_length);
+      // Distances that take all weight from a pair, and maybe from a row.
+      const int64_t from = draw(0, p.bias_length - 1), count = draw(0, 1) ? draw(0, p.bias_length - from) : 0;
+      for (int64_t h = draw(0, p.heads - 1); h < p.heads; ++h) {
+        std::fill_n(bias.begin() + h * p.bias_stride + from, count, -INFINITY);
+      }
       p.distance_bias = bias.data();
       grad_bias.resize(p.heads * p.bias_length);
       if (draw(0, 3)) params.grad_bias = grad_bias.data();
@@ -243,6 +248,7 @@ struct Problem {
     p.symmetric_bias = draw(0, 1);
     if (draw(0, 1)) {
       sinks = normal(p.heads);
+      if (draw(0, 1)) sinks[draw(0, p.heads - 1)] = -INFINITY;
       p.sink_logits = sinks.data();
       grad_sinks.resize(p.heads);
       if (draw(0, 3)) params.grad_sink_logits = grad_sinks.data();

@@ -6,14 +6,17 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from attention_inputs import Case, qkv, tables
+from attention_inputs import Case, lengths, qkv, tables
 from tolerance import assert_as_accurate
 from torch import Tensor
 
+from pycore import native
 from pycore.ops import attention, lambda_attention
 from pycore.reference import attention as reference
 from pycore.schedules import Causal, Full, Lambda, Schedule
@@ -374,3 +377,29 @@ def test_memory_beyond_the_results_does_not_grow(backward: bool) -> None:
     short, long = allocated(4096, backward), allocated(32768, backward)
     assert long <= short + 4096  # rounding
     assert short < 1 << 22
+
+
+ONE_QUERY: dict[str, dict[str, Any]] = {
+    "full": {"schedule": "full"},
+    "lambda": {"schedule": "lambda", "schedule_args": [1 << 24, 1 << 23]},
+    "segments": {"schedule": "segments", "schedule_args": [1], "schedule_tensor": lengths(0, 1 << 24, 1 << 25)},
+    "key-subset": {
+        "schedule": "key_subset", "schedule_args": [1],
+        "schedule_tensor": torch.ones(1, 1 << 19, dtype=torch.int64),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_QUERY)
+def test_one_query_on_two_threads_costs_no_more_than_on_one(name: str) -> None:
+    """Of 2**25 keys, the first token of every tile or all: finding a thread's share of them must not be the work."""
+    query = torch.randn(1, 1, 1, 8)
+    key = torch.randn(1, 1, 1, 8).expand(-1, -1, 1 << 25, -1)
+
+    def seconds(threads: int) -> float:
+        begin = time.perf_counter()
+        native.attention(query, key, key, threads=threads, **ONE_QUERY[name])
+        return time.perf_counter() - begin
+
+    one, two = (min(seconds(threads) for _ in range(2)) for threads in (1, 2))
+    assert two < 2 * one

@@ -326,3 +326,17 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     bar.update(5, 10)
     bar.update(10, 10)
     assert stream.getvalue().count("\r") == 2 and "[" + "#" * 15 + "." * 15 + "] 5/10" in stream.getvalue()
+
+
+def test_masked_tokens() -> None:
+    """A masked array of NumPy is no array of integers: what is masked would be decoded all the same."""
+    table = pycore.EqualInfoTable(pycore.native.pack_equal_info([bytes([i]) for i in range(256)]))
+    windows = pycore.EqualInfoWindows(bits=16)
+    masked = np.ma.masked_array([65, 66], [True, False])
+    for op, call in (
+        ("EqualInfoTable", lambda: table.decode(masked)),
+        ("EqualInfoWindows", lambda: windows.decode(masked, None)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{op}\.decode: tokens is a masked array, .*: call filled\(\)$"):
+            call()
+    assert table.decode(masked.filled(67)) == b"CB"

@@ -43,7 +43,7 @@ inline void check_key_subset(const std::string& op, const TensorView& tensor, co
 // [1 or batch, nodes, 2 + words]: of each node its parent (-1: none), its depth, and a bit for each of its ancestors
 // and itself. The caller sets schedule.tree.
 inline void check_tree_shape(const std::string& op, const TensorView& tensor, const TensorView& query,
-                       AttentionParams* params) {
+                             AttentionParams* params) {
   check_value(tensor.dims == 3, op, "schedule's tensor has ", tensor.dims,
               " dimensions and must have 3: [1 or batch, nodes, 2 + words of 64 nodes]");
   TileSchedule& schedule = params->schedule;

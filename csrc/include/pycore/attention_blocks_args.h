@@ -25,7 +25,7 @@ struct BlocksArgs {
   int64_t batch = 0, heads = 0, query_length = 0, key_length = 0;
   int64_t block_size = 0;  // 1: the lengths count blocks
   int64_t sink_size = 0, window_blocks = 0;
-  int64_t blocks_per_row = -1;  // -1: every block by its own probability
+  int64_t blocks_per_row = -1;    // -1: every block by its own probability
   mutable AttentionArgs lengths;  // op and device, for the checks that attention has too, and their copies
 };
 

@@ -27,7 +27,7 @@ inline constexpr int64_t kNormLanes = 64;
 inline constexpr int64_t kNormRowBlock = 64;  // rows per FMA chain in the gradient of the norm's weight
 
 struct LinearParams {
-  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
+  CpuIsa isa = cpu_isa();         // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // of everything; float32 or float64
   int64_t in_features = 0, out_features = 0;
   RowView x;                     // [rows, in_features]
@@ -51,7 +51,7 @@ struct LinearBackwardParams {
 };
 
 struct RmsNormParams {
-  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
+  CpuIsa isa = cpu_isa();         // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // of everything; float32 or float64
   int64_t channels = 0;
   RowView x;                     // [rows, channels]
