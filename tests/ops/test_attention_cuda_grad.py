@@ -252,3 +252,25 @@ def test_a_key_that_no_query_keeps_gets_zeros() -> None:
     for gradient in grads[1:]:
         rows = gradient[0, 0].cpu().abs().sum(dim=1) > 0
         assert torch.equal(rows, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [None, 2], ids=["slopes for all", "slopes of each row"])
+@pytest.mark.parametrize("schedule", [Causal(), Lambda(4, 40)], ids=str)
+def test_slopes_scale_and_softcap(schedule: Schedule, rows: int | None, dtype: torch.dtype) -> None:
+    """The CPU's, which has its own tests, to within a small part of what the sums are made of; the same bits again."""
+    tensors = tuple(t.to(dtype) for t in qkv(2, 4, 2, 97, 203, 40))
+    shape = (4,) if rows is None else (rows, 4)
+    numbers = (torch.rand(shape) / 8, torch.tensor(0.2), torch.tensor(3.0))
+
+    def gradient(device: str) -> list[torch.Tensor]:
+        slopes, scale, softcap = (x.to(device).requires_grad_() for x in numbers)
+        options = {"alibi_slopes": slopes, "scale": scale, "softcap": softcap, "schedule": schedule}
+        out = attention(*(t.to(device) for t in tensors), sink_logits=torch.zeros(4, device=device), **options)
+        return [x.cpu() for x in torch.autograd.grad(out.float().square().sum(), (slopes, scale, softcap))]
+
+    actual, again, expected = gradient("cuda"), gradient("cuda"), gradient("cpu")
+    for mine, repeated, other in zip(actual, again, expected, strict=True):
+        assert torch.equal(mine, repeated)
+        part = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(mine, other, rtol=part, atol=part * 97 * 2)

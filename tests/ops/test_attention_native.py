@@ -14,7 +14,7 @@ import torch
 from attention_inputs import lengths, qkv, tables
 from torch import Tensor
 
-import pycore
+import pycore.ops
 from pycore import native
 from pycore.schedules import KeySubset, Tree
 
