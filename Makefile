@@ -102,7 +102,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 SAN := build/sanitize
 SAN_FLAGS := -std=c++17 -O1 -g -march=x86-64 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
              -fno-omit-frame-pointer -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc/include -pthread
-SAN_OBJECTS := $(patsubst csrc/cpu/%.cpp,$(SAN)/cpu/%.o,$(wildcard csrc/cpu/*.cpp))
+SAN_OBJECTS := $(patsubst csrc/cpu/%.cpp,$(SAN)/cpu/%.o,$(wildcard csrc/cpu/*.cpp csrc/cpu/*/*.cpp))
 SAN_PROGRAMS := $(patsubst tests/native/%.cpp,$(SAN)/%,$(wildcard tests/native/*.cpp))
 CXX ?= g++
 
@@ -117,4 +117,4 @@ $(SAN)/cpu/%.o: csrc/cpu/%.cpp
 $(SAN_PROGRAMS): $(SAN)/%: tests/native/%.cpp $(SAN_OBJECTS)
 	$(CXX) $(SAN_FLAGS) -MMD -MP -MF $@.d $< $(SAN_OBJECTS) -o $@
 
--include $(wildcard $(SAN)/cpu/*.d $(SAN)/*.d)
+-include $(wildcard $(SAN)/cpu/*.d $(SAN)/cpu/*/*.d $(SAN)/*.d)

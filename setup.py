@@ -47,7 +47,7 @@ EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 @dataclass(frozen=True)
 class Folder:
-    """All sources of csrc/<name> with this suffix go through one compiler with one list of flags into one library."""
+    """All sources under csrc/<name> with this suffix go through one compiler with one list of flags into one library."""
 
     name: str
     suffix: str
@@ -126,7 +126,7 @@ def table(s: Settings) -> tuple[list[Folder], list[Library]]:
 
 
 def sources_of(folder: Folder) -> list[Path]:
-    found = sorted(ROOT.glob(f"csrc/{folder.name}/*{folder.suffix}"))
+    found = sorted(ROOT.glob(f"csrc/{folder.name}/**/*{folder.suffix}"))
     if folder.suffix == ".cu":  # *.sm90a.cu has a row of its own
         found = [path for path in found if not path.name.endswith(".sm90a.cu")]
     return [path.relative_to(ROOT) for path in found]
@@ -163,7 +163,7 @@ def ninja_text(s: Settings, out: Path) -> tuple[str, list[str]]:
         flags_name = f"flags_{folder.name}{folder.suffix.replace('.', '_')}"
         lines.append(f"{flags_name} = {quoted(folder.flags)}")
         for source in sources_of(folder):
-            target = out / "obj" / folder.name / f"{source.stem}.o"
+            target = out / "obj" / source.relative_to("csrc").with_suffix(".o")
             objects[folder.library].append(str(target))
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             lines += [f"build {escaped(target)}: {rule} {escaped(source)}", f"  flags = ${flags_name}"]

@@ -14,7 +14,7 @@ from pycore._tensors import as_index, check_devices, check_tensor
 
 __all__ = ["check_index", "check_path", "check_starts", "check_state", "check_tokens"]
 
-_FAR = 2**61  # of positions: csrc/include/pycore/tile_schedule.h
+_FAR = 2**61  # of positions: csrc/include/pycore/attention/tile_schedule.h
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

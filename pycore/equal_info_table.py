@@ -2,7 +2,7 @@
 """`pycore.EqualInfoTable`: the most probable strings of a model as tokens, with no model at run time.
 
 docs/ops/equal_info.md says what it is for, docs/formats.md how a file looks; the kernels are in
-csrc/cpu/arithmetic_coding.table.cpp, and pycore/reference/arithmetic_coding_table.py has it all in plain Python.
+csrc/cpu/arithmetic_coding/table.cpp, and pycore/reference/arithmetic_coding_table.py has it all in plain Python.
 """
 
 from __future__ import annotations

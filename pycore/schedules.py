@@ -2,7 +2,7 @@
 """Schedules: which keys each query of an attention op attends to.
 
 A query stands at position p, a key at position j, and d = p - j. A schedule is a small frozen value; the kernels see
-its `kind`, its numbers and its tensor (csrc/include/pycore/tile_schedule.h).
+its `kind`, its numbers and its tensor (csrc/include/pycore/attention/tile_schedule.h).
 """
 
 from __future__ import annotations

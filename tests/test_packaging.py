@@ -44,13 +44,46 @@ def test_includes_stay_in_their_folder(what: str) -> None:
     assert not wrong
 
 
+# Which folders of csrc/ a source may include by a path relative to its own, beside its own folder and include/.
+MAY_SEE = {"torch": {"host"}, "python": {"host"}}
+
+
+def test_host_is_seen_by_the_faces_alone() -> None:
+    """What throws or owns memory lives in host/, so a kernel that cannot see it does neither."""
+    wrong = []
+    for path in SOURCES:
+        folder = path.relative_to(CSRC).parts[0]
+        for name in includes(path):
+            if name.startswith("pycore/"):
+                seen = "include"
+                assert (CSRC / "include" / name).is_file(), f"{path.relative_to(ROOT)} includes {name}"
+            elif (path.parent / name).is_file():
+                seen = (path.parent / name).resolve().relative_to(CSRC).parts[0]
+            else:
+                continue  # a header of the system, or of a library that OWNERS knows
+            if seen not in {folder, "include", *MAY_SEE.get(folder, ())}:
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", ["include", "cpu", "cuda"])
+def test_kernels_neither_throw_nor_own(folder: str) -> None:
+    owning = re.compile(r"\bthrow\b|\bnew \w|\bmalloc\(|std::(vector|string|map|function|unique_ptr|shared_ptr)\b")
+    wrong = []
+    for path in SOURCES:
+        if path.relative_to(CSRC).parts[0] == folder:
+            code = re.sub(r"//.*", "", path.read_text())
+            wrong += [f"{path.relative_to(ROOT)}: {found.group()}" for found in owning.finditer(code)]
+    assert not wrong
+
+
 def test_only_the_stable_abi() -> None:
     """One torch/extension.h costs a minute of compilation and ties the binary to one torch."""
     assert not [path for path in SOURCES for name in includes(path) if SLOW.match(name)]
 
 
 def test_intrinsics_stay_in_instruction_set_files() -> None:
-    """What includes intrinsics is compiled for one instruction set: x.avx2.cpp, x.avx512.cpp and their headers."""
+    """What includes intrinsics is compiled for one instruction set: avx2.cpp, avx512.cpp and their headers."""
     wrong = [
         str(path.relative_to(ROOT))
         for path in SOURCES
@@ -81,12 +114,17 @@ def objects() -> list[Path]:
     folders = [
         path.parent for path in ROOT.glob("build/native/*/build_info.json") if json.loads(path.read_text()) == info
     ]
-    found = [path for folder in folders for path in folder.glob("obj/cpu/*.o")]
-    return sorted(path for path in found if (CSRC / "cpu" / f"{path.stem}.cpp").exists())
+    found = [(path, folder / "obj") for folder in folders for path in folder.glob("obj/cpu/**/*.o")]
+    return sorted(path for path, top in found if (CSRC / path.relative_to(top)).with_suffix(".cpp").exists())
 
 
 def is_wide(path: Path) -> bool:
-    return path.stem.endswith((".avx2", ".avx512"))
+    return path.stem in ("avx2", "avx512")
+
+
+def object_name(path: Path) -> str:
+    variant = path.parts.index("obj") - 1
+    return "-".join((path.parts[variant], *path.parts[variant + 3 :]))
 
 
 def test_objects_are_there() -> None:
@@ -96,14 +134,14 @@ def test_objects_are_there() -> None:
     assert any(is_wide(path) for path in objects()), "run `make build`: the audit below needs the objects"
 
 
-@pytest.mark.parametrize("path", [p for p in objects() if is_wide(p)], ids=lambda p: f"{p.parts[-4]}-{p.name}")
+@pytest.mark.parametrize("path", [p for p in objects() if is_wide(p)], ids=object_name)
 def test_wide_objects_define_no_weak_symbol(path: Path) -> None:
     """The linker keeps one copy of a weak symbol: were it this object's, baseline code would run wide instructions."""
     table = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
     assert not [line for line in table.splitlines() if re.search(r" [WVu] ", line) and "DW.ref" not in line]
 
 
-@pytest.mark.parametrize("path", [p for p in objects() if not is_wide(p)], ids=lambda p: f"{p.parts[-4]}-{p.name}")
+@pytest.mark.parametrize("path", [p for p in objects() if not is_wide(p)], ids=object_name)
 def test_baseline_objects_have_no_wide_instruction(path: Path) -> None:
     command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -144,7 +144,7 @@ def test_tile_functions_agree_with_the_definition(run_native: Callable[..., None
 
 def test_threads_share_the_work_evenly(run_native: Callable[..., None]) -> None:
     """tests/native/attention_balance.cpp: the busiest of 2 and of 16 simulated threads has at most 1.1 of the mean."""
-    run_native("attention_balance", sources=("cpu/attention.blocks.cpp", "cpu/cpu_isa.cpp"))
+    run_native("attention_balance", sources=("cpu/attention/blocks.cpp", "cpu/cpu_isa.cpp"))
 
 
 @pytest.mark.parametrize("seed", [0, 3, 2**62 + 5, 2**63 - 1])

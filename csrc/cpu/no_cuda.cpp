@@ -2,9 +2,9 @@
 // The launchers of a library built without CUDA: each says so.
 #ifndef PYCORE_WITH_CUDA
 
-#include <pycore/attention.h>
-#include <pycore/attention_blocks.h>
-#include <pycore/attention_cache.h>
+#include <pycore/attention/attention.h>
+#include <pycore/attention/blocks.h>
+#include <pycore/attention/cache.h>
 
 namespace pycore {
 namespace {

@@ -4,12 +4,12 @@
 // and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/arithmetic_coding_args.h>
 
 #include <cstring>
 #include <optional>
 #include <vector>
 
+#include "../host/arithmetic_coding_args.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"
@@ -48,12 +48,12 @@ py::tuple encoded(const char* op, EncodeParams params, const char* argument, con
   int64_t* ends = offsets.view.as<int64_t>();
   auto results = memory_for<StreamResult>(op, "the results of streams", params.streams);
   params.results = results.data();
-  const AlignedScratch memory(op, size_product({params.streams, encode_capacity(params)}), "room for the streams");
+  const AlignedScratch memory(op, size_product({params.streams, ac_encode_capacity(params)}), "room for the streams");
   params.memory = static_cast<uint8_t*>(memory.data);
   {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(op, encode_scratch(params, parallel.threads));
-    throw_if(encode(params, parallel, scratch.data), op);
+    const AlignedScratch scratch(op, ac_encode_scratch(params, parallel.threads));
+    throw_if(pycore::ac_encode(params, parallel, scratch.data), op);
   }
   check_results(op, results, argument, params.model);
   ends[0] = 0;
@@ -61,7 +61,7 @@ py::tuple encoded(const char* op, EncodeParams params, const char* argument, con
   const Array data = cpu_result(py::none(), DType::kUInt8, {ends[params.streams]}, op, "data");
   {
     const py::gil_scoped_release release;
-    throw_if(pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
+    throw_if(ac_pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
   }
   return py::make_tuple(data.object, offsets.object);
 }
@@ -88,15 +88,15 @@ py::object decoded(const char* op, const py::object& data, const py::object& off
   params.adaptive = adaptive;
   {
     const py::gil_scoped_release release;
-    throw_if(open_streams(params, parallel), op);
+    throw_if(ac_open_streams(params, parallel), op);
   }
   check_results(op, memory.results, argument, params.model);
   params.length = common_length(op, memory.results);
   model_of(&params);
-  const AlignedScratch scratch(op, decode_scratch(params, parallel.threads));
+  const AlignedScratch scratch(op, ac_decode_scratch(params, parallel.threads));
   {
     const py::gil_scoped_release release;
-    throw_if(check_claims(params, parallel, scratch.data), op);
+    throw_if(ac_check_claims(params, parallel, scratch.data), op);
   }
   check_results(op, memory.results, argument, params.model);
   const Array symbols =
@@ -106,7 +106,7 @@ py::object decoded(const char* op, const py::object& data, const py::object& off
   bind(&params, rows);
   {
     const py::gil_scoped_release release;
-    throw_if(decode(params, parallel, scratch.data), op);
+    throw_if(pycore::ac_decode(params, parallel, scratch.data), op);
   }
   check_results(op, memory.results, argument, params.model);
   rows.finish();

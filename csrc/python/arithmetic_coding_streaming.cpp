@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // pycore.native.{ArithmeticEncoder, ArithmeticDecoder}: a stream a few symbols at a time.
+#include "../host/arithmetic_coding_streaming.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/arithmetic_coding_stream.h>
 
 #include <cstring>
 #include <mutex>

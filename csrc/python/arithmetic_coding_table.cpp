@@ -2,13 +2,13 @@
 // pycore.native.{EqualInfoTrie, pack_equal_info}: what pycore.EqualInfoTable is made of.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/arithmetic_coding_table_args.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <string>
 #include <vector>
 
+#include "../host/arithmetic_coding_table_args.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"
@@ -32,7 +32,7 @@ py::object encode(const TableOwner& owner, const py::bytes& data, bool fewest) {
   {
     const py::gil_scoped_release release;
     const AlignedScratch scratch(kEncode, fewest ? 5 * (bytes + 1) : kParseScratch);
-    const auto run = fewest ? &encode_fewest : &encode_longest;
+    const auto run = fewest ? &table_encode_fewest : &table_encode_longest;
     throw_if(
         run(owner.table(), reinterpret_cast<uint8_t*>(text), bytes, tokens.view.as<int64_t>(), &count, scratch.data),
         kEncode);
@@ -62,7 +62,7 @@ py::bytes decode(const TableOwner& owner, const py::object& tokens_object) {
   const int64_t* tokens = view.as<int64_t>();
   const int64_t count = view.shape[0];
   // One pass over the tokens writes the text and finds what is no token. Its size is guessed, and mended at the end.
-  int64_t room = likely_bytes(owner.table(), tokens, count);
+  int64_t room = table_likely_bytes(owner.table(), tokens, count);
   room += count > kSampled ? room / 16 + 4 * kMostStringBytes : 0;
   PyObject* out = PyBytes_FromStringAndSize(nullptr, room);
   if (out == nullptr) throw py::error_already_set();
@@ -73,7 +73,7 @@ py::bytes decode(const TableOwner& owner, const py::object& tokens_object) {
     int64_t more = 0, wrote = 0;
     {
       const py::gil_scoped_release release;
-      decode_tokens(owner.table(), tokens + done, count - done, text + bytes, room - bytes, &more, &wrote);
+      table_decode(owner.table(), tokens + done, count - done, text + bytes, room - bytes, &more, &wrote);
     }
     done += more;
     bytes += wrote;
@@ -83,7 +83,7 @@ py::bytes decode(const TableOwner& owner, const py::object& tokens_object) {
       Py_DECREF(out);
       check_index(false, kDecode, "tokens[", done, "] is ", token, " and must be 0 to ", owner.table().count - 1);
     }
-    const int64_t rest = stuck ? likely_bytes(owner.table(), tokens + done, count - done) : 0;
+    const int64_t rest = stuck ? table_likely_bytes(owner.table(), tokens + done, count - done) : 0;
     const int64_t wanted = stuck ? std::max(room + room / 2, bytes + rest + rest / 16) + 4 * kMostStringBytes : bytes;
     if (wanted != room && _PyBytes_Resize(&out, wanted) != 0) throw py::error_already_set();  // which frees it
     room = wanted;

@@ -2,12 +2,12 @@
 // pycore.native.{window_counts, window_encode, window_decode}: the steps that pycore.EqualInfoWindows is made of.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/arithmetic_coding_windows_args.h>
 
 #include <cstring>
 #include <optional>
 #include <vector>
 
+#include "../host/arithmetic_coding_windows_args.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"

@@ -5,13 +5,13 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pycore/checks.h>
 #include <pycore/tensor_view.h>
 
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../host/checks.h"
 #include "dlpack.h"
 
 namespace pycore::python {

@@ -2,7 +2,6 @@
 // pycore.native.attention and attention_backward: the kernels for NumPy arrays and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/attention_args.h>
 #include <pycore/dtype.h>
 
 #include <cmath>
@@ -11,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../host/attention_args.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"

@@ -2,13 +2,13 @@
 // pycore.native.attention_blocks, for NumPy arrays and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/attention_blocks_args.h>
 #include <pycore/dtype.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../host/attention_blocks_args.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"

@@ -2,10 +2,10 @@
 // pycore.native.lambda_cache_append, for NumPy arrays and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/attention_cache_args.h>
 
 #include <optional>
 
+#include "../host/attention_cache_args.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"

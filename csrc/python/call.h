@@ -3,7 +3,6 @@
 // where the kernel can write them.
 #pragma once
 
-#include <pycore/checks.h>
 #include <pycore/status.h>
 
 #include <cstdint>
@@ -14,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../host/checks.h"
 #include "arrays.h"
 #include "numbers.h"
 

@@ -2,11 +2,11 @@
 // pycore.native.{invariant_linear, rms_norm} and their gradients: the kernels for NumPy arrays and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/linear_args.h>
 
 #include <optional>
 #include <vector>
 
+#include "../host/linear_args.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"

@@ -3,7 +3,6 @@
 // is used instead (csrc/torch/tensor.h).
 #pragma once
 
-#include <pycore/checks.h>
 #include <pycore/parallel.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "../host/checks.h"
 #include "numbers.h"
 
 namespace pycore::python {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pycore.{quantize_cdf, ac_encode, ac_decode, ac_encode_logits, ac_decode_logits, torchac_encode,
 // torchac_decode}: schema, validation, allocation.
-#include <pycore/arithmetic_coding_args.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -9,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../host/arithmetic_coding_args.h"
 #include "tensor.h"
 
 namespace pycore {
@@ -49,17 +49,17 @@ std::tuple<Tensor, Tensor> encoded(const char* op, EncodeParams params, const ch
   params.results = results.data();
   const Parallel parallel = torch_parallel();
   const Tensor memory =
-      scratch_tensor(op, size_product({params.streams, encode_capacity(params)}), "room for the streams");
+      scratch_tensor(op, size_product({params.streams, ac_encode_capacity(params)}), "room for the streams");
   params.memory = static_cast<uint8_t*>(memory.mutable_data_ptr());
-  const Tensor scratch = scratch_tensor(op, encode_scratch(params, parallel.threads));
-  throw_if(encode(params, parallel, scratch.mutable_data_ptr()), op);
+  const Tensor scratch = scratch_tensor(op, ac_encode_scratch(params, parallel.threads));
+  throw_if(pycore::ac_encode(params, parallel, scratch.mutable_data_ptr()), op);
   check_results(op, results, argument, params.model);
   const Tensor offsets = empty_cpu(op, "offsets", {params.streams + 1}, ScalarType::Long);
   int64_t* ends = static_cast<int64_t*>(offsets.mutable_data_ptr());
   ends[0] = 0;
   for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
   const Tensor data = scratch_tensor(op, ends[params.streams], "data");
-  throw_if(pack_streams(params, ends, static_cast<uint8_t*>(data.mutable_data_ptr()), parallel), op);
+  throw_if(ac_pack_streams(params, ends, static_cast<uint8_t*>(data.mutable_data_ptr()), parallel), op);
   return {data, offsets};
 }
 
@@ -80,18 +80,18 @@ Tensor decoded(const char* op, const Tensor& data_any, const Tensor& offsets_any
   DecodeParams params = decode_params(op, view(data, op, "data"), view(offsets, op, "offsets"), &memory);
   params.adaptive = adaptive;
   const Parallel parallel = torch_parallel();
-  throw_if(open_streams(params, parallel), op);
+  throw_if(ac_open_streams(params, parallel), op);
   check_results(op, memory.results, argument, params.model);
   params.length = common_length(op, memory.results);
   model_of(&params);
-  const Tensor scratch = scratch_tensor(op, decode_scratch(params, parallel.threads));
-  throw_if(check_claims(params, parallel, scratch.mutable_data_ptr()), op);
+  const Tensor scratch = scratch_tensor(op, ac_decode_scratch(params, parallel.threads));
+  throw_if(ac_check_claims(params, parallel, scratch.mutable_data_ptr()), op);
   check_results(op, memory.results, argument, params.model);
   const Tensor symbols =
       empty_cpu(op, "symbols", {params.streams, params.length}, adaptive ? ScalarType::Byte : ScalarType::Long);
   params.symbols = adaptive ? nullptr : static_cast<int64_t*>(symbols.mutable_data_ptr());
   params.bytes = adaptive ? static_cast<uint8_t*>(symbols.mutable_data_ptr()) : nullptr;
-  throw_if(decode(params, parallel, scratch.mutable_data_ptr()), op);
+  throw_if(pycore::ac_decode(params, parallel, scratch.mutable_data_ptr()), op);
   check_results(op, memory.results, argument, params.model);
   return symbols;
 }

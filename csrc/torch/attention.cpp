@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pycore.attention and attention_backward: schema, validation, allocation, registration.
-#include <pycore/attention_args.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -12,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../host/attention_args.h"
 #include "stream.h"
 #include "tensor.h"
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pycore.attention_blocks: schema, validation, allocation, registration.
-#include <pycore/attention_blocks_args.h>
 #include <pycore/dtype.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -13,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../host/attention_blocks_args.h"
 #include "stream.h"
 #include "tensor.h"
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pycore.lambda_cache_append: schema, validation, registration.
-#include <pycore/attention_cache_args.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 
+#include "../host/attention_cache_args.h"
 #include "stream.h"
 #include "tensor.h"
 

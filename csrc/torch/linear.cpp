@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pycore.{invariant_linear, rms_norm} and their gradients: schema, validation, allocation.
-#include <pycore/linear_args.h>
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../host/linear_args.h"
 #include "tensor.h"
 
 namespace pycore {

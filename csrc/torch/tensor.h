@@ -2,7 +2,6 @@
 // What every op of the torch face needs: torch's tensors as views, torch's threads, and a Status as an exception.
 #pragma once
 
-#include <pycore/checks.h>
 #include <pycore/parallel.h>
 #include <pycore/status.h>
 #include <pycore/tensor_view.h>
@@ -14,6 +13,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "../host/checks.h"
 
 namespace pycore {
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic coding: distributions as integers, and streams of symbols coded with them.
 
-Everything is integer arithmetic from the quantized distribution on (csrc/include/pycore/coder_math.h), so a stream
+Everything is integer arithmetic from the quantized distribution on (csrc/include/pycore/arithmetic_coding/coder_math.h), so a stream
 decodes on any machine; docs/formats.md writes the format down, docs/ops/arithmetic_coding.md says how fast it is and
 why. `torch.ops.pycore` has the ops (csrc/torch/arithmetic_coding.cpp), which run csrc/cpu/arithmetic_coding.*.cpp.
 """

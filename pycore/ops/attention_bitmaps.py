@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels read in place of a mask: the words of a key subset, and the nodes of a tree.
 
-Plain torch, a fixed number of operations, so that both trace (csrc/include/pycore/attention_bitmap_args.h has the
+Plain torch, a fixed number of operations, so that both trace (csrc/host/attention_bitmaps_args.h has the
 layouts).
 """
 

@@ -3,7 +3,7 @@
 // size, so that a read past it is seen. Most cases are tiny, because a case is worth its number. Whatever is no stream
 // of these symbols must be refused, or decode to the symbols that were coded; rows that are no distributions must do no
 // harm.
-#include <pycore/arithmetic_coding_frame.h>
+#include <pycore/arithmetic_coding/frame.h>
 #include <pycore/cpu_isa.h>
 
 #include <cstdio>
@@ -126,14 +126,14 @@ std::vector<uint8_t> encoded(const Problem& p) {
   params.model = p.model();
   pycore::StreamResult result;
   params.results = &result;
-  const int64_t capacity = pycore::encode_capacity(params);
+  const int64_t capacity = pycore::ac_encode_capacity(params);
   std::unique_ptr<uint8_t[]> memory(new uint8_t[static_cast<size_t>(capacity)]);
   params.memory = memory.get();
-  pycore::encode(params, pycore::Parallel{}, scratch_of(pycore::encode_scratch(params, 1)));
+  pycore::ac_encode(params, pycore::Parallel{}, scratch_of(pycore::ac_encode_scratch(params, 1)));
   expect(result.fault == CoderFault::kNone, "good symbols are refused");
   std::vector<uint8_t> out(static_cast<size_t>(result.bytes));
   const int64_t offsets[2] = {0, result.bytes};
-  pycore::pack_streams(params, offsets, out.data(), pycore::Parallel{});
+  pycore::ac_pack_streams(params, offsets, out.data(), pycore::Parallel{});
   return out;
 }
 
@@ -149,18 +149,18 @@ bool decodes(const Problem& p, const std::vector<uint8_t>& bytes) {
   params.streams = 1;
   params.results = &result;
   params.frames = &frame;
-  pycore::open_streams(params, pycore::Parallel{});
+  pycore::ac_open_streams(params, pycore::Parallel{});
   if (result.fault != CoderFault::kNone) return false;
   if (!p.fixed && result.count != p.length) return false;  // the faces' affair
   params.length = result.count;
   params.model = p.model();
-  pycore::check_claims(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
+  pycore::ac_check_claims(params, pycore::Parallel{}, scratch_of(pycore::ac_decode_scratch(params, 1)));
   if (result.fault != CoderFault::kNone) return false;
   // What may be claimed without a look; more was decoded, and cannot be what was coded.
   expect(!p.fixed || result.count <= (1 << 17) + 64 * stream.size, "a claim that the payload cannot hold is accepted");
   std::unique_ptr<int64_t[]> symbols(new int64_t[static_cast<size_t>(params.length)]);
   params.symbols = symbols.get();
-  pycore::decode(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
+  pycore::ac_decode(params, pycore::Parallel{}, scratch_of(pycore::ac_decode_scratch(params, 1)));
   ++decoded;
   for (int64_t i = 0; i < params.length; ++i) {
     expect(result.fault != CoderFault::kNone || (symbols[i] >= 0 && symbols[i] < p.symbols),
@@ -228,8 +228,8 @@ void noise(Problem p, const std::vector<uint8_t>& good) {
   params.model = p.model();
   std::vector<int64_t> symbols(static_cast<size_t>(p.length));
   params.symbols = symbols.data();
-  pycore::open_streams(params, pycore::Parallel{});
-  pycore::decode(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
+  pycore::ac_open_streams(params, pycore::Parallel{});
+  pycore::ac_decode(params, pycore::Parallel{}, scratch_of(pycore::ac_decode_scratch(params, 1)));
   ++cases;
 }
 
@@ -245,9 +245,9 @@ void adaptive() {
   encode.length = static_cast<int64_t>(bytes.size());
   pycore::StreamResult result;
   encode.results = &result;
-  std::vector<uint8_t> stream(static_cast<size_t>(pycore::encode_capacity(encode)));
+  std::vector<uint8_t> stream(static_cast<size_t>(pycore::ac_encode_capacity(encode)));
   encode.memory = stream.data();
-  pycore::encode(encode, pycore::Parallel{}, scratch_of(pycore::encode_scratch(encode, 1)));
+  pycore::ac_encode(encode, pycore::Parallel{}, scratch_of(pycore::ac_encode_scratch(encode, 1)));
   stream.resize(static_cast<size_t>(result.bytes));
   for (int i = 0; i < 8; ++i) {
     std::vector<uint8_t> bad = stream;
@@ -264,11 +264,11 @@ void adaptive() {
     params.offsets = offsets;
     params.streams = 1;
     params.results = &result;
-    pycore::open_streams(params, pycore::Parallel{});
+    pycore::ac_open_streams(params, pycore::Parallel{});
     bool accepted = result.fault == CoderFault::kNone;
     if (accepted) {
       params.length = result.count;
-      pycore::check_claims(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
+      pycore::ac_check_claims(params, pycore::Parallel{}, scratch_of(pycore::ac_decode_scratch(params, 1)));
       accepted = result.fault == CoderFault::kNone;
       expect(!accepted || result.count <= (1 << 20) + 256 * exact.size, "a claim of more bytes than it holds");
     }
@@ -276,7 +276,7 @@ void adaptive() {
     if (accepted) {
       params.length = result.count;
       params.bytes = out.data();
-      pycore::decode(params, pycore::Parallel{}, scratch_of(pycore::decode_scratch(params, 1)));
+      pycore::ac_decode(params, pycore::Parallel{}, scratch_of(pycore::ac_decode_scratch(params, 1)));
       accepted = result.fault == CoderFault::kNone;
     }
     expect(accepted || bad != stream, "good bytes are refused");

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tables of strings under the sanitizers: damaged and forged files, whose reader must refuse them or give a table that
 // is whole; texts in buffers of exactly their size, parsed as a plain search parses them; and tokens that are anything.
-#include <pycore/arithmetic_coding_table_args.h>
 #include <pycore/cpu_isa.h>
 
 #include <algorithm>
@@ -13,6 +12,8 @@
 #include <string>
 #include <unordered_map>
 #include <vector>
+
+#include "../../csrc/host/arithmetic_coding_table_args.h"
 
 namespace {
 
@@ -112,7 +113,7 @@ std::string decode(const TokenTable& table, const Exact<int64_t>& tokens, int64_
   for (int64_t more = 1, bytes = 0; more > 0; *done += more) {
     const Exact<uint8_t> memory(room);
     const Exact<int64_t> rest(tokens.data.get() + *done, tokens.size - *done);
-    pycore::decode_tokens(table, rest.data.get(), rest.size, memory.data.get(), room, &more, &bytes);
+    pycore::table_decode(table, rest.data.get(), rest.size, memory.data.get(), room, &more, &bytes);
     out.append(reinterpret_cast<const char*>(memory.data.get()), static_cast<size_t>(bytes));
   }
   return out;
@@ -126,7 +127,7 @@ void check_text(const TableOwner& owner, const std::string& text, const Index* i
   for (const bool fewest : {false, true}) {
     const Exact<int64_t> tokens(bytes);
     const Exact<uint64_t> scratch((fewest ? 5 * (bytes + 1) : pycore::kParseScratch) / 8 + 1);
-    const auto run = fewest ? &pycore::encode_fewest : &pycore::encode_longest;
+    const auto run = fewest ? &pycore::table_encode_fewest : &pycore::table_encode_longest;
     int64_t* count = &counts[fewest];
     run(table, data.data.get(), bytes, tokens.data.get(), count, scratch.data.get());
     const Exact<int64_t> used(tokens.data.get(), *count);
@@ -135,7 +136,7 @@ void check_text(const TableOwner& owner, const std::string& text, const Index* i
       expect(static_cast<int64_t>(plain.size()) == *count && std::equal(plain.begin(), plain.end(), used.data.get()),
              "another parse than the plain search's");
     }
-    const int64_t likely = pycore::likely_bytes(table, used.data.get(), *count);
+    const int64_t likely = pycore::table_likely_bytes(table, used.data.get(), *count);
     expect(*count > pycore::kSampled || likely == bytes, "the tokens' bytes are not what they are");
     int64_t done = 0;
     expect(decode(table, used, bytes, &done) == text && done == *count, "the tokens are another text");
@@ -162,7 +163,7 @@ void check_tokens(const TableOwner& owner) {
   }
   int64_t done = 0;
   expect(decode(owner.table(), tokens, draw(255, 3000), &done) == text && done == good, "other tokens are decoded");
-  pycore::likely_bytes(owner.table(), tokens.data.get(), tokens.size);
+  pycore::table_likely_bytes(owner.table(), tokens.data.get(), tokens.size);
   ++cases, ++decoded;
 }
 

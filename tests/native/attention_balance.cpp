@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// How evenly threads share attention: items in the order of csrc/cpu/attention_plan.h, each claimed by the thread that
+// How evenly threads share attention: items in the order of csrc/cpu/attention/plan.h, each claimed by the thread that
 // is free first, and costing the pairs it keeps. The busiest thread may have 1.1 times the mean.
-#include <pycore/attention_blocks.h>
+#include <pycore/attention/blocks.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <numeric>
 #include <vector>
 
-#include "../../csrc/cpu/attention_plan.h"
+#include "../../csrc/cpu/attention/plan.h"
 
 namespace {
 

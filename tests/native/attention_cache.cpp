@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // An evicting cache under the sanitizers: buffers of exactly the size the contract asks for, tokens appended in random
 // chunks with padding, and attention over the ring compared, bit for bit, with attention over all tokens.
-#include <pycore/attention.h>
-#include <pycore/attention_cache.h>
+#include <pycore/attention/attention.h>
+#include <pycore/attention/cache.h>
 
 #include <algorithm>
 #include <cmath>

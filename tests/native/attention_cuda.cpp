@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA attention kernels on the CPU (cuda_emulation.h), compared with the scalar kernels on random problems.
-#include <pycore/attention.h>
-#include <pycore/attention_blocks.h>
-#include <pycore/attention_rows.h>
+#include <pycore/attention/attention.h>
+#include <pycore/attention/blocks.h>
+#include <pycore/attention/rows.h>
 
 #include "attention_problem.h"
 #include "cuda_emulation.h"
@@ -14,17 +14,17 @@
 #define launch_attention_backward_scratch emulated_backward_scratch
 #define launch_attention_blocks emulated_blocks
 #define launch_block_correction emulated_correction
-#include "../../csrc/cuda/attention.backward_bfloat16.cu"
-#include "../../csrc/cuda/attention.backward_float16.cu"
-#include "../../csrc/cuda/attention.backward_float32.cu"
-#include "../../csrc/cuda/attention.bfloat16.cu"
-#include "../../csrc/cuda/attention.blocks.cu"
-#include "../../csrc/cuda/attention.cu"
-#include "../../csrc/cuda/attention.float16.cu"
-#include "../../csrc/cuda/attention.float32.cu"
-#include "../../csrc/cuda/attention.plain.cu"
-#include "../../csrc/cuda/attention.plain_backward.cu"
-#include "../../csrc/cuda/attention.tables.cu"
+#include "../../csrc/cuda/attention/backward_bfloat16.cu"
+#include "../../csrc/cuda/attention/backward_float16.cu"
+#include "../../csrc/cuda/attention/backward_float32.cu"
+#include "../../csrc/cuda/attention/blocks.cu"
+#include "../../csrc/cuda/attention/dispatch.cu"
+#include "../../csrc/cuda/attention/forward_bfloat16.cu"
+#include "../../csrc/cuda/attention/forward_float16.cu"
+#include "../../csrc/cuda/attention/forward_float32.cu"
+#include "../../csrc/cuda/attention/plain.cu"
+#include "../../csrc/cuda/attention/plain_backward.cu"
+#include "../../csrc/cuda/attention/tables.cu"
 namespace {
 
 // Fills the problem's results from the emulated kernels.

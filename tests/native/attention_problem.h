@@ -3,8 +3,8 @@
 // be read holds NaN.
 #pragma once
 
-#include <pycore/attention.h>
-#include <pycore/attention_blocks.h>
+#include <pycore/attention/attention.h>
+#include <pycore/attention/blocks.h>
 #include <pycore/cpu_isa.h>
 #include <pycore/dtype.h>
 

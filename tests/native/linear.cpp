@@ -2,7 +2,7 @@
 // The linear and norm kernels on odd shapes and strides, with buffers of exactly the size the contract names, so that
 // a sanitizer sees every read or write beside them. Results are compared with the scalar kernels' bit for bit.
 #include <pycore/cpu_isa.h>
-#include <pycore/linear.h>
+#include <pycore/linear/linear.h>
 
 #include <cstdio>
 #include <cstring>

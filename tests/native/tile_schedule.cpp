@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The functions of a schedule agree with each other: every one against `keeps`, the definition, on random
 // schedules.
-#include <pycore/tile_schedule.h>
+#include <pycore/attention/tile_schedule.h>
 
 #include <algorithm>
 #include <cstdio>

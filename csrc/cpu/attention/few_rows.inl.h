@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores and values for one block of query rows (decoding): keys and values are read where they lie, in their own
+// dtype, once. What the general path does with a tile first, transposing and converting it into scratch, pays only
+// when many blocks share the tile. Each element is the same chain of FMAs as there, so the bits are the same. Include
+// after tiles.inl.h.
+
+// Where the rows of one key tile begin, by position. An absent row is some present one: what is computed from it is
+// not kept.
+struct TilePointers {
+  const char* rows[kKeyTile];
+  int64_t stride;  // bytes from one row to the next, to guess what is read next
+
+  PYCORE_INLINE void fill(const AttentionParams& params, const void* data, const AttentionStrides& strides,
+                          const RowMap& map, int64_t b, int64_t kv_head, int64_t tile, uint64_t present) {
+    const int64_t first = __builtin_ctzll(present);
+    for (int64_t c = 0; c < kKeyTile; ++c) {
+      const int64_t at = present >> c & 1 ? c : first;
+      rows[c] = row_of(params, data, strides, b, kv_head, map.key_row(tile * kKeyTile + at));
+    }
+    stride = strides.row * dtype_size(params.dtype);
+  }
+  // Rows that were rotated into scratch, `floats` apart.
+  PYCORE_INLINE void fill(const float* data, int64_t floats, uint64_t present) {
+    const int64_t first = __builtin_ctzll(present);
+    stride = floats * static_cast<int64_t>(sizeof(float));
+    for (int64_t c = 0; c < kKeyTile; ++c) {
+      rows[c] = reinterpret_cast<const char*>(data + (present >> c & 1 ? c : first) * floats);
+    }
+  }
+};
+
+template <DType kType>
+PYCORE_INLINE Vec load_channels(const char* row, int64_t d) {
+  if constexpr (kType == DType::kFloat32) return Vec::load(reinterpret_cast<const float*>(row) + d);
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row) + d;
+  return kType == DType::kBFloat16 ? Vec::load_bfloat16(halves) : Vec::load_float16(halves);
+}
+
+template <DType kType>
+PYCORE_INLINE Vec load_channels_first(const char* row, int64_t d, int64_t count) {
+  if constexpr (kType == DType::kFloat32) return Vec::load_first(reinterpret_cast<const float*>(row) + d, count);
+  uint16_t tail[Vec::kWidth] = {};
+  __builtin_memcpy(tail, reinterpret_cast<const uint16_t*>(row) + d, static_cast<size_t>(count) * sizeof(uint16_t));
+  return kType == DType::kBFloat16 ? Vec::load_bfloat16(tail) : Vec::load_float16(tail);
+}
+
+// scores[m][c] = <query row m, key c> for columns begin .. end - 1, whole vectors.
+template <int M, DType kType>
+__attribute__((noinline)) void score_rows(const TilePointers& keys, int64_t n, const float* query, int64_t query_row,
+                                          int64_t begin, int64_t end, float* scores) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  const int64_t ahead = keys.stride * kWidth;
+  for (int64_t c = begin; c < end; c += kWidth) {
+    const char* const* rows = keys.rows + c;
+    Vec acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = Vec::zero();
+    int64_t d = 0;
+    for (; d + kWidth <= n; d += kWidth) {
+      Vec block[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        block[i] = load_channels<kType>(rows[i], d);
+        __builtin_prefetch(rows[i] + ahead + d * (kType == DType::kFloat32 ? 4 : 2));
+      }
+      transpose(block);
+      for (int i = 0; i < kWidth; ++i) {
+        for (int m = 0; m < M; ++m) {
+          acc[m] = Vec::fma(Vec::broadcast(query[m * query_row + d + i]), block[i], acc[m]);
+        }
+      }
+    }
+    if (d < n) {
+      Vec block[kWidth];
+      for (int i = 0; i < kWidth; ++i) block[i] = load_channels_first<kType>(rows[i], d, n - d);
+      transpose(block);
+      for (int i = 0; i < kWidth && d + i < n; ++i) {
+        for (int m = 0; m < M; ++m) {
+          acc[m] = Vec::fma(Vec::broadcast(query[m * query_row + d + i]), block[i], acc[m]);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m) acc[m].store(scores + m * kKeyTile + c);
+  }
+}
+
+// accumulator[m] += sum over the set bits k, ascending, of weights[m][k] value k. Every row keeps the same keys.
+template <int M, DType kType>
+__attribute__((noinline)) void accumulate_rows(const TilePointers& values, uint64_t bits, const float* weights,
+                                               int64_t n, float* accumulator, int64_t accumulator_row) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  constexpr int kVectors = 2;
+  int64_t d = 0;
+  for (; d + kVectors * kWidth <= n; d += kVectors * kWidth) {
+    Vec acc[M][kVectors];
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec::load(accumulator + m * accumulator_row + d + v * kWidth);
+    }
+    for (uint64_t left = bits; left; left &= left - 1) {
+      const int64_t k = __builtin_ctzll(left);
+      Vec value[kVectors];
+      for (int v = 0; v < kVectors; ++v) value[v] = load_channels<kType>(values.rows[k], d + v * kWidth);
+      for (int m = 0; m < M; ++m) {
+        const Vec weight = Vec::broadcast(weights[m * kKeyTile + k]);
+        for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec::fma(weight, value[v], acc[m][v]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < kVectors; ++v) acc[m][v].store(accumulator + m * accumulator_row + d + v * kWidth);
+    }
+  }
+  for (; d < n; d += kWidth) {
+    const int64_t count = n - d < kWidth ? n - d : kWidth;
+    for (int m = 0; m < M; ++m) {
+      float* const out = accumulator + m * accumulator_row + d;
+      Vec acc = Vec::load_first(out, count);
+      for (uint64_t left = bits; left; left &= left - 1) {
+        const int64_t k = __builtin_ctzll(left);
+        acc = Vec::fma(Vec::broadcast(weights[m * kKeyTile + k]), load_channels_first<kType>(values.rows[k], d, count),
+                       acc);
+      }
+      acc.store_first(out, count);
+    }
+  }
+}
+
+#define PYCORE_FEW_ROWS(function, ...)              \
+  switch (rows) {                                   \
+    case 1: return function<1, kType>(__VA_ARGS__); \
+    case 2: return function<2, kType>(__VA_ARGS__); \
+    case 3: return function<3, kType>(__VA_ARGS__); \
+    case 4: return function<4, kType>(__VA_ARGS__); \
+    case 5: return function<5, kType>(__VA_ARGS__); \
+    case 6: return function<6, kType>(__VA_ARGS__); \
+    default: return;                                \
+  }
+
+template <DType kType>
+PYCORE_INLINE void score_few(int64_t rows, const TilePointers& keys, int64_t n, const float* query, int64_t query_row,
+                             int64_t begin, int64_t end, float* scores) {
+  PYCORE_FEW_ROWS(score_rows, keys, n, query, query_row, begin, end, scores)
+}
+
+template <DType kType>
+PYCORE_INLINE void accumulate_few(int64_t rows, const TilePointers& values, uint64_t bits, const float* weights,
+                                  int64_t n, float* accumulator, int64_t accumulator_row){
+    PYCORE_FEW_ROWS(accumulate_rows, values, bits, weights, n, accumulator, accumulator_row)}
+#undef PYCORE_FEW_ROWS
+
+PYCORE_INLINE void score_few(DType dtype, int64_t rows, const TilePointers& keys, int64_t n, const float* query,
+                             int64_t query_row, int64_t begin, int64_t end, float* scores) {
+  switch (dtype) {
+    case DType::kFloat16: return score_few<DType::kFloat16>(rows, keys, n, query, query_row, begin, end, scores);
+    case DType::kBFloat16: return score_few<DType::kBFloat16>(rows, keys, n, query, query_row, begin, end, scores);
+    default: return score_few<DType::kFloat32>(rows, keys, n, query, query_row, begin, end, scores);
+  }
+}
+
+PYCORE_INLINE void accumulate_few(DType dtype, int64_t rows, const TilePointers& values, uint64_t bits,
+                                  const float* weights, int64_t n, float* accumulator, int64_t accumulator_row) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return accumulate_few<DType::kFloat16>(rows, values, bits, weights, n, accumulator, accumulator_row);
+    case DType::kBFloat16:
+      return accumulate_few<DType::kBFloat16>(rows, values, bits, weights, n, accumulator, accumulator_row);
+    default: return accumulate_few<DType::kFloat32>(rows, values, bits, weights, n, accumulator, accumulator_row);
+  }
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// What linear.cpp asks of an instruction set: a rectangle of results at a time. No rectangle changes a bit.
+#pragma once
+
+#include <pycore/linear/linear.h>
+
+#include <cstdint>
+
+namespace pycore {
+
+struct Range {
+  int64_t begin = 0, end = 0;
+  int64_t count() const { return end - begin; }
+};
+
+struct LinearKernels {
+  int64_t forward_scratch, backward_scratch;  // bytes a thread
+
+  // out[rows][columns]; columns are output features. One row needs no scratch.
+  void (*forward)(const LinearParams& params, Range rows, Range columns, void* scratch);
+  // grad_x[rows][columns]; columns are input features.
+  void (*grad_x)(const LinearBackwardParams& params, Range rows, Range columns, void* scratch);
+  // grad_weight[outs][columns], columns are input features.
+  void (*grad_weight)(const LinearBackwardParams& params, Range outs, Range columns, void* scratch);
+  void (*grad_bias)(const LinearBackwardParams& params, Range outs);
+
+  void (*norm)(const RmsNormParams& params, Range rows);
+  // grad_x[rows], and partial[channels] = the rows' sum for grad_weight (null: not wanted). chain: [channels], scratch.
+  void (*norm_backward)(const RmsNormBackwardParams& params, Range rows, void* partial, void* chain);
+};
+
+// The most an item may have.
+inline constexpr int64_t kLinearColumns = 64;                      // forward, grad_x
+inline constexpr int64_t kWeightRows = 192, kWeightColumns = 128;  // grad_weight: both its operands are copied
+inline constexpr int64_t kBiasColumns = 256;                       // grad_bias
+
+namespace scalar {
+extern const LinearKernels linear_float;
+extern const LinearKernels linear_double;
+}  // namespace scalar
+namespace avx2 {
+extern const LinearKernels linear_float;
+}
+namespace avx512 {
+extern const LinearKernels linear_float;
+}
+
+}  // namespace pycore

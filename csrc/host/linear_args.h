@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the two faces refuse for the linear and norm ops, and how they fill the parameter structs. Views of tensors that
+// are not given are not defined().
+#pragma once
+
+#include <pycore/linear/linear.h>
+
+#include <cmath>
+
+#include "checks.h"
+
+namespace pycore {
+
+inline void check_float_cpu(const char* op, const char* argument, const TensorView& view) {
+  check_value(view.device == Device::kCpu, op, argument, " is not on the CPU, which is where this op has kernels");
+  check_value(view.dtype == DType::kFloat32 || view.dtype == DType::kFloat64, op, argument, " has dtype ",
+              dtype_name(view.dtype), " and must have float32 or float64");
+}
+
+inline void check_dtype_is(const char* op, const char* argument, const TensorView& view, DType dtype) {
+  check_value(view.dtype == dtype, op, argument, " has dtype ", dtype_name(view.dtype), " and must have x's ",
+              dtype_name(dtype));
+  check_value(view.device == Device::kCpu, op, argument, " is not on the CPU, where x is");
+}
+
+inline void check_last_contiguous(const char* op, const char* argument, const TensorView& view) {
+  const int last = view.dims - 1;
+  if (view.count() == 0) return;  // strides of no elements mean nothing; an expanded gradient has zeros
+  check_value(view.shape[last] <= 1 || view.strides[last] == 1, op, argument, " has stride ", view.strides[last],
+              " in its last dimension, which must be contiguous");
+}
+
+inline void check_same_shape(const char* op, const char* argument, const TensorView& view, TensorView expected,
+                             int64_t last) {
+  expected.shape[expected.dims - 1] = last;
+  check_value(shape_text(view) == shape_text(expected), op, argument, " has shape ", shape_text(view),
+              " and must have ", shape_text(expected));
+}
+
+// x [..., K], weight [N, K], bias [N] or absent.
+inline void check_linear(const char* op, const TensorView& x, const TensorView& weight, const TensorView& bias) {
+  check_float_cpu(op, "x", x);
+  check_value(x.dims >= 1, op, "x is a scalar and must have shape [..., in_features]");
+  check_dtype_is(op, "weight", weight, x.dtype);
+  check_value(weight.dims == 2, op, "weight has shape ", shape_text(weight),
+              " and must be [out_features, in_features]");
+  check_value(weight.shape[1] == x.shape[x.dims - 1], op, "x has ", x.shape[x.dims - 1],
+              " features in its last dimension and must have weight's ", weight.shape[1]);
+  check_last_contiguous(op, "x", x);
+  check_last_contiguous(op, "weight", weight);
+  if (!bias.defined()) return;
+  check_dtype_is(op, "bias", bias, x.dtype);
+  check_value(bias.dims == 1 && bias.shape[0] == weight.shape[0], op, "bias has shape ", shape_text(bias),
+              " and must have [", weight.shape[0], "], weight's out_features");
+  check_last_contiguous(op, "bias", bias);
+}
+
+// x [..., C], weight [C] or absent.
+inline void check_rms_norm(const char* op, const TensorView& x, const TensorView& weight, double eps) {
+  check_float_cpu(op, "x", x);
+  check_value(x.dims >= 1, op, "x is a scalar and must have shape [..., channels]");
+  check_value(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, " and must be finite and not negative");
+  check_value(x.dtype == DType::kFloat64 || std::isfinite(static_cast<float>(eps)), op, "eps is ", eps,
+              " and must be finite in float32, as x is");
+  check_last_contiguous(op, "x", x);
+  if (!weight.defined()) return;
+  check_dtype_is(op, "weight", weight, x.dtype);
+  check_value(weight.dims == 1 && weight.shape[0] == x.shape[x.dims - 1], op, "weight has shape ", shape_text(weight),
+              " and must have [", x.shape[x.dims - 1], "], x's last dimension");
+  check_last_contiguous(op, "weight", weight);
+}
+
+// grad_out as the op's result for x is shaped, `last` wide.
+inline void check_grad_out(const char* op, const TensorView& grad_out, const TensorView& x, int64_t last) {
+  check_dtype_is(op, "grad_out", grad_out, x.dtype);
+  check_same_shape(op, "grad_out", grad_out, x, last);
+  check_last_contiguous(op, "grad_out", grad_out);
+}
+
+// The inputs' half of the structs; the caller adds where results go.
+inline LinearParams linear_params(const TensorView& x, const TensorView& weight, const TensorView& bias) {
+  LinearParams params;
+  params.dtype = x.dtype;
+  params.in_features = weight.shape[1];
+  params.out_features = weight.shape[0];
+  params.x = row_view(x);
+  params.weight = weight.data;
+  params.weight_stride = weight.strides[0];
+  params.bias = bias.data;
+  return params;
+}
+
+inline LinearBackwardParams linear_backward_params(const TensorView& grad_out, const TensorView& x,
+                                                   const TensorView& weight) {
+  LinearBackwardParams params;
+  params.dtype = x.dtype;
+  params.in_features = weight.shape[1];
+  params.out_features = weight.shape[0];
+  params.grad_out = row_view(grad_out);
+  params.x = row_view(x);
+  params.weight = weight.data;
+  params.weight_stride = weight.strides[0];
+  return params;
+}
+
+inline RmsNormParams rms_norm_params(const TensorView& x, const TensorView& weight, double eps) {
+  RmsNormParams params;
+  params.dtype = x.dtype;
+  params.channels = x.shape[x.dims - 1];
+  params.x = row_view(x);
+  params.weight = weight.data;
+  params.eps = eps;
+  return params;
+}
+
+inline RmsNormBackwardParams rms_norm_backward_params(const TensorView& grad_out, const TensorView& x,
+                                                      const TensorView& weight, double eps) {
+  RmsNormBackwardParams params;
+  params.dtype = x.dtype;
+  params.channels = x.shape[x.dims - 1];
+  params.grad_out = row_view(grad_out);
+  params.x = row_view(x);
+  params.weight = weight.data;
+  params.eps = eps;
+  return params;
+}
+
+}  // namespace pycore
