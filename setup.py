@@ -47,7 +47,7 @@ EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 @dataclass(frozen=True)
 class Folder:
-    """All sources under csrc/<name> with this suffix go through one compiler with one list of flags into one library."""
+    """All sources under csrc/<name> with this suffix go through one compiler with its flags into one library."""
 
     name: str
     suffix: str

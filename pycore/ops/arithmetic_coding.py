@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic coding: distributions as integers, and streams of symbols coded with them.
 
-Everything is integer arithmetic from the quantized distribution on (csrc/include/pycore/arithmetic_coding/coder_math.h), so a stream
-decodes on any machine; docs/formats.md writes the format down, docs/ops/arithmetic_coding.md says how fast it is and
-why. `torch.ops.pycore` has the ops (csrc/torch/arithmetic_coding.cpp), which run csrc/cpu/arithmetic_coding.*.cpp.
+Everything is integer arithmetic from the quantized distribution on (coder_math.h in
+csrc/include/pycore/arithmetic_coding), so a stream decodes on any machine; docs/formats.md writes the format down,
+docs/ops/arithmetic_coding.md says how fast it is and why. `torch.ops.pycore` has the ops
+(csrc/torch/arithmetic_coding.cpp), which run csrc/cpu/arithmetic_coding/dispatch.cpp.
 """
 
 from __future__ import annotations

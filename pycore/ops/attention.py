@@ -2,7 +2,7 @@
 """Attention ops: one kernel family behind every schedule.
 
 `attention` and `lambda_attention` call `torch.ops.pycore.attention` (csrc/torch/attention.cpp), which runs
-csrc/cpu/attention.*.cpp or csrc/cuda/attention/dispatch.cu.
+csrc/cpu/attention/dispatch.cpp or csrc/cuda/attention/dispatch.cu.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def call_attention(
     key_ring: int = 0,
     symmetric_bias: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` under the name `op`; key_ring is how a cache keeps its keys (csrc/include/pycore/attention/attention.h)."""
+    """`attention` under the name `op`; key_ring is how a cache keeps its keys (attention.h in csrc/include)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(op, name, tensor)
     if not isinstance(schedule, Schedule):

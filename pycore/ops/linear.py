@@ -2,9 +2,9 @@
 """Row-invariant linear layers and RMS norm: a row's result has the same bits whatever it is computed with.
 
 `torch.nn.functional.linear` picks a summation order by the shape of the whole product, so the same row gives other bits
-alone than in a batch. Here every sum has one order (csrc/include/pycore/linear/linear.h writes it down), which extends what
-`pycore.ops.attention` promises to a whole model. `torch.ops.pycore` has the ops (csrc/torch/linear.cpp), which run
-csrc/cpu/linear.*.cpp.
+alone than in a batch. Here every sum has one order (csrc/include/pycore/linear/linear.h writes it down), which extends
+what `pycore.ops.attention` promises to a whole model. `torch.ops.pycore` has the ops (csrc/torch/linear.cpp), which run
+csrc/cpu/linear/dispatch.cpp.
 """
 
 from __future__ import annotations
