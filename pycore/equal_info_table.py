@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pycore.EqualInfoTable`: the most probable strings of a model as tokens, with no model at run time.
 
-docs/ops/equal_info.md says what it is for, docs/formats.md how a file looks; the kernels are in
+docs/ops/arithmetic_coding_equal_info.md says what it is for, docs/formats.md how a file looks; the kernels are in
 csrc/cpu/arithmetic_coding/table.cpp, and pycore/reference/arithmetic_coding_table.py has it all in plain Python.
 """
 
