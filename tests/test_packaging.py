@@ -92,6 +92,48 @@ def test_intrinsics_stay_in_instruction_set_files() -> None:
     assert not wrong
 
 
+WIDE = sorted(path for path in CSRC.glob("cpu/*/*.cpp") if "kernels.inl.h" in path.read_text())
+
+
+def seen_from(path: Path, name: str, seen: set[Path]) -> set[Path]:
+    """The file that `path` includes as `name`, with all that it includes in turn; nothing for the system's headers."""
+    file = CSRC / "include" / name if name.startswith("pycore/") else (path.parent / name).resolve()
+    if file.is_file() and file not in seen:
+        seen.add(file)
+        for inner in includes(file):
+            seen_from(file, inner, seen)
+    return seen
+
+
+@pytest.mark.parametrize("path", WIDE, ids=lambda path: "-".join(path.parts[-2:]))
+def test_regions_open_after_their_headers(path: Path) -> None:
+    """Code for one instruction set stands in a namespace: a header that it is the first to include would too."""
+    before, inside = set[Path](), set[Path]()
+    for name in includes(path):
+        seen_from(path, name, inside if name == "kernels.inl.h" else before)
+    assert any(file.name.endswith(".inl.h") for file in inside)
+    late = [
+        f"{file.relative_to(CSRC)} includes {name}"
+        for file in inside - before
+        for name in includes(file)
+        if name.startswith("pycore/") and CSRC / "include" / name not in before
+    ]
+    headers = {name for file in (path, *before) for name in includes(file)}
+    late += [
+        f"{file.relative_to(CSRC)} includes <{name}>"
+        for file in inside - before
+        for name in includes(file)
+        if not name.startswith("pycore/") and not (file.parent / name).is_file() and name not in headers
+    ]
+    assert not late
+
+
+def test_inner_files_name_what_they_include() -> None:
+    """An editor, or a reader, can follow an .inl.h from its first lines."""
+    files = [path for path in SOURCES if path.name.endswith(".inl.h")]
+    assert not [str(path.relative_to(ROOT)) for path in files if "#pragma once" not in path.read_text()]
+
+
 def test_files_stay_readable() -> None:
     paths = [
         *SOURCES,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vec: eight float32 lanes on AVX2 + FMA. Include inside a target region and an anonymous namespace (see
-// attention.avx2.cpp); simd_avx512.h is the same interface with sixteen lanes.
+// cpu/linear/avx2.cpp); simd_avx512.h is the same interface with sixteen lanes.
 
 #define PYCORE_INLINE inline __attribute__((always_inline))
 

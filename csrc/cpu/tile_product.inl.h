@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tile product: C[m][n] = sum over k of A[m][k] B[k][n], a block of up to kProductRows rows at a time, and what
 // becomes of the accumulators is the caller's `Reduce`. Attention (scores, values and every gradient), the linear
-// layers and nearest-code search are all built on it. Include after simd_*.h, inside the same target region.
+// layers and nearest-code search are all built on it.
 //
 // Every element is ONE chain of FMAs over k ascending, whatever the block shapes. That is what makes a row's bits
 // independent of the rows computed beside it, and it is why blocks may be skipped or split freely along m and n.
+
+#pragma once
+
+#include <cstdint>
+
+#include "simd.inl.h"
 
 constexpr int kProductRows = 6;
 

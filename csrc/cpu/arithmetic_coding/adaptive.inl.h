@@ -1,7 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes with adaptive models (coder_math.h has the rule), for one instruction set. Included inside the anonymous
-// namespace of a target region, after the encoder and the decoder. A context is one or two vectors; the loops over its
-// sixteen entries are written for the compiler to make vectors of.
+// Bytes with adaptive models (coder_math.h has the rule), for one instruction set. A context is one or two vectors; the
+// loops over its sixteen entries are written for the compiler to make vectors of.
+#pragma once
+
+#include <pycore/arithmetic_coding/frame.h>
+
+#include <cstdint>
+
+#include "decode.inl.h"
+#include "encode.inl.h"
 
 struct AdaptiveModel {
   uint16_t (*entries)[kNibbles];

@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Whether a stream holds what its frame claims, found out without room for it: 32 bytes may claim 2^48 symbols.
-// Included inside the anonymous namespace of a target region, after the decoder and the adaptive models.
 //
 // Zeros at a payload's end are not written, so a short payload may truly hold many symbols: once it has ended and the
 // code is 0, every symbol that follows is the first one with a share, and the CRC of such a run has a closed form. A
 // code that is not 0 has to come to an end: the encoder rounds up within its last interval, so of the bits behind the
 // payload it would have had to write every one, but for those that happen to be zero.
+#pragma once
+
+#include <pycore/arithmetic_coding/crc_run.h>
+#include <pycore/arithmetic_coding/frame.h>
+
+#include <cstdint>
+
+#include "adaptive.inl.h"
+#include "decode.inl.h"
 
 constexpr int64_t kProbed = 4096;      // symbols decoded at once, into memory of its own
 constexpr int64_t kBitsPastEnd = 256;  // 64 are still in the code when the payload ends; no stream needs the others

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decoding streams, for one instruction set. Included inside the anonymous namespace of a target region, after
-// rows.inl.h.
+// Decoding streams, for one instruction set.
+#pragma once
+
+#include <pycore/arithmetic_coding/frame.h>
+
+#include <cstdint>
+
+#include "rows.inl.h"
 
 // A stretch of payload; words past its end are zero.
 struct Reader {

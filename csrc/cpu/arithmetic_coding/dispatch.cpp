@@ -8,19 +8,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../for_isa.h"
 #include "kernels.h"
 
 namespace pycore {
 namespace {
 
-const CoderKernels& kernels_for(CpuIsa isa) {
-  switch (isa) {
-    case CpuIsa::kAvx512: return avx512::coder;
-    case CpuIsa::kAvx2: return avx2::coder;
-    case CpuIsa::kScalar: break;
-  }
-  return scalar::coder;
-}
+const CoderKernels& kernels_for(CpuIsa isa) { return for_isa(isa, scalar::coder, avx2::coder, avx512::coder); }
 
 constexpr int64_t kSerialSymbols = 1 << 12;  // symbols, or entries of rows, that are not worth waking a thread for
 

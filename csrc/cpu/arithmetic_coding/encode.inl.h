@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Encoding a stream, and rows of quantize_cdf, for one instruction set. Included inside the anonymous namespace of a
-// target region, after rows.inl.h.
+// Encoding a stream, and rows of quantize_cdf, for one instruction set.
+#pragma once
+
+#include <pycore/arithmetic_coding/frame.h>
+
+#include <cstdint>
+
+#include "rows.inl.h"
 
 struct Writer {
   RangeEncoder coder;

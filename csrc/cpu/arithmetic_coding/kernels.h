@@ -4,6 +4,10 @@
 #pragma once
 
 #include <pycore/arithmetic_coding/arithmetic_coding.h>
+#include <pycore/arithmetic_coding/crc_run.h>
+#include <pycore/arithmetic_coding/frame.h>
+#include <pycore/arithmetic_coding/table.h>
+#include <pycore/dtype.h>
 
 #include <cstdint>
 

@@ -1,7 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of a model, for the coder of one instruction set: checks, symbols in blocks, and the three sources of shares
-// (one row for all symbols, a given row for each, logits for each). Included inside the anonymous namespace of a target
-// region.
+// (one row for all symbols, a given row for each, logits for each).
+#pragma once
+
+#include <pycore/arithmetic_coding/arithmetic_coding.h>
+#include <pycore/arithmetic_coding/coder_math.h>
+#include <pycore/dtype.h>
+
+#include <cstdint>
+
+#include "kernels.h"
+#include "vectors.inl.h"
 
 constexpr int64_t kSymbolBlock = 512;
 

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../for_isa.h"
 #include "kernels.h"
 
 namespace pycore {
@@ -21,14 +22,7 @@ inline uint64_t token_of(uint64_t node) { return node >> kTokenShift & kTokenMas
 inline uint64_t child(const uint64_t* trie, uint64_t node, uint64_t byte) { return trie[(node >> kBaseShift) + byte]; }
 inline bool fits(uint64_t node, uint64_t byte) { return static_cast<uint16_t>(node) == byte; }
 
-const CoderKernels& kernels() {
-  switch (cpu_isa()) {
-    case CpuIsa::kAvx512: return avx512::coder;
-    case CpuIsa::kAvx2: return avx2::coder;
-    case CpuIsa::kScalar: break;
-  }
-  return scalar::coder;
-}
+const CoderKernels& kernels() { return for_isa(cpu_isa(), scalar::coder, avx2::coder, avx512::coder); }
 
 // Walks of kParseLanes segments of kLength bytes, a byte of each in turn. nodes: in, after the first byte of each; out,
 // after the last. walked[lane * kLength + i] is the lane's node after byte i. The length is a constant, so that all

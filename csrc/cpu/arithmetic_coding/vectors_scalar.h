@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the coder does to whole rows, in plain loops: the definition. coder_avx2.h and coder_avx512.h have the same
+// What the coder does to whole rows, in plain loops: the definition. vectors_avx2.h and vectors_avx512.h have the same
 // functions. Included inside an anonymous namespace.
 
 constexpr int kCrcTables = 8;

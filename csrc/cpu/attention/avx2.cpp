@@ -1,37 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on AVX2 + FMA: the shared vector kernels with eight lanes.
+// Attention on AVX2 + FMA.
+#define PYCORE_LANES 8
 #include <immintrin.h>
-#include <pycore/attention/rows.h>
 
 #include "kernels.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
 
-namespace pycore {
-namespace avx2 {
-namespace {
-
-#include "../simd_avx2.h"
-// (in this order)
-#include "../tile_product.inl.h"
-// (in this order)
-#include "tiles.inl.h"
-// (in this order)
-#include "few_rows.inl.h"
-#include "logits.inl.h"
-// (in this order)
-#include "forward.inl.h"
-// (in this order)
-#include "backward.inl.h"
-
-}  // namespace
-
-const AttentionKernels attention_float = {kForwardRows,  kBackwardRows,   forward_scratch,  forward,
-                                          forward_merge, forward_partial, backward_scratch, delta,
-                                          grad_query,    grad_key_value};
-
-}  // namespace avx2
-}  // namespace pycore
+namespace pycore::avx2 {
+#include "kernels.inl.h"
+}  // namespace pycore::avx2
 
 #pragma GCC pop_options

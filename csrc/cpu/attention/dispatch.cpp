@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "../for_isa.h"
 #include "kernels.h"
 #include "plan.h"
 #include "sum_gradients.h"
@@ -20,12 +21,7 @@ namespace {
 const AttentionKernels* kernels_for(DType dtype, CpuIsa isa) {
   if (dtype == DType::kFloat64) return &scalar::attention_double;
   if (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16) return nullptr;
-  switch (isa) {
-    case CpuIsa::kAvx512: return &avx512::attention_float;
-    case CpuIsa::kAvx2: return &avx2::attention_float;
-    case CpuIsa::kScalar: break;
-  }
-  return &scalar::attention_float;
+  return &for_isa(isa, scalar::attention_float, avx2::attention_float, avx512::attention_float);
 }
 
 constexpr Status kNoKernel = {StatusCode::kUnsupported, "attention has no CPU kernel for this dtype"};

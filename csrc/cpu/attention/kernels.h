@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What attention.cpp asks of an instruction set: one tile of work at a time.
+// What dispatch.cpp asks of an instruction set: one tile of work at a time.
 #pragma once
 
-#include <pycore/attention/attention.h>
+#include <pycore/attention/rows.h>
+#include <pycore/dtype.h>
+#include <pycore/key_tile.h>
 
 #include <cstdint>
 

@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // From scores to logits where more than a scale stands between them: softcap, distance bias, ALiBi; and dropout.
-// Include after tiles.inl.h.
+#pragma once
+
+#include <pycore/attention/rows.h>
+
+#include <cstdint>
+
+#include "../softmax.inl.h"
+#include "kernels.h"
 
 constexpr float kTanh[] = {-3.333333323e-1f, 1.333331329e-1f,  -5.396164700e-2f,
                            2.178906705e-2f,  -8.412441214e-3f, 2.373401437e-3f};

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "../for_isa.h"
 #include "kernels.h"
 
 namespace pycore {
@@ -16,12 +17,7 @@ namespace {
 const LinearKernels* kernels_for(DType dtype, CpuIsa isa) {
   if (dtype == DType::kFloat64) return &scalar::linear_double;
   if (dtype != DType::kFloat32) return nullptr;
-  switch (isa) {
-    case CpuIsa::kAvx512: return &avx512::linear_float;
-    case CpuIsa::kAvx2: return &avx2::linear_float;
-    case CpuIsa::kScalar: break;
-  }
-  return &scalar::linear_float;
+  return &for_isa(isa, scalar::linear_float, avx2::linear_float, avx512::linear_float);
 }
 
 constexpr Status kNoKernel = {StatusCode::kUnsupported, "the linear kernels have no CPU version for this dtype"};

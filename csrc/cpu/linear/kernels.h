@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What linear.cpp asks of an instruction set: a rectangle of results at a time. No rectangle changes a bit.
+// What dispatch.cpp asks of an instruction set: a rectangle of results at a time. No rectangle changes a bit.
 #pragma once
 
+#include <pycore/dtype.h>
+#include <pycore/key_tile.h>
 #include <pycore/linear/linear.h>
 
 #include <cstdint>

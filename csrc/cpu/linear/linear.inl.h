@@ -1,7 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The linear kernels on the tile product. Include after tile_product.inl.h, in the same target region and anonymous
-// namespace. A product's columns lie in panels of kPanel: the weight transposed (forward), the weight (grad_x) or x
-// (grad_weight), copied so that the product reads one stream. Copies go to scratch that stays in the second cache.
+// The linear kernels on the tile product. A product's columns lie in panels of kPanel: the weight transposed (forward),
+// the weight (grad_x) or x (grad_weight), copied so that the product reads one stream. Copies go to scratch that stays
+// in the second cache.
+
+#pragma once
+
+#include <pycore/linear/linear.h>
+
+#include <cstdint>
+
+#include "../tile_product.inl.h"
+#include "../vector_rows.inl.h"
+#include "kernels.h"
 
 constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
 // With few rows a panel is read once. Then it is narrow, because each of its columns is a row of the weight and the
@@ -44,21 +54,6 @@ struct BlockSum {
   }
 };
 
-PYCORE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// square[k][i] = rows[i][k] for i < count and k < depth, at most kWidth of both; the other lanes are zero.
-PYCORE_INLINE void load_transposed(const float* rows, int64_t row_stride, int64_t count, int64_t depth,
-                                   Vec (&square)[Vec::kWidth]) {
-  if (count == Vec::kWidth && depth == Vec::kWidth) {
-    for (int i = 0; i < Vec::kWidth; ++i) square[i] = Vec::load(rows + i * row_stride);
-  } else {
-    for (int i = 0; i < Vec::kWidth; ++i) {
-      square[i] = i < count ? Vec::load_first(rows + i * row_stride, depth) : Vec::zero();
-    }
-  }
-  transpose(square);
-}
-
 // panel[k][i] = rows[i][k].
 inline void pack_transposed(const float* rows, int64_t row_stride, int64_t count, int64_t depth, float* panel) {
   constexpr int64_t kWidth = Vec::kWidth;
@@ -72,21 +67,10 @@ inline void pack_transposed(const float* rows, int64_t row_stride, int64_t count
   }
 }
 
-// One row of a panel.
-PYCORE_INLINE void copy_columns(const float* from, int64_t count, float* to) {
-  int64_t n = 0;
-  for (; n + Vec::kWidth <= count; n += Vec::kWidth) Vec::load(from + n).store(to + n);
-  if (n < count) Vec::load_first(from + n, count - n).store_first(to + n, count - n);
-}
-
 // Rows of A as the tile product wants them: one stride. Rows of several strides are gathered.
-struct RowTile {
-  const float* data;
-  int64_t stride;
-};
-PYCORE_INLINE RowTile row_tile(const RowView& view, int64_t row, int64_t count, int64_t k, int64_t depth, float* rows) {
+PYCORE_INLINE Matrix row_tile(const RowView& view, int64_t row, int64_t count, int64_t k, int64_t depth, float* rows) {
   if (view.uniform()) return {static_cast<const float*>(view.data) + row * view.row_stride() + k, view.row_stride()};
-  for (int64_t i = 0; i < count; ++i) copy_columns(view.row<float>(row + i) + k, depth, rows + i * kLinearBlock);
+  for (int64_t i = 0; i < count; ++i) copy_row(view.row<float>(row + i) + k, depth, rows + i * kLinearBlock);
   return {rows, kLinearBlock};
 }
 
@@ -96,7 +80,7 @@ inline void multiply_rows(const RowView& view, Range rows, int64_t k, int64_t de
   float* const out = sum.out;
   for (int64_t row = rows.begin; row < rows.end; row += kProductRows) {
     const int64_t count = smaller(kProductRows, rows.end - row);
-    const RowTile tile = row_tile(view, row, count, k, depth, gathered);
+    const Matrix tile = row_tile(view, row, count, k, depth, gathered);
     sum.out = out + (row - rows.begin) * sum.out_row;
     tile_product<false>(count, depth, tile.data, tile.stride, panel, panel_row, 0, width, sum);
   }
@@ -182,7 +166,7 @@ void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range co
       const float* weight = static_cast<const float*>(params.weight) + n * params.weight_stride + column;
       const bool copy = rows.count() >= kBorrowedRows;
       for (int64_t i = 0; copy && i < end - n; ++i) {
-        copy_columns(weight + i * params.weight_stride, width, scratch->panels + i * kPanel);
+        copy_row(weight + i * params.weight_stride, width, scratch->panels + i * kPanel);
       }
       const BlockSum sum = {static_cast<float*>(params.grad_x) + rows.begin * params.in_features + column,
                             params.in_features,
@@ -204,11 +188,10 @@ void linear_grad_weight_item(const LinearBackwardParams& params, Range outs, Ran
   do {
     const int64_t end = smaller(row + kLinearBlock, params.x.rows), depth = end - row;
     for (int64_t r = 0; r < depth; ++r) {
-      copy_columns(params.grad_out.row<float>(row + r) + outs.begin, outs.count(), scratch->rows + r * kWeightRows);
+      copy_row(params.grad_out.row<float>(row + r) + outs.begin, outs.count(), scratch->rows + r * kWeightRows);
       const float* x = params.x.row<float>(row + r);
       for (int64_t column = columns.begin, p = 0; column < columns.end; column += kPanel, ++p) {
-        copy_columns(x + column, smaller(kPanel, columns.end - column),
-                     scratch->panels + (p * kLinearBlock + r) * kPanel);
+        copy_row(x + column, smaller(kPanel, columns.end - column), scratch->panels + (p * kLinearBlock + r) * kPanel);
       }
     }
     for (int64_t column = columns.begin, p = 0; column < columns.end; column += kPanel, ++p) {

@@ -1,5 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// RMS norm a row at a time, sums in kNormLanes lanes. Include like linear.inl.h.
+// RMS norm a row at a time, sums in kNormLanes lanes.
+#pragma once
+
+#include <pycore/linear/linear.h>
+
+#include <cstdint>
+
+#include "../vector_rows.inl.h"
+#include "kernels.h"
 
 constexpr int kNormVectors = static_cast<int>(kNormLanes) / Vec::kWidth;
 
@@ -20,17 +28,6 @@ PYCORE_INLINE float lane_sum(int64_t channels, const Term& term) {
     for (int v = 0; v < half; ++v) lanes[v] = lanes[v] + lanes[v + half];
   }
   return lanes[0].reduce_add();  // goes on halving
-}
-
-PYCORE_INLINE Vec load_lanes(const float* p, int64_t count) {
-  return count == Vec::kWidth ? Vec::load(p) : Vec::load_first(p, count);
-}
-PYCORE_INLINE void store_lanes(Vec x, float* p, int64_t count) {
-  if (count == Vec::kWidth) {
-    x.store(p);
-  } else {
-    x.store_first(p, count);
-  }
 }
 
 PYCORE_INLINE float inverse_rms(const float* x, int64_t channels, float eps) {

@@ -1,48 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores and values for one block of query rows (decoding): keys and values are read where they lie, in their own
 // dtype, once. What the general path does with a tile first, transposing and converting it into scratch, pays only
-// when many blocks share the tile. Each element is the same chain of FMAs as there, so the bits are the same. Include
-// after tiles.inl.h.
+// when many blocks share the tile. Each element is the same chain of FMAs as there, so the bits are the same.
+#pragma once
 
-// Where the rows of one key tile begin, by position. An absent row is some present one: what is computed from it is
-// not kept.
+#include <pycore/dtype.h>
+#include <pycore/key_tile.h>
+
+#include <cstdint>
+
+#include "vector_rows.inl.h"
+
+// Where the rows of one tile begin, in a dtype of their own. An absent row is some present one: what is computed from
+// it is not kept.
 struct TilePointers {
   const char* rows[kKeyTile];
   int64_t stride;  // bytes from one row to the next, to guess what is read next
 
-  PYCORE_INLINE void fill(const AttentionParams& params, const void* data, const AttentionStrides& strides,
-                          const RowMap& map, int64_t b, int64_t kv_head, int64_t tile, uint64_t present) {
+  // row_at(c) is where present row c begins.
+  template <class RowAt>
+  PYCORE_INLINE void fill(uint64_t present, int64_t bytes, const RowAt& row_at) {
     const int64_t first = __builtin_ctzll(present);
-    for (int64_t c = 0; c < kKeyTile; ++c) {
-      const int64_t at = present >> c & 1 ? c : first;
-      rows[c] = row_of(params, data, strides, b, kv_head, map.key_row(tile * kKeyTile + at));
-    }
-    stride = strides.row * dtype_size(params.dtype);
-  }
-  // Rows that were rotated into scratch, `floats` apart.
-  PYCORE_INLINE void fill(const float* data, int64_t floats, uint64_t present) {
-    const int64_t first = __builtin_ctzll(present);
-    stride = floats * static_cast<int64_t>(sizeof(float));
-    for (int64_t c = 0; c < kKeyTile; ++c) {
-      rows[c] = reinterpret_cast<const char*>(data + (present >> c & 1 ? c : first) * floats);
-    }
+    for (int64_t c = 0; c < kKeyTile; ++c) rows[c] = row_at(present >> c & 1 ? c : first);
+    stride = bytes;
   }
 };
-
-template <DType kType>
-PYCORE_INLINE Vec load_channels(const char* row, int64_t d) {
-  if constexpr (kType == DType::kFloat32) return Vec::load(reinterpret_cast<const float*>(row) + d);
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row) + d;
-  return kType == DType::kBFloat16 ? Vec::load_bfloat16(halves) : Vec::load_float16(halves);
-}
-
-template <DType kType>
-PYCORE_INLINE Vec load_channels_first(const char* row, int64_t d, int64_t count) {
-  if constexpr (kType == DType::kFloat32) return Vec::load_first(reinterpret_cast<const float*>(row) + d, count);
-  uint16_t tail[Vec::kWidth] = {};
-  __builtin_memcpy(tail, reinterpret_cast<const uint16_t*>(row) + d, static_cast<size_t>(count) * sizeof(uint16_t));
-  return kType == DType::kBFloat16 ? Vec::load_bfloat16(tail) : Vec::load_float16(tail);
-}
 
 // scores[m][c] = <query row m, key c> for columns begin .. end - 1, whole vectors.
 template <int M, DType kType>
