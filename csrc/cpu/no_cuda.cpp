@@ -17,7 +17,7 @@ Status launch_attention_forward(const AttentionParams&, void*, void*) { return k
 int64_t launch_attention_backward_scratch(const AttentionBackwardParams&) { return 0; }
 Status launch_attention_backward(const AttentionBackwardParams&, void*, void*) { return kNoCuda; }
 Status launch_attention_blocks(const BlockParams&, void*) { return kNoCuda; }
-Status launch_block_correction(const BlockParams&, int64_t, float*, void*) { return kNoCuda; }
+Status launch_block_correction(const BlockParams&, void*) { return kNoCuda; }
 Status launch_lambda_cache_append(const CacheAppendParams&, void*) { return kNoCuda; }
 
 }  // namespace pycore

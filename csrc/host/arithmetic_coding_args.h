@@ -20,28 +20,6 @@ struct BitstreamError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-inline bool is_integer(DType dtype) {
-  switch (dtype) {
-    case DType::kInt8:
-    case DType::kInt16:
-    case DType::kInt32:
-    case DType::kInt64:
-    case DType::kUInt8:
-    case DType::kUInt16:
-    case DType::kUInt32:
-    case DType::kUInt64: return true;
-    default: return false;
-  }
-}
-
-inline bool is_floating(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-}
-
-inline void check_on_cpu(const char* op, const char* argument, const TensorView& view) {
-  check_value(view.device == Device::kCpu, op, argument, " is not on the CPU, which is where this op has kernels");
-}
-
 inline int checked_precision(const char* op, int64_t precision) {
   check_value(precision >= 1 && precision <= kMaxPrecision, op, "precision is ", precision, " and must be 1 to ",
               kMaxPrecision);
@@ -257,8 +235,8 @@ inline DecodeParams decode_params(const char* op, const TensorView& data, const 
               shape_text(data), " and must be uint8 [bytes]");
   check_value(offsets.dtype == DType::kInt64 && offsets.dims == 1 && offsets.shape[0] >= 1, op, "offsets is ",
               dtype_name(offsets.dtype), " ", shape_text(offsets), " and must be int64 [streams + 1]");
-  check_value(data.shape[0] <= 1 || data.strides[0] == 1, op, "data must be contiguous");
-  check_value(offsets.shape[0] <= 1 || offsets.strides[0] == 1, op, "offsets must be contiguous");
+  check_contiguous(op, "data", data);
+  check_contiguous(op, "offsets", offsets);
   DecodeParams params;
   params.data = data.as<uint8_t>();
   params.offsets = memory->copies.keep(op, offsets.as<const int64_t>(), offsets.shape[0]);
@@ -322,9 +300,8 @@ inline void check_bitwise_symbols(const char* op, const TensorView& symbols, con
 
 inline void check_bitwise_data(const char* op, const TensorView& data, BitwiseParams* params) {
   check_on_cpu(op, "byte_stream", data);
-  check_value(data.dtype == DType::kUInt8 && data.dims == 1 && (data.shape[0] <= 1 || data.strides[0] == 1), op,
-              "byte_stream is ", dtype_name(data.dtype), " ", shape_text(data),
-              " and must be contiguous uint8 [bytes]");
+  check_value(data.dtype == DType::kUInt8 && data.dims == 1 && data.contiguous(), op, "byte_stream is ",
+              dtype_name(data.dtype), " ", shape_text(data), " and must be contiguous uint8 [bytes]");
   params->data = data.as<uint8_t>();
   params->bytes = data.shape[0];
 }

@@ -30,7 +30,7 @@ inline void check_walks(const char* op, const char* argument, const TensorView& 
   check_on_cpu(op, argument, view);
   check_value(view.dtype == DType::kInt64 && view.dims == 1 && view.shape[0] == walks, op, argument, " is ",
               dtype_name(view.dtype), " ", shape_text(view), " and must be int64 [", walks, "]");
-  check_value(walks <= 1 || view.strides[0] == 1, op, argument, " must be contiguous");
+  check_contiguous(op, argument, view);
 }
 
 // Everything is checked that a step reads, so that no input can lead it out of its node. `argument` names `in`. The
@@ -44,9 +44,7 @@ inline WindowStepParams window_step_params(const char* op, const TensorView& cum
   check_value(cumulative.dtype == DType::kInt64 && cumulative.dims == 2, op, "cumulative is ",
               dtype_name(cumulative.dtype), " ", shape_text(cumulative), " and must be int64 [rows, symbols + 1]");
   const int64_t symbols = cumulative.shape[1] - 1, row_count = cumulative.shape[0];
-  check_value(
-      row_count == 0 || (cumulative.strides[1] == 1 && (row_count == 1 || cumulative.strides[0] == symbols + 1)), op,
-      "cumulative must be contiguous");
+  check_contiguous(op, "cumulative", cumulative);
   const int64_t all = int64_t{1} << bits;
   check_value(symbols >= 2 && symbols <= all && symbols <= kMaxWindowSymbols, op, "cumulative has ", symbols,
               " symbols and must have 2 to ", all < kMaxWindowSymbols ? all : kMaxWindowSymbols, " at ", bits, " bits");

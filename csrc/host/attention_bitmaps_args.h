@@ -21,13 +21,8 @@ inline void check_bitmap(const std::string& op, const char* what, const TensorVi
               " and must be int64");
   check_value(tensor.shape[0] == 1 || tensor.shape[0] == params->batch, op, what, " has ", tensor.shape[0],
               " rows and must have one, or one for each of ", params->batch, " batch rows");
-  int64_t stride = 1;
-  for (int i = tensor.dims - 1; i >= 0; stride *= tensor.shape[i--]) {
-    check_value(tensor.shape[i] <= 1 || tensor.count() == 0 || tensor.strides[i] == stride, op,
-                "schedule's tensor must be contiguous");
-  }
-  check_value(tensor.device == query.device && tensor.device_index == query.device_index, op, what,
-              " is on another device than query");
+  check_contiguous(op, "schedule's tensor", tensor);
+  check_device_of(op, what, tensor, query, "query");
   params->bitmap_stride = tensor.shape[0] <= 1 ? 0 : tensor.count() / tensor.shape[0];
 }
 

@@ -23,6 +23,7 @@ struct BlocksArgs {
   double parameter = 0;
   std::string pattern;     // "independent" or "diagonal"
   std::string correction;  // "none" or "importance"
+  bool wide = false;       // the correction in float64
   int64_t batch = 0, heads = 0, query_length = 0, key_length = 0;
   int64_t block_size = 0;  // 1: the lengths count blocks
   int64_t sink_size = 0, window_blocks = 0;
@@ -68,8 +69,7 @@ inline void check_probabilities(const BlocksArgs& args, BlockParams* params) {
               args.op, "distance_probs has shape ", shape_text(table), " and must be [n] or [heads, n], with ",
               args.heads, " heads and n at least 1");
   const int64_t rows = table.dims == 1 ? 1 : table.shape[0], n = table.shape[table.dims - 1];
-  check_value(table.strides[table.dims - 1] == 1 || n == 1, args.op,
-              "distance_probs's last dimension must be contiguous");
+  check_last_contiguous(args.op, "distance_probs", table);
   params->probabilities = table.as<const double>();
   params->probability_length = n;
   params->probability_stride = table.dims == 1 ? 0 : table.strides[0];
@@ -84,9 +84,8 @@ inline void check_probabilities(const BlocksArgs& args, BlockParams* params) {
 
 }  // namespace detail
 
-// Everything but blocks, which the face allocates, and a family's probabilities: `*family` is kTable where they are
-// given, else probability_length says how many block_family has to fill in.
-inline BlockParams block_params(const BlocksArgs& args, BlockFamily* family) {
+// Everything but blocks and correction, which the face allocates.
+inline BlockParams block_params(const BlocksArgs& args) {
   const std::string& op = args.op;
   BlockParams params;
   const std::pair<const char*, int64_t> counts[] = {{"batch", args.batch},
@@ -123,19 +122,23 @@ inline BlockParams block_params(const BlocksArgs& args, BlockFamily* family) {
                 least, ", with window_blocks ", args.window_blocks);
     params.blocks_per_row = args.blocks_per_row;
   }
-  *family = detail::check_family(args);
-  if (*family == BlockFamily::kTable) {
+  params.family = detail::check_family(args);
+  params.parameter = args.parameter;
+  if (params.family == BlockFamily::kTable) {
     detail::check_probabilities(args, &params);
   } else {
     params.probability_length = std::max<int64_t>(1, touched_blocks(args.key_length, rows.schedule.block_shift));
   }
 
+  if (args.correction == "importance") params.correction_rows = params.probability_stride ? args.heads : 1;
+  params.correction_dtype = args.wide ? DType::kFloat64 : DType::kFloat32;
+
   // Seeds, the round and the lengths lie together; only on the CPU are their values read here.
   const bool readable = args.seed.device == Device::kCpu;
   const auto check_numbers = [&](const char* name, const TensorView& view, bool batch) {
-    check_value(view.defined() && view.dtype == DType::kInt64 && view.device == args.seed.device &&
-                    view.device != Device::kOther && view.device_index == args.seed.device_index,
-                op, name, " must be an int64 tensor on ", readable ? "the CPU" : "seed's device");
+    check_value(
+        view.defined() && view.dtype == DType::kInt64 && view.device != Device::kOther && same_device(view, args.seed),
+        op, name, " must be an int64 tensor on ", readable ? "the CPU" : "seed's device");
     check_value(view.count() == 1 || (batch && view.dims == 1 && view.shape[0] == args.batch), op, name, " has shape ",
                 shape_text(view), " and must be one number", batch ? " or [batch]" : "");
   };

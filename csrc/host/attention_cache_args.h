@@ -32,17 +32,13 @@ inline CacheAppendParams cache_append_params(const CacheAppendArgs& args) {
   for (const auto& [name, view] : all) {
     check_value(view.dims == 4, kOp, name, " has ", view.dims,
                 " dimensions and must have 4: [batch, kv_heads, tokens, channels]");
-    check_value(view.dtype == cache.dtype, kOp, name, " is ", dtype_name(view.dtype), " and must be ",
-                dtype_name(cache.dtype), " like key_cache");
-    check_value(view.device == cache.device && view.device_index == cache.device_index, kOp, name,
-                " is on another device than key_cache");
+    check_like(kOp, name, view, cache, "key_cache");
     check_value(view.shape[0] == cache.shape[0] && view.shape[1] == cache.shape[1], kOp, name, " has shape ",
                 shape_text(view), " and must have ", cache.shape[0], " batch rows and ", cache.shape[1], " heads");
-    check_value(view.strides[3] == 1 || view.shape[3] <= 1, kOp, name, "'s last dimension must be contiguous");
+    check_last_contiguous(kOp, name, view);
   }
-  check_value(cache.dtype == DType::kFloat32 || cache.dtype == DType::kFloat64 || cache.dtype == DType::kFloat16 ||
-                  cache.dtype == DType::kBFloat16,
-              kOp, "key_cache is ", dtype_name(cache.dtype), " and must be float32, float16, bfloat16 or float64");
+  check_value(is_floating(cache.dtype), kOp, "key_cache is ", dtype_name(cache.dtype),
+              " and must be float32, float16, bfloat16 or float64");
   check_value(cache.device != Device::kOther, kOp, "key_cache must be on the CPU or on a CUDA device");
   params.batch = cache.shape[0];
   params.kv_heads = cache.shape[1];
@@ -61,11 +57,7 @@ inline CacheAppendParams cache_append_params(const CacheAppendArgs& args) {
     const TensorView& held = all[i].view;
     check_value(all[i + 2].view.shape[3] == held.shape[3], kOp, all[i + 2].name, " has ", all[i + 2].view.shape[3],
                 " channels and must have ", held.shape[3], " like ", all[i].name);
-    const int64_t rows = held.shape[2] * held.shape[3];
-    check_value(
-        held.count() == 0 || ((held.strides[2] == held.shape[3]) && (held.shape[1] == 1 || held.strides[1] == rows) &&
-                              (held.shape[0] == 1 || held.strides[0] == rows * held.shape[1])),
-        kOp, all[i].name, " must be contiguous");
+    check_contiguous(kOp, all[i].name, held);
   }
   const struct {
     const char* name;
@@ -75,9 +67,8 @@ inline CacheAppendParams cache_append_params(const CacheAppendArgs& args) {
     if (!view.defined()) continue;
     check_value(view.dtype == DType::kInt64 && view.dims == 1 && view.shape[0] == params.batch, kOp, name, " is ",
                 dtype_name(view.dtype), " ", shape_text(view), " and must be int64 [", params.batch, "]");
-    check_value(view.strides[0] == 1 || params.batch <= 1, kOp, name, " must be contiguous");
-    check_value(view.device == cache.device && view.device_index == cache.device_index, kOp, name,
-                " is on another device than key_cache");
+    check_contiguous(kOp, name, view);
+    check_device_of(kOp, name, view, cache, "key_cache");
   }
   params.lengths = args.lengths.as<int64_t>();
   params.starts = args.starts.defined() ? args.starts.as<const int64_t>() : nullptr;

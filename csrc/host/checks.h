@@ -85,6 +85,54 @@ inline void check_span(const std::string& op, const char* argument, const Tensor
   check_value(!over, op, argument, " has shape ", shape_text(view), ", which is more than any memory holds");
 }
 
+// ---- one tensor
+// ------------------------------------------------------------------------------------------------------
+
+inline bool is_floating(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
+inline bool is_integer(DType dtype) {
+  switch (dtype) {
+    case DType::kInt8:
+    case DType::kInt16:
+    case DType::kInt32:
+    case DType::kInt64:
+    case DType::kUInt8:
+    case DType::kUInt16:
+    case DType::kUInt32:
+    case DType::kUInt64: return true;
+    default: return false;
+  }
+}
+
+// For ops that have no other kernels.
+inline void check_on_cpu(const std::string& op, const char* argument, const TensorView& view) {
+  check_value(view.device == Device::kCpu, op, argument, " is not on the CPU, which is where this op has kernels");
+}
+
+inline void check_contiguous(const std::string& op, const char* argument, const TensorView& view) {
+  check_value(view.contiguous(), op, argument, " must be contiguous");
+}
+
+inline void check_last_contiguous(const std::string& op, const char* argument, const TensorView& view) {
+  check_value(view.last_contiguous(), op, argument, "'s last dimension must be contiguous");
+}
+
+// `of` names the tensor whose device it must be on.
+inline void check_device_of(const std::string& op, const char* argument, const TensorView& view, const TensorView& like,
+                            const char* of) {
+  check_value(same_device(view, like), op, argument, " is on another device than ", of);
+}
+
+// Dtype and device.
+inline void check_like(const std::string& op, const char* argument, const TensorView& view, const TensorView& like,
+                       const char* of) {
+  check_value(view.dtype == like.dtype, op, argument, " is ", dtype_name(view.dtype), " and must be ",
+              dtype_name(like.dtype), " like ", of);
+  check_device_of(op, argument, view, like, of);
+}
+
 // ---- where results go -----------------------------------------------------------------------------------------------
 
 struct NamedView {

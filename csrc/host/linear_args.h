@@ -12,7 +12,7 @@
 namespace pycore {
 
 inline void check_float_cpu(const char* op, const char* argument, const TensorView& view) {
-  check_value(view.device == Device::kCpu, op, argument, " is not on the CPU, which is where this op has kernels");
+  check_on_cpu(op, argument, view);
   check_value(view.dtype == DType::kFloat32 || view.dtype == DType::kFloat64, op, argument, " has dtype ",
               dtype_name(view.dtype), " and must have float32 or float64");
 }
@@ -23,10 +23,8 @@ inline void check_dtype_is(const char* op, const char* argument, const TensorVie
   check_value(view.device == Device::kCpu, op, argument, " is not on the CPU, where x is");
 }
 
-inline void check_last_contiguous(const char* op, const char* argument, const TensorView& view) {
-  const int last = view.dims - 1;
-  if (view.count() == 0) return;  // strides of no elements mean nothing; an expanded gradient has zeros
-  check_value(view.shape[last] <= 1 || view.strides[last] == 1, op, argument, " has stride ", view.strides[last],
+inline void check_last_stride(const char* op, const char* argument, const TensorView& view) {
+  check_value(view.last_contiguous(), op, argument, " has stride ", view.strides[view.dims - 1],
               " in its last dimension, which must be contiguous");
 }
 
@@ -46,13 +44,13 @@ inline void check_linear(const char* op, const TensorView& x, const TensorView& 
               " and must be [out_features, in_features]");
   check_value(weight.shape[1] == x.shape[x.dims - 1], op, "x has ", x.shape[x.dims - 1],
               " features in its last dimension and must have weight's ", weight.shape[1]);
-  check_last_contiguous(op, "x", x);
-  check_last_contiguous(op, "weight", weight);
+  check_last_stride(op, "x", x);
+  check_last_stride(op, "weight", weight);
   if (!bias.defined()) return;
   check_dtype_is(op, "bias", bias, x.dtype);
   check_value(bias.dims == 1 && bias.shape[0] == weight.shape[0], op, "bias has shape ", shape_text(bias),
               " and must have [", weight.shape[0], "], weight's out_features");
-  check_last_contiguous(op, "bias", bias);
+  check_last_stride(op, "bias", bias);
 }
 
 // x [..., C], weight [C] or absent.
@@ -62,19 +60,19 @@ inline void check_rms_norm(const char* op, const TensorView& x, const TensorView
   check_value(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, " and must be finite and not negative");
   check_value(x.dtype == DType::kFloat64 || std::isfinite(static_cast<float>(eps)), op, "eps is ", eps,
               " and must be finite in float32, as x is");
-  check_last_contiguous(op, "x", x);
+  check_last_stride(op, "x", x);
   if (!weight.defined()) return;
   check_dtype_is(op, "weight", weight, x.dtype);
   check_value(weight.dims == 1 && weight.shape[0] == x.shape[x.dims - 1], op, "weight has shape ", shape_text(weight),
               " and must have [", x.shape[x.dims - 1], "], x's last dimension");
-  check_last_contiguous(op, "weight", weight);
+  check_last_stride(op, "weight", weight);
 }
 
 // grad_out as the op's result for x is shaped, `last` wide.
 inline void check_grad_out(const char* op, const TensorView& grad_out, const TensorView& x, int64_t last) {
   check_dtype_is(op, "grad_out", grad_out, x.dtype);
   check_same_shape(op, "grad_out", grad_out, x, last);
-  check_last_contiguous(op, "grad_out", grad_out);
+  check_last_stride(op, "grad_out", grad_out);
 }
 
 // The inputs' half of the structs; the caller adds where results go.

@@ -6,10 +6,12 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <deque>
 #include <optional>
 #include <vector>
 
 #include "../host/arithmetic_coding_args.h"
+#include "../host/arithmetic_coding_steps.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"
@@ -42,28 +44,41 @@ py::object quantize(py::object values, bool logits, py::object precision, py::ob
   return cdf.object;
 }
 
-py::tuple encoded(const char* op, EncodeParams params, const char* argument, const py::object& threads) {
-  const Parallel parallel = thread_parallel(threads, op);
-  const Array offsets = cpu_result(py::none(), DType::kInt64, {params.streams + 1}, op, "offsets");
-  int64_t* ends = offsets.view.as<int64_t>();
-  auto results = memory_for<StreamResult>(op, "the results of streams", params.streams);
-  params.results = results.data();
-  const AlignedScratch memory(op, size_product({params.streams, ac_encode_capacity(params)}), "room for the streams");
-  params.memory = static_cast<uint8_t*>(memory.data);
-  {
+// A Face of host/arithmetic_coding_steps.h. Decoding gives `out`, which must share no memory with what is read.
+struct CoderFace {
+  const char* op;
+  Parallel parallel;
+  py::object out = py::none();
+  std::vector<NamedView> read = {};
+  std::deque<AlignedScratch> scratch = {};
+  Array offsets_array = {}, data_array = {}, symbols_array = {};
+  std::optional<Deferred> result = {};
+
+  void* memory(int64_t bytes, const char* what) { return scratch.emplace_back(op, bytes, what).data; }
+  template <class Kernel>
+  void run(const Kernel& kernel) const {
     const py::gil_scoped_release release;
-    const AlignedScratch scratch(op, ac_encode_scratch(params, parallel.threads));
-    throw_if(pycore::ac_encode(params, parallel, scratch.data), op);
+    throw_if(kernel(), op);
   }
-  check_results(op, results, argument, params.model);
-  ends[0] = 0;
-  for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
-  const Array data = cpu_result(py::none(), DType::kUInt8, {ends[params.streams]}, op, "data");
-  {
-    const py::gil_scoped_release release;
-    throw_if(ac_pack_streams(params, ends, data.view.as<uint8_t>(), parallel), op);
+  int64_t* offsets(int64_t count) {
+    offsets_array = cpu_result(py::none(), DType::kInt64, {count}, op, "offsets");
+    return offsets_array.view.as<int64_t>();
   }
-  return py::make_tuple(data.object, offsets.object);
+  uint8_t* data(int64_t bytes) {
+    data_array = cpu_result(py::none(), DType::kUInt8, {bytes}, op, "data");
+    return data_array.view.as<uint8_t>();
+  }
+  void* symbols(DType dtype, int64_t streams, int64_t length) {
+    symbols_array = cpu_result(out, dtype, {streams, length}, op, "out");
+    check_disjoint(op, std::vector<NamedView>{{"out", symbols_array.view}}, read);
+    return result.emplace(op, out, symbols_array.view).as<void>();
+  }
+};
+
+py::tuple encoded(const char* op, const EncodeParams& params, const char* argument, const py::object& threads) {
+  CoderFace face = {op, thread_parallel(threads, op)};
+  encode_streams(face, params, argument);
+  return py::make_tuple(face.data_array.object, face.offsets_array.object);
 }
 
 py::tuple encode_with(const char* op, const py::object& symbols, const char* argument, const py::object& model,
@@ -75,42 +90,16 @@ py::tuple encode_with(const char* op, const py::object& symbols, const char* arg
                  argument, threads);
 }
 
-// What the two kinds of decoding share. `model_of(params)` adds the model, `bind(params, memory)` the place of the
-// symbols.
-template <class ModelOf, class Bind>
+template <class ModelOf>
 py::object decoded(const char* op, const py::object& data, const py::object& offsets, const char* argument,
                    const NamedView& model, bool adaptive, const py::object& out, const py::object& threads,
-                   const ModelOf& model_of, const Bind& bind) {
+                   const ModelOf& model_of) {
   const Array data_array = input(data, op, "data"), offsets_array = input(offsets, op, "offsets");
-  const Parallel parallel = thread_parallel(threads, op);
-  DecodeMemory memory;
-  DecodeParams params = decode_params(op, data_array.view, offsets_array.view, &memory);
-  params.adaptive = adaptive;
-  {
-    const py::gil_scoped_release release;
-    throw_if(ac_open_streams(params, parallel), op);
-  }
-  check_results(op, memory.results, argument, params.model);
-  params.length = common_length(op, memory.results);
-  model_of(&params);
-  const AlignedScratch scratch(op, ac_decode_scratch(params, parallel.threads));
-  {
-    const py::gil_scoped_release release;
-    throw_if(ac_check_claims(params, parallel, scratch.data), op);
-  }
-  check_results(op, memory.results, argument, params.model);
-  const Array symbols =
-      cpu_result(out, adaptive ? DType::kUInt8 : DType::kInt64, {params.streams, params.length}, op, "out");
-  check_disjoint(op, {{"out", symbols.view}}, {{"data", data_array.view}, {"offsets", offsets_array.view}, model});
-  const Deferred rows(op, out, symbols.view);
-  bind(&params, rows);
-  {
-    const py::gil_scoped_release release;
-    throw_if(pycore::ac_decode(params, parallel, scratch.data), op);
-  }
-  check_results(op, memory.results, argument, params.model);
-  rows.finish();
-  return symbols.object;
+  CoderFace face = {
+      op, thread_parallel(threads, op), out, {{"data", data_array.view}, {"offsets", offsets_array.view}, model}};
+  decode_streams(face, data_array.view, offsets_array.view, argument, adaptive, model_of);
+  face.result->finish();
+  return face.symbols_array.object;
 }
 
 py::object decode_with(const char* op, const py::object& data, const py::object& offsets, const char* argument,
@@ -119,11 +108,9 @@ py::object decode_with(const char* op, const py::object& data, const py::object&
   const Array model_array = input(model, op, argument);
   const std::optional<int64_t> id = optional_integer(model_id, op, "model_id");
   return decoded(
-      op, data, offsets, argument, {argument, model_array.view}, false, out, threads,
-      [&](DecodeParams* params) {
+      op, data, offsets, argument, {argument, model_array.view}, false, out, threads, [&](DecodeParams* params) {
         params->model = coder_model(op, argument, model_array.view, precision, params->streams, params->length, id);
-      },
-      [](DecodeParams* params, const Deferred& rows) { params->symbols = rows.as<int64_t>(); });
+      });
 }
 
 py::tuple ac_encode(py::object symbols, py::object cdf, py::object model_id, py::object lanes, py::object threads) {
@@ -158,9 +145,7 @@ py::tuple ac_encode_bytes(py::object data, py::object order, py::object threads)
 
 py::object ac_decode_bytes(py::object data, py::object offsets, py::object out, py::object threads) {
   const TensorView none;
-  return decoded(
-      "ac_decode_bytes", data, offsets, "data", {"model", none}, true, out, threads, [](DecodeParams*) {},
-      [](DecodeParams* params, const Deferred& rows) { params->bytes = rows.as<uint8_t>(); });
+  return decoded("ac_decode_bytes", data, offsets, "data", {"model", none}, true, out, threads, [](DecodeParams*) {});
 }
 
 constexpr const char* kEncodeBytesDoc =

@@ -58,7 +58,7 @@ py::bytes decode(const TableOwner& owner, const py::object& tokens_object) {
   check_on_cpu(kDecode, "tokens", view);
   check_value(view.dtype == DType::kInt64 && view.dims == 1, kDecode, "tokens is ", dtype_name(view.dtype), " ",
               shape_text(view), " and must be int64 [n]");
-  check_value(view.shape[0] <= 1 || view.strides[0] == 1, kDecode, "tokens must be contiguous");
+  check_contiguous(kDecode, "tokens", view);
   const int64_t* tokens = view.as<int64_t>();
   const int64_t count = view.shape[0];
   // One pass over the tokens writes the text and finds what is no token. Its size is guessed, and mended at the end.

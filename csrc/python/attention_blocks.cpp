@@ -2,7 +2,6 @@
 // pycore.native.attention_blocks, for NumPy arrays and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pycore/dtype.h>
 
 #include <optional>
 #include <string>
@@ -54,25 +53,15 @@ py::tuple draw(py::object seed, py::object round, py::object batch, py::object h
   const std::optional<int64_t> chosen = optional_integer(blocks_per_row, kOp, "blocks_per_row");
   check_value(chosen.value_or(1) >= 1, kOp, "blocks_per_row is ", chosen.value_or(1), " and must be at least 1");
   args.blocks_per_row = chosen.value_or(-1);
-  BlockFamily family;
-  BlockParams params = block_params(args, &family);
-  std::vector<double> table = memory_for<double>(kOp, "the table of probabilities",
-                                                 family == BlockFamily::kTable ? 0 : params.probability_length);
-  if (family != BlockFamily::kTable) {
-    block_family(family, parameter, params.probability_length, table.data());
-    params.probabilities = table.data();
-  }
+  args.wide = wide;
+  BlockParams params = block_params(args);
   const TileSchedule& shape = params.rows.schedule;
   const Array blocks = cpu_result(py::none(), DType::kInt64,
                                   {args.batch, args.heads, shape.block_rows, shape.block_words}, kOp, "blocks");
+  const Array added = cpu_result(py::none(), params.correction_dtype,
+                                 {params.correction_rows, params.probability_length}, kOp, "correction");
   params.blocks = blocks.view.as<uint64_t>();
-  const int64_t tables = correction == "none" ? 0 : params.probability_stride ? args.heads : 1;
-  const DType dtype = wide ? DType::kFloat64 : DType::kFloat32;
-  const Array added = cpu_result(py::none(), dtype, {tables, params.probability_length}, kOp, "correction");
-  for (int64_t h = 0; h < tables; ++h) {
-    block_correction(params.probabilities + h * params.probability_stride, params.probability_length, dtype,
-                     static_cast<char*>(added.view.data) + h * params.probability_length * dtype_size(dtype));
-  }
+  params.correction = added.view.data;
   const Parallel parallel = thread_parallel(threads, kOp);
   {
     const py::gil_scoped_release release;

@@ -60,11 +60,7 @@ inline void throw_if(const Status& status, const char* op) {
 inline Array contiguous_result(const py::handle& out, DType dtype, const std::vector<int64_t>& shape, Device device,
                                const char* op, const char* argument, int64_t stream = 0) {
   Array array = result(out, dtype, shape, device, op, argument, stream);
-  int64_t row_major = 1;
-  for (int i = array.view.dims - 1; i >= 0 && array.view.count() > 0; --i) {
-    check_value(array.view.shape[i] == 1 || array.view.strides[i] == row_major, op, argument, " must be contiguous");
-    row_major *= array.view.shape[i];
-  }
+  check_contiguous(op, argument, array.view);
   return array;
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../host/arithmetic_coding_args.h"
+#include "../host/arithmetic_coding_steps.h"
 #include "tensor.h"
 
 namespace pycore {
@@ -44,23 +45,41 @@ Tensor quantize_cdf_cpu(const Tensor& values, bool logits, int64_t precision) {
   return cdf;
 }
 
-std::tuple<Tensor, Tensor> encoded(const char* op, EncodeParams params, const char* argument) {
-  auto results = memory_for<StreamResult>(op, "the results of streams", params.streams);
-  params.results = results.data();
-  const Parallel parallel = torch_parallel();
-  const Tensor memory =
-      scratch_tensor(op, size_product({params.streams, ac_encode_capacity(params)}), "room for the streams");
-  params.memory = static_cast<uint8_t*>(memory.mutable_data_ptr());
-  const Tensor scratch = scratch_tensor(op, ac_encode_scratch(params, parallel.threads));
-  throw_if(pycore::ac_encode(params, parallel, scratch.mutable_data_ptr()), op);
-  check_results(op, results, argument, params.model);
-  const Tensor offsets = empty_cpu(op, "offsets", {params.streams + 1}, ScalarType::Long);
-  int64_t* ends = static_cast<int64_t*>(offsets.mutable_data_ptr());
-  ends[0] = 0;
-  for (int64_t i = 0; i < params.streams; ++i) ends[i + 1] = ends[i] + results[static_cast<size_t>(i)].bytes;
-  const Tensor data = scratch_tensor(op, ends[params.streams], "data");
-  throw_if(ac_pack_streams(params, ends, static_cast<uint8_t*>(data.mutable_data_ptr()), parallel), op);
-  return {data, offsets};
+// A Face of host/arithmetic_coding_steps.h.
+struct CoderFace {
+  const char* op;
+  Parallel parallel = torch_parallel();
+  std::vector<Tensor> scratch;
+  Tensor offsets_tensor, data_tensor, symbols_tensor;
+
+  explicit CoderFace(const char* name) : op(name) {}
+  void* memory(int64_t bytes, const char* what) {
+    scratch.push_back(scratch_tensor(op, bytes, what));
+    return scratch.back().mutable_data_ptr();
+  }
+  template <class Kernel>
+  void run(const Kernel& kernel) const {
+    throw_if(kernel(), op);
+  }
+  int64_t* offsets(int64_t count) {
+    offsets_tensor = empty_cpu(op, "offsets", {count}, ScalarType::Long);
+    return static_cast<int64_t*>(offsets_tensor.mutable_data_ptr());
+  }
+  uint8_t* data(int64_t bytes) {
+    data_tensor = scratch_tensor(op, bytes, "data");
+    return static_cast<uint8_t*>(data_tensor.mutable_data_ptr());
+  }
+  void* symbols(DType dtype, int64_t streams, int64_t length) {
+    const ScalarType type = dtype == DType::kUInt8 ? ScalarType::Byte : ScalarType::Long;
+    symbols_tensor = empty_cpu(op, "symbols", {streams, length}, type);
+    return symbols_tensor.mutable_data_ptr();
+  }
+};
+
+std::tuple<Tensor, Tensor> encoded(const char* op, const EncodeParams& params, const char* argument) {
+  CoderFace face(op);
+  encode_streams(face, params, argument);
+  return {face.data_tensor, face.offsets_tensor};
 }
 
 std::tuple<Tensor, Tensor> encode_with(const char* op, const Tensor& symbols, const char* argument, const Tensor& model,
@@ -71,29 +90,13 @@ std::tuple<Tensor, Tensor> encode_with(const char* op, const Tensor& symbols, co
       argument);
 }
 
-// What the two kinds of decoding share. `model_of(params)` adds the model.
 template <class ModelOf>
 Tensor decoded(const char* op, const Tensor& data_any, const Tensor& offsets_any, const char* argument, bool adaptive,
                const ModelOf& model_of) {
   const Tensor data = torch::stable::contiguous(data_any), offsets = torch::stable::contiguous(offsets_any);
-  DecodeMemory memory;
-  DecodeParams params = decode_params(op, view(data, op, "data"), view(offsets, op, "offsets"), &memory);
-  params.adaptive = adaptive;
-  const Parallel parallel = torch_parallel();
-  throw_if(ac_open_streams(params, parallel), op);
-  check_results(op, memory.results, argument, params.model);
-  params.length = common_length(op, memory.results);
-  model_of(&params);
-  const Tensor scratch = scratch_tensor(op, ac_decode_scratch(params, parallel.threads));
-  throw_if(ac_check_claims(params, parallel, scratch.mutable_data_ptr()), op);
-  check_results(op, memory.results, argument, params.model);
-  const Tensor symbols =
-      empty_cpu(op, "symbols", {params.streams, params.length}, adaptive ? ScalarType::Byte : ScalarType::Long);
-  params.symbols = adaptive ? nullptr : static_cast<int64_t*>(symbols.mutable_data_ptr());
-  params.bytes = adaptive ? static_cast<uint8_t*>(symbols.mutable_data_ptr()) : nullptr;
-  throw_if(pycore::ac_decode(params, parallel, scratch.mutable_data_ptr()), op);
-  check_results(op, memory.results, argument, params.model);
-  return symbols;
+  CoderFace face(op);
+  decode_streams(face, view(data, op, "data"), view(offsets, op, "offsets"), argument, adaptive, model_of);
+  return face.symbols_tensor;
 }
 
 Tensor decode_with(const char* op, const Tensor& data, const Tensor& offsets, const char* argument, const Tensor& model,

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pycore.attention_blocks: schema, validation, allocation, registration.
-#include <pycore/dtype.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -78,40 +77,28 @@ std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probab
   args.sink_size = sink_size;
   args.window_blocks = window_blocks;
   args.blocks_per_row = blocks_per_row;
-  BlockFamily family;
-  BlockParams params = block_params(args, &family);
+  args.wide = wide;
+  BlockParams params = block_params(args);
   const auto empty = [&](const char* what, std::initializer_list<int64_t> sizes, ScalarType type) {
     return new_tensor(op, what, seed, std::vector<int64_t>(sizes), type);
   };
   const TileSchedule& shape = params.rows.schedule;
   Tensor blocks = empty("the bitmap of blocks", {batch, heads, shape.block_rows, shape.block_words}, ScalarType::Long);
+  Tensor added = empty("correction", {params.correction_rows, params.probability_length},
+                       wide ? ScalarType::Double : ScalarType::Float);
   params.blocks = static_cast<uint64_t*>(blocks.data_ptr());
-  const int64_t tables = correction == "none" ? 0 : params.probability_stride ? heads : 1;
-  const DType dtype = wide ? DType::kFloat64 : DType::kFloat32;
-  Tensor added =
-      empty("correction", {tables, params.probability_length}, wide ? ScalarType::Double : ScalarType::Float);
+  params.correction = added.data_ptr();
   if (args.seed.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.seed.device_index);
     std::optional<Tensor> table;
-    if (family != BlockFamily::kTable) {
-      table = device_family(seed, args.seed.device_index, family, parameter, params.probability_length);
+    if (params.family != BlockFamily::kTable) {
+      table = device_family(seed, args.seed.device_index, params.family, parameter, params.probability_length);
       params.probabilities = static_cast<const double*>(table->data_ptr());
     }
     void* stream = current_cuda_stream(args.seed.device_index, name);
     throw_if(launch_attention_blocks(params, stream), name);
-    // float64 is a dtype of the CPU's kernels.
-    if (!wide) throw_if(launch_block_correction(params, tables, static_cast<float*>(added.data_ptr()), stream), name);
+    if (!wide) throw_if(launch_block_correction(params, stream), name);  // float64 is a dtype of the CPU's kernels
     return {blocks, added};
-  }
-  Tensor table = empty("the table of probabilities", {family == BlockFamily::kTable ? 0 : params.probability_length},
-                       ScalarType::Double);
-  if (family != BlockFamily::kTable) {
-    block_family(family, parameter, params.probability_length, static_cast<double*>(table.data_ptr()));
-    params.probabilities = static_cast<const double*>(table.data_ptr());
-  }
-  for (int64_t h = 0; h < tables; ++h) {
-    block_correction(params.probabilities + h * params.probability_stride, params.probability_length, dtype,
-                     static_cast<char*>(added.data_ptr()) + h * params.probability_length * dtype_size(dtype));
   }
   const Parallel parallel = torch_parallel();
   const Tensor scratch = empty("scratch", {attention_blocks_scratch(params, parallel.threads)}, ScalarType::Byte);

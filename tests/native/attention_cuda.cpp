@@ -392,6 +392,9 @@ bool compare_blocks(int64_t number) {
   std::vector<uint64_t> expected(rows.batch * rows.heads * rows.schedule.block_rows * rows.schedule.block_words);
   std::vector<uint64_t> actual(expected.size(), 0x5555555555555555);
   params.blocks = expected.data();
+  params.correction_rows = params.probability_stride ? rows.heads : 1;
+  Buffer added(params.correction_rows * params.probability_length), emulated(added.size());
+  params.correction = added.data();
   pycore::Parallel parallel;
   parallel.threads = 1;
   parallel.run = [](void*, int64_t, void (*body)(void*, int64_t), void* argument) { body(argument, 0); };
@@ -399,10 +402,8 @@ bool compare_blocks(int64_t number) {
   if (!pycore::attention_blocks(params, parallel, scratch.get()).ok()) std::abort();
   params.blocks = actual.data();
   if (!pycore::emulated_blocks(params, nullptr).ok()) std::abort();
-  const int64_t tables = params.probability_stride ? rows.heads : 1;
-  Buffer added(tables * params.probability_length), emulated(added.size());
-  pycore::block_correction(probabilities.data(), static_cast<int64_t>(added.size()), DType::kFloat32, added.data());
-  if (!pycore::emulated_correction(params, tables, emulated.data(), nullptr).ok()) std::abort();
+  params.correction = emulated.data();
+  if (!pycore::emulated_correction(params, nullptr).ok()) std::abort();
   if (expected == actual && added == emulated) return true;
   std::fprintf(stderr, "failed: other blocks or corrections than the CPU's, in round %ld\n", number);
   return false;

@@ -3,6 +3,7 @@
 // nothing beside the block's products.
 #include <pycore/attention/block_draw.h>
 #include <pycore/attention/blocks.h>
+#include <pycore/dtype.h>
 #include <pycore/float_environment.h>
 #include <pycore/sizes.h>
 
@@ -78,6 +79,12 @@ int64_t slot_bytes(const BlockParams& params) {
   return (most_candidates(params) * static_cast<int64_t>(sizeof(Candidate)) + 63) / 64 * 64;
 }
 
+// A family's probabilities, before the threads' slots.
+int64_t table_bytes(const BlockParams& params) {
+  if (params.family == BlockFamily::kTable) return 0;
+  return (size_product({params.probability_length, 8}) + 63) / 64 * 64;
+}
+
 }  // namespace
 
 void block_family(BlockFamily family, double parameter, int64_t count, double* probabilities) {
@@ -106,10 +113,22 @@ void block_correction(const double* probabilities, int64_t count, DType dtype, v
 }
 
 int64_t attention_blocks_scratch(const BlockParams& params, int64_t threads) {
-  return size_product({threads, slot_bytes(params)});
+  return size_sum(table_bytes(params), size_product({threads, slot_bytes(params)}));
 }
 
-Status attention_blocks(const BlockParams& params, const Parallel& given, void* scratch) {
+Status attention_blocks(const BlockParams& given_params, const Parallel& given, void* scratch) {
+  BlockParams params = given_params;
+  if (params.family != BlockFamily::kTable) {
+    auto* const table = static_cast<double*>(scratch);
+    block_family(params.family, params.parameter, params.probability_length, table);
+    params.probabilities = table;
+    scratch = static_cast<char*>(scratch) + table_bytes(params);
+  }
+  for (int64_t h = 0; h < params.correction_rows; ++h) {
+    const int64_t row = h * params.probability_length * dtype_size(params.correction_dtype);
+    block_correction(params.probabilities + h * params.probability_stride, params.probability_length,
+                     params.correction_dtype, static_cast<char*>(params.correction) + row);
+  }
   const AttentionParams& rows = params.rows;
   const int64_t block_rows = rows.schedule.block_rows, items = size_product({rows.batch, rows.heads, block_rows});
   if (rows.schedule.block_words == 0) return {};

@@ -147,10 +147,11 @@ Status launch_attention_blocks(const BlockParams& params, void* stream) {
                 capacity * static_cast<int64_t>(sizeof(uint64_t)), stream, params, capacity);
 }
 
-Status launch_block_correction(const BlockParams& params, int64_t tables, float* out, void* stream) {
-  const int64_t count = tables * params.probability_length;
+Status launch_block_correction(const BlockParams& params, void* stream) {
+  const int64_t count = params.correction_rows * params.probability_length;
   return launch(correction_kernel, (count + kCorrectionThreads - 1) / kCorrectionThreads, kCorrectionThreads, 0, stream,
-                params.probabilities, params.probability_length, params.probability_stride, count, out);
+                params.probabilities, params.probability_length, params.probability_stride, count,
+                static_cast<float*>(params.correction));
 }
 
 }  // namespace pycore

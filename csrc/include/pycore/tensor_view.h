@@ -61,10 +61,23 @@ struct TensorView {
     for (int i = 0; i < dims; ++i) n *= shape[i];
     return n;
   }
+  // Row-major without gaps. Strides of dimensions of one element, and of no elements at all, mean nothing.
+  bool contiguous() const {
+    int64_t stride = 1;
+    for (int i = dims - 1; i >= 0; stride *= shape[i--]) {
+      if (shape[i] > 1 && strides[i] != stride) return count() == 0;
+    }
+    return true;
+  }
+  bool last_contiguous() const { return dims == 0 || strides[dims - 1] == 1 || shape[dims - 1] <= 1 || count() == 0; }
   template <class T>
   T* as() const {
     return static_cast<T*>(data);
   }
 };
+
+inline bool same_device(const TensorView& a, const TensorView& b) {
+  return a.device == b.device && a.device_index == b.device_index;
+}
 
 }  // namespace pycore

@@ -40,14 +40,21 @@ struct BlockParams {
   // Of these: batch, heads, query_length, key_length, the four lengths, and the schedule's sink_size, block_shift,
   // block_rows, block_words and window_blocks.
   AttentionParams rows;
-  const double* probabilities = nullptr;                   // [heads or 1, probability_length]; the last holds beyond
+  // [heads or 1, probability_length]; the last holds beyond. Null with a family, of which the CPU makes them.
+  const double* probabilities = nullptr;
   int64_t probability_length = 0, probability_stride = 0;  // stride 0: one row for all heads
   const int64_t* seeds = nullptr;                          // [batch], or one number with seed_stride 0
   int64_t seed_stride = 0;
   const int64_t* round = nullptr;  // one number
   bool diagonal = false;
   int64_t blocks_per_row = 0;  // 0: every block by its own probability
+  BlockFamily family = BlockFamily::kTable;
+  double parameter = 0;
   uint64_t* blocks = nullptr;  // [batch, heads, block_rows, block_words]
+  // Importance correction, block_correction of every probability: [correction_rows, probability_length].
+  void* correction = nullptr;
+  int64_t correction_rows = 0;  // 0: none, else 1 or heads
+  DType correction_dtype = DType::kFloat32;
 };
 
 // probabilities[D] of a family, for D < count.
@@ -58,8 +65,8 @@ PYCORE_API void block_correction(const double* probabilities, int64_t count, DTy
 PYCORE_API int64_t attention_blocks_scratch(const BlockParams& params, int64_t threads);
 PYCORE_API Status attention_blocks(const BlockParams& params, const Parallel& parallel, void* scratch);
 
-// CUDA: every pointer is a device pointer. The correction is float32, [tables, probability_length].
+// CUDA: every pointer is a device pointer, `probabilities` is there, and the correction is float32.
 PYCORE_API Status launch_attention_blocks(const BlockParams& params, void* stream);
-PYCORE_API Status launch_block_correction(const BlockParams& params, int64_t tables, float* out, void* stream);
+PYCORE_API Status launch_block_correction(const BlockParams& params, void* stream);
 
 }  // namespace pycore
