@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pycore.EqualInfoWindows`: text as tokens that each carry the same number of bits, with a model at run time.
 
-csrc/include/pycore/arithmetic_coding/windows.h says what a window is, docs/ops/arithmetic_coding_equal_info.md why it decodes;
-pycore/reference/arithmetic_coding_windows.py has both in plain Python.
+csrc/include/pycore/arithmetic_coding/windows.h says what a window is, docs/ops/arithmetic_coding_equal_info.md why it
+decodes; pycore/reference/arithmetic_coding_windows.py has both in plain Python.
 """
 
 from __future__ import annotations

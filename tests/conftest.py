@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import pycore
+from tests.support import native_programs
 
 # Inductor's cache does not know which instruction set it compiled for, and temporary files may outlive a machine.
 os.environ.setdefault(
@@ -70,25 +67,8 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def run_native(tmp_path: Path) -> Callable[..., None]:
-    """Compiles tests/native/<name>.cpp, with sources of csrc, and runs it: it ends with 0 when all is well."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
+def run_native() -> Callable[..., None]:
+    """Builds tests/native/<name>.cpp, with sources of csrc, and runs it: it ends with 0 when all is well."""
+    if native_programs.compiler() is None:
         pytest.skip("no C++ compiler")
-
-    def run(name: str, *arguments: str, sources: tuple[str, ...] = ()) -> None:
-        root, program = Path(__file__).resolve().parents[1], tmp_path / name
-        files = [root / "tests" / "native" / f"{name}.cpp", *(root / "csrc" / source for source in sources)]
-        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", f"-I{root / 'csrc' / 'include'}"]
-        objects = [tmp_path / f"{file.name}.o" for file in files]
-
-        def compile(file: Path, made: Path) -> None:
-            subprocess.run([compiler, *flags, "-c", str(file), "-o", str(made)], check=True)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile, files, objects))
-        subprocess.run([compiler, "-pthread", *map(str, objects), "-o", str(program)], check=True)
-        done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    return run
+    return native_programs.run

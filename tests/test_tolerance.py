@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_as_accurate, assert_model_as_accurate, ulp
+
+from tests.support.tolerance import assert_as_accurate, assert_model_as_accurate, ulp
 
 INF, NAN = math.inf, math.nan
 

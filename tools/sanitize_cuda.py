@@ -5,7 +5,8 @@ compute-sanitizer --tool memcheck python -m tools.sanitize_cuda
 python -m tools.sanitize_cuda --device cpu      a rehearsal: the CPU beside itself
 
 Inputs are made on the CPU and results compared there, so that nearly all kernels under the sanitizer are pycore's.
-Whether they are accurate is for tests/ops/test_attention_cuda.py; the tolerances here only catch what is plainly wrong.
+Whether they are accurate is for tests/ops/attention/test_attention_cuda.py; the tolerances here only catch what is
+plainly wrong.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pycore.compat.torch import scaled_dot_product_attention
 from pycore.ops import attention
-from tests.tolerance import assert_as_accurate
+from tests.support.tolerance import assert_as_accurate
 
 SHAPES = [
     pytest.param((2, 3), (2, 3), id="four-dimensions"),

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from pycore.compat.torch import scaled_dot_product_attention
-from tests.tolerance import assert_as_accurate
+from tests.support.tolerance import assert_as_accurate
 
 pytest.importorskip("expecttest", reason="torch's testing package needs it")
 # What torch's own tests of these samples allow, absolute and relative; None: the defaults of torch.testing.

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import KINDS, PAD, SINKS, WINDOW, logits, reference, tiny, tokens, use
-from tolerance import assert_as_accurate, assert_model_as_accurate
 from transformers import DynamicCache, StaticCache
 
 from pycore.integrations import _transformers_rope
 from pycore.integrations.transformers import LambdaCache, register
+from tests.support.tiny_models import KINDS, PAD, SINKS, WINDOW, logits, reference, tiny, tokens, use
+from tests.support.tolerance import assert_as_accurate, assert_model_as_accurate
 
 LENGTH = 40
 ROPES: dict[str, dict[str, Any]] = {

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import KINDS, PAD, SINKS, SLIDING, WINDOW, logits, tiny, tokens, use
-from tolerance import assert_as_accurate
 from transformers import DynamicCache
 
 from pycore.integrations.transformers import LambdaCache, register
+from tests.support.tiny_models import KINDS, PAD, SINKS, SLIDING, WINDOW, logits, tiny, tokens, use
+from tests.support.tolerance import assert_as_accurate
 
 LENGTH = 100
 # No token ends a text; transformers 4's prompt lookup needs one that would.

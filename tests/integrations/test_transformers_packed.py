@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import KINDS, SINKS, WINDOW, logits, tiny, tokens, use
-from tolerance import assert_model_as_accurate
 from transformers import DynamicCache, StaticCache
 
 from pycore.integrations.transformers import register, register_probabilistic
 from pycore.schedules import Constant
+from tests.support.tiny_models import KINDS, SINKS, WINDOW, logits, tiny, tokens, use
+from tests.support.tolerance import assert_model_as_accurate
 
 TEXTS = [[23, 1, 16], [40], [1, 1, 38], [12, 28]]  # the lengths of each row's
 LENGTH = 40

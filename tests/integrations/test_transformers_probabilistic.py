@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import logits, tiny, tokens, use
-from tolerance import assert_model_as_accurate
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -19,6 +17,8 @@ from pycore.integrations._transformers_attention import round_of
 from pycore.integrations.transformers import LambdaCache, register_probabilistic, set_round
 from pycore.reference.attention import attention as reference_attention
 from pycore.schedules import Constant, Harmonic, Lambda, Probabilistic
+from tests.support.tiny_models import logits, tiny, tokens, use
+from tests.support.tolerance import assert_model_as_accurate
 
 LENGTH, BLOCK, SEED = 100, 16, 3
 DRAW: dict[str, Any] = {"distance_probs": Constant(0.4), "seed": SEED, "block_size": BLOCK, "sink_size": 2}

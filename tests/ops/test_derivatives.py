@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import Case, qkv, tables
-from tolerance import assert_as_accurate
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -30,6 +28,8 @@ from pycore.schedules import (
     Segments,
     Tree,
 )
+from tests.support.attention_inputs import Case, qkv, tables
+from tests.support.tolerance import assert_as_accurate
 
 F32, F64 = torch.float32, torch.float64
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import lengths
 from torch import Tensor
 
 from pycore import nn, ops
 from pycore.compat.torch import scaled_dot_product_attention
 from pycore.models.bytelm import Bytelm, BytelmConfig
 from pycore.schedules import Causal, Full, Geometric, KeySubset, Lambda, Prefix, Segments, Tree
+from tests.support.attention_inputs import lengths
 
 
 def check(f: Callable[..., Tensor], *inputs: Tensor) -> None:
