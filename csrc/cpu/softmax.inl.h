@@ -33,10 +33,54 @@ struct MergeFactors {
   }
 };
 
+// A row's sum is kept in sixteen lanes, column c in lane c mod 16, whatever a vector holds: so all instruction sets add
+// in one order. `row` is its lanes in memory.
+constexpr int kSumLanes = 16;
+constexpr int kSumVectors = kSumLanes / Vec::kWidth;
+
+struct LaneSum {
+  Vec lanes[kSumVectors];
+
+  static PYCORE_INLINE LaneSum load(const float* row) {
+    LaneSum sum;
+    for (int v = 0; v < kSumVectors; ++v) sum.lanes[v] = Vec::load(row + v * Vec::kWidth);
+    return sum;
+  }
+  PYCORE_INLINE void store(float* row) const {
+    for (int v = 0; v < kSumVectors; ++v) lanes[v].store(row + v * Vec::kWidth);
+  }
+  PYCORE_INLINE LaneSum operator*(Vec factor) const {
+    LaneSum scaled;
+    for (int v = 0; v < kSumVectors; ++v) scaled.lanes[v] = lanes[v] * factor;
+    return scaled;
+  }
+  PYCORE_INLINE float total() const {
+    Vec x = lanes[0];
+    if constexpr (kSumVectors == 2) x = x + lanes[1];
+    return x.reduce_add();  // goes on halving
+  }
+  // Adds term(c), the vector of columns from c on, for begin <= c < end in whole vectors.
+  template <class Term>
+  PYCORE_INLINE void add(int64_t begin, int64_t end, const Term& term) {
+    int64_t c = begin;
+    if constexpr (kSumVectors == 2) {
+      if (c % kSumLanes != 0 && c < end) {
+        lanes[1] = lanes[1] + term(c);
+        c += Vec::kWidth;
+      }
+      for (; c + kSumLanes <= end; c += kSumLanes) {
+        lanes[0] = lanes[0] + term(c);
+        lanes[1] = lanes[1] + term(c + Vec::kWidth);
+      }
+    }
+    for (; c < end; c += Vec::kWidth) lanes[0] = lanes[0] + term(c);
+  }
+};
+
 struct SoftmaxRows {
   int64_t width;       // floats of a row of values, whole vectors
   float* max;          // [rows] of the open segment; scores, or logits
-  float* sum;          // [rows, kWidth] of the open segment, by lane
+  float* sum;          // [rows, kSumLanes] of the open segment, by lane
   float* accumulator;  // [rows, width] of the open segment
   float* total_max;    // [rows] of the segments merged so far
   float* total_sum;    // [rows]
@@ -45,7 +89,7 @@ struct SoftmaxRows {
   PYCORE_INLINE void bind(Scratch* scratch, int64_t rows, int64_t values) {
     width = values;
     max = scratch->take(rows);
-    sum = scratch->take(rows * Vec::kWidth);
+    sum = scratch->take(rows * kSumLanes);
     accumulator = scratch->take(rows * width);
     total_max = scratch->take(rows);
     total_sum = scratch->take(rows);
@@ -63,7 +107,7 @@ struct SoftmaxRows {
   PYCORE_INLINE void open(int64_t rows) const {
     open_totals(rows);
     for (int64_t r = 0; r < rows; ++r) max[r] = -kInfinity;
-    zero_rows(sum, rows * Vec::kWidth);
+    zero_rows(sum, rows * kSumLanes);
     zero_rows(accumulator, rows * width);
   }
 
@@ -87,15 +131,15 @@ struct SoftmaxRows {
     if (max[r] != -kInfinity) {                                // else there is nothing to rescale yet
       const Vec shrunk = Vec::broadcast(exp2_of((max[r] - tile_max) * factor));
       scale_row(accumulator + r * width, width, shrunk);
-      float* const row_sum = sum + r * Vec::kWidth;
-      (Vec::load(row_sum) * shrunk).store(row_sum);
+      float* const row_sum = sum + r * kSumLanes;
+      (LaneSum::load(row_sum) * shrunk).store(row_sum);
     }
     max[r] = tile_max;
   }
 
   // Scores of row r in place -> weights 2^(factor (s - max)), which join the open segment's sum.
   PYCORE_INLINE void weigh(int64_t r, float* scores, int64_t begin, int64_t end, float factor) const {
-    float* const row_sum = sum + r * Vec::kWidth;
+    float* const row_sum = sum + r * kSumLanes;
     if (max[r] == -kInfinity) {  // nothing kept so far, or NaN, which a maximum may drop
       Vec seen = Vec::zero();
       for (int64_t c = begin; c < end; c += Vec::kWidth) {
@@ -106,16 +150,17 @@ struct SoftmaxRows {
       const float added = seen.reduce_add();
       if (added == 0) return;
       max[r] = added;
-      Vec::broadcast(added).store(row_sum);  // also where dropout leaves no weight that says so
+      for (int v = 0; v < kSumVectors; ++v)
+        Vec::broadcast(added).store(row_sum + v * Vec::kWidth);  // also where dropout leaves no weight that says so
       return;
     }
     const Vec power = Vec::broadcast(factor), largest = Vec::broadcast(max[r]);
-    Vec by_lane = Vec::load(row_sum);
-    for (int64_t c = begin; c < end; c += Vec::kWidth) {
+    LaneSum by_lane = LaneSum::load(row_sum);
+    by_lane.add(begin, end, [&](int64_t c) __attribute__((always_inline)) {
       const Vec weight = ((Vec::load(scores + c) - largest) * power).exp2();
       weight.store(scores + c);
-      by_lane = by_lane + weight;
-    }
+      return weight;
+    });
     by_lane.store(row_sum);
   }
 
@@ -146,10 +191,10 @@ struct SoftmaxRows {
       for (int64_t r = first; r < first + Vec::kWidth && r < rows; ++r) {
         if (max[r] == -kInfinity) continue;
         float* const values = accumulator + r * width;
-        float* const row_sum = sum + r * Vec::kWidth;
-        merge(r, max[r], Vec::load(row_sum).reduce_add(), values, factors, r - first);
+        float* const row_sum = sum + r * kSumLanes;
+        merge(r, max[r], LaneSum::load(row_sum).total(), values, factors, r - first);
         max[r] = -kInfinity;
-        Vec::zero().store(row_sum);
+        zero_rows(row_sum, kSumLanes);
         zero_rows(values, width);
       }
     }

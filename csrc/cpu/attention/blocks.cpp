@@ -95,7 +95,7 @@ void block_family(BlockFamily family, double parameter, int64_t count, double* p
     if (family == BlockFamily::kGeometric) p = std::pow(parameter, distance);
     if (family == BlockFamily::kPowerLaw) p = std::pow(1 + distance, -parameter);
     if (family == BlockFamily::kHarmonic) p = std::min(1.0, parameter / (1 + distance));
-    if (family == BlockFamily::kGaussian) p = std::exp(-(distance * distance) / (2 * parameter * parameter));
+    if (family == BlockFamily::kGaussian) p = portable_exp(-(distance * distance) / (2 * parameter * parameter));
     probabilities[i] = p;
   }
 }

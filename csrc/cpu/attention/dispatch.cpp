@@ -81,7 +81,7 @@ void grad_sink_logit(const AttentionBackwardParams& params, int64_t h) {
       for (int64_t c = 0; c < forward.value_dim; ++c) {
         delta += element(forward.dtype, grad_out, c) * element(forward.dtype, out, c);
       }
-      sum -= std::exp(sink - lse - low) * delta;
+      sum -= portable_exp(sink - lse - low) * delta;
     }
   }
   static_cast<T*>(params.grad_sink_logits)[h] = static_cast<T>(sum);

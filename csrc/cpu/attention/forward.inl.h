@@ -8,6 +8,7 @@
 #pragma once
 
 #include <pycore/attention/rows.h>
+#include <pycore/portable_math.h>
 
 #include <cstdint>
 
@@ -209,6 +210,9 @@ struct ForwardBlock {
   }
 };
 
+// Of a sum of weights: it may be zero, or NaN. A float32 number is a normal float64 one.
+PYCORE_INLINE double log_of(float sum) { return sum > 0 ? portable_log(sum) : __builtin_log(sum); }
+
 // The rows' results from their totals.
 PYCORE_INLINE void finish_rows(const AttentionParams& params, const QueryTile& queries, const SoftmaxRows& softmax) {
   const int64_t dv = padded(params.value_dim);
@@ -231,7 +235,7 @@ PYCORE_INLINE void finish_rows(const AttentionParams& params, const QueryTile& q
     scale_row(total, dv, Vec::broadcast(sum == 0 ? 0.0f : 1.0f / sum));
     store_row(params.dtype, total, params.value_dim,
               static_cast<char*>(params.out) + index * params.value_dim * dtype_size(params.dtype));
-    const double lse = (max + __builtin_log(static_cast<double>(sum)) / kLn2) * natural;
+    const double lse = (max + log_of(sum) / kLn2) * natural;
     const float rounded = static_cast<float>(lse);
     static_cast<float*>(params.lse)[index] = rounded;
     if (params.lse_low) {

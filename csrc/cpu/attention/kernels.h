@@ -5,6 +5,7 @@
 #include <pycore/attention/rows.h>
 #include <pycore/dtype.h>
 #include <pycore/key_tile.h>
+#include <pycore/portable_math.h>
 
 #include <cstdint>
 

@@ -37,7 +37,7 @@ void close_row(const AttentionBackwardParams& params, int64_t h, int64_t index, 
   if (lse == -std::numeric_limits<double>::infinity()) return;
   double all = row.weight;
   if (forward.sink_logits)
-    all += std::exp(static_cast<double>(static_cast<const T*>(forward.sink_logits)[h]) - lse - low);
+    all += portable_exp(static_cast<double>(static_cast<const T*>(forward.sink_logits)[h]) - lse - low);
   const double delta = row.grad / all - (params.grad_lse ? static_cast<const T*>(params.grad_lse)[index] : T(0));
   sums->scale += (row.scale.grad - delta * row.scale.mean) / all;
   sums->softcap += (row.softcap.grad - delta * row.softcap.mean) / all;
