@@ -1,8 +1,9 @@
 # `make test`, `make bench` and the others do all the set-up a fresh machine needs (a virtual environment, torch, the
 # other packages, the native build) and then their job; what is up to date is not done again.
 #
-#   make test      the test suite                    make sanitize  the CPU kernels under ASan and UBSan
-#   make bench     the quick benchmarks              make wheel     a wheel in dist/
+#   make test      the test suite                    make test-all  with what takes long, as CI runs it
+#   make bench     the quick benchmarks              make sanitize  the CPU kernels under ASan and UBSan
+#   make wheel     a wheel in dist/
 #   make lint      ruff, mypy, clang-format          make format    what lint can mend by itself
 #   make schemas   rewrites tests/schemas.txt        make build     only the native libraries, after an edit
 #
@@ -16,27 +17,36 @@ PIP := $(VENV)/bin/python -m pip
 ARGS ?=
 
 .PHONY: test bench lint lint-ruff lint-format lint-mypy lint-clang-format format build wheel sanitize schemas setup
-.PHONY: clean test-parallel test-ops test-others test-transformers4
+.PHONY: clean test-all test-ops test-others test-transformers4
 .DELETE_ON_ERROR:
 
-# The whole suite also runs its integration with the oldest transformers it supports, beside the one in the environment;
-# of the compilations there the quick ones.
+# Most tests keep one core busy, so the suite runs in two processes whose reports follow each other; threads that wait
+# must not spin then. With ARGS it is one process on what they say.
 PYTEST := $(VENV)/bin/python -m pytest -q
-WITH_TRANSFORMERS4 := PYTHONPATH=$(VENV)/transformers4 $(PYTEST) tests/integrations -m 'not slow'
+HALVES := $(MAKE) --no-print-directory -k -j2 --output-sync=target
+test test-all test-ops test-others test-transformers4: export OMP_WAIT_POLICY := passive
 
-test: build $(if $(ARGS),,$(VENV)/.transformers4)
+ifeq ($(ARGS),)
+test: build
+	@$(HALVES) test-ops test-others MARKS="-m 'not slow'"
+	@echo "Left out: tests marked slow, and transformers 4.57; \`make test-all\` runs them too."
+else
+test: build
 	$(PYTEST) tests $(ARGS)
-	$(if $(ARGS),,$(WITH_TRANSFORMERS4))
+endif
 
-# The same for `make -j2`: most tests keep one core busy. Threads that wait must not spin then.
-test-parallel: export OMP_WAIT_POLICY := passive
-test-parallel: test-ops test-others test-transformers4
-test-ops: build
-	$(PYTEST) tests/ops
-test-others: build
-	$(PYTEST) tests --ignore=tests/ops
-test-transformers4: build $(VENV)/.transformers4
-	$(WITH_TRANSFORMERS4)
+# The long tail too, and the integration with the oldest transformers that is supported, beside the one in the
+# environment; of the compilations there the quick ones.
+test-all: build $(VENV)/.transformers4
+	@$(HALVES) test-ops test-others test-transformers4
+
+MARKS ?=
+test-ops:
+	$(PYTEST) tests/ops $(MARKS)
+test-others:
+	$(PYTEST) tests --ignore=tests/ops $(MARKS)
+test-transformers4:
+	PYTHONPATH=$(VENV)/transformers4 $(PYTEST) tests/integrations -m 'not slow'
 
 bench: build
 	$(VENV)/bin/python -m bench.run --quick $(ARGS)
