@@ -17,8 +17,7 @@ from pycore import _load
 from pycore._checks import check_bool
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
-
-_load.load_ops()
+from pycore.ops import arithmetic_coding_rules  # noqa: F401 - it loads the ops
 
 __all__ = ["decode_float_cdf", "decode_int16_normalized_cdf", "encode_float_cdf", "encode_int16_normalized_cdf"]
 
@@ -120,16 +119,3 @@ def _check_tensors(op: str, **tensors: Any) -> None:
         if tensor.is_meta:
             raise ValueError(f"{op}: {name} is on meta, which has no data, and must be on the CPU")
     refuse_tangents(op, **tensors)
-
-
-# ---- fake kernels ----------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("pycore::torchac_encode")
-def _encode_fake(cdf: Tensor, sym: Tensor) -> Tensor:
-    return cdf.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
-
-
-@torch.library.register_fake("pycore::torchac_decode")
-def _decode_fake(cdf: Tensor, byte_stream: Tensor) -> Tensor:
-    return cdf.new_empty(cdf.shape[:-1], dtype=torch.int16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pycore.ops.attention import call_attention
+from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import DistanceFamily, Probabilistic
 
 __all__ = ["pr_flash_attention"]
@@ -78,8 +78,8 @@ def pr_flash_attention(
     schedule = Probabilistic(
         distance_probs, seed, round, block_size, sink_size, window_blocks, pattern, correction, blocks_per_row
     )
-    return call_attention(
-        "pr_flash_attention", query, key, value, schedule, rope, interleaved, distance_limit, distance_bias,
-        alibi_slopes, sink_logits, softcap, dropout_p, scale, (key_starts, key_lengths, key_offset, query_lengths),
-        return_lse,
+    options = AttentionOptions(
+        rope, interleaved, distance_limit, distance_bias, alibi_slopes, False, sink_logits, softcap, dropout_p, scale,
+        key_starts, key_lengths, key_offset, query_lengths, return_lse,
     )  # fmt: skip
+    return call_attention("pr_flash_attention", query, key, value, schedule, options)

@@ -12,8 +12,8 @@ from tiny_models import SINKS, WINDOW, logits, tiny, tokens, use
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
-from pycore.integrations._transformers_rope import INTERLEAVED
 from pycore.integrations.transformers import LambdaCache, register
+from pycore.integrations.transformers._rope import INTERLEAVED
 
 KNOWN = ", ".join(INTERLEAVED)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pycore.ops import attention, lambda_attention
-from pycore.ops.attention_bitmaps import key_words, tree_nodes
 from pycore.schedules import Causal, KeySubset, Lambda, Tree
+from pycore.schedules.attention_bitmaps import key_words, tree_nodes
 
 ROPE = tables(300, 8)
 LENGTHS = (lengths(2, 0), lengths(9, 7), lengths(0, 3), lengths(5, 1))

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int
+from pycore._limits import FAR
 from pycore._tensors import as_index, check_devices, check_tensor
 
 __all__ = ["check_index", "check_path", "check_starts", "check_state", "check_tokens"]
 
-_FAR = 2**61  # of positions: csrc/include/pycore/attention/tile_schedule.h
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -121,7 +121,7 @@ def check_state(op: str, state: Any, sizes: Mapping[str, int], rows: int) -> tup
         check_int(op, "cropped", cropped)
         if not 0 <= cropped <= sizes["rollback"]:
             raise ValueError(f"{op}: cropped is {cropped} and must be between 0 and rollback, {sizes['rollback']}")
-    for name, numbers, most in (("lengths", lengths, _FAR - 1), ("cropped", cropped, sizes["rollback"])):
+    for name, numbers, most in (("lengths", lengths, FAR), ("cropped", cropped, sizes["rollback"])):
         if name == "cropped" and not isinstance(numbers, Tensor):
             continue
         check_tensor(op, name, numbers)

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pycore._limits import KEY_TILE
 from pycore._tensors import as_index, check_tensor
-from pycore.schedules import KeySubset, Tree
+from pycore.schedules.kinds import KeySubset, Tree
 
 __all__ = ["key_mask", "key_words", "tree_ancestors", "tree_nodes"]
 
 
 def _words(mask: Tensor) -> Tensor:
-    """Bool [..., n] as int64 [..., ceil(n / 64)]: bit i % 64 of word i // 64 is entry i."""
+    """Bool [..., n] as int64 [..., ceil(n / 64)], a word a tile: bit i % 64 of word i // 64 is entry i."""
     n = mask.shape[-1]
-    words = (n + 63) // 64
-    bits = pad(mask, (0, 64 * words - n)).unflatten(-1, (words, 64)).long()
-    return (bits << torch.arange(64, device=mask.device)).sum(-1)
+    words = (n + KEY_TILE - 1) // KEY_TILE
+    bits = pad(mask, (0, KEY_TILE * words - n)).unflatten(-1, (words, KEY_TILE)).long()
+    return (bits << torch.arange(KEY_TILE, device=mask.device)).sum(-1)
 
 
 def _check(op: str, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shapes: str) -> Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycore.integrations._transformers_cache import MARK, LambdaLayer
-from pycore.integrations._transformers_mask import Spans, read_spans, require, text_boundaries
-from pycore.integrations._transformers_rope import INTERLEAVED, Rope, rope_of, unrotate
+from pycore.integrations.transformers._cache import MARK, LambdaLayer
+from pycore.integrations.transformers._mask import Spans, read_spans, require, text_boundaries
+from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate
 from pycore.nn.probabilistic import advance
-from pycore.ops import attention as pycore_attention
+from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import Lambda, Probabilistic, Schedule, Segments
 
 # What a model may hand to its attention that changes the result, and that is not available.
@@ -46,12 +46,10 @@ class _Call:
     sink_size: int
     window_size: int
     schedule: Schedule
-    dropout: float
     position_ids: Tensor | None  # [batch or 1, queries]
     spans: Spans | None
     rope: Rope | None  # None: nothing is un-rotated
-    interleaved: bool
-    options: dict[str, Any]  # of attention and LambdaKVCache.attend
+    options: AttentionOptions
 
 
 def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]]:
@@ -83,15 +81,16 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         if registered.draw is not None and layer is not None:
             raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0}
-        options["sink_logits"] = None if s_aux is None else s_aux.to(wide)
+        sinks = None if s_aux is None else s_aux.to(wide)
+        options = AttentionOptions(scale=scaling, softcap=softcap or 0.0, sink_logits=sinks, dropout_p=dropout)
         rope, interleaved = None, False
         if window is None and registered.distance_limit is not None:
             rope = rope_of(name, module, query, registered.distance_limit)
             interleaved = _interleaved(registered, module)
         if rope is not None:
-            options |= {"rope": (rope.cos, rope.sin), "distance_limit": registered.distance_limit}
-            options["interleaved"] = interleaved
+            options = options._replace(
+                rope=(rope.cos, rope.sin), interleaved=interleaved, distance_limit=registered.distance_limit
+            )
             if position_ids is None:
                 raise ValueError(
                     f"{name}: position_ids is None and must be handed on by {type(module).__name__} for a distance "
@@ -117,7 +116,7 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 schedule = Segments(boundaries, True, window_size, sink_size)
         if draw is not None:
             schedule, counted = _draw(draw, module, query.device)
-        call = _Call(name, sink_size, window_size, schedule, dropout, position_ids, spans, rope, interleaved, options)
+        call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options)
         if layer is None:
             try:
                 out = _attend(call, query, key, value)
@@ -142,20 +141,22 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
 
 def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention over keys as transformers' own caches give them, or without a cache."""
-    lengths: dict[str, Any] = {}
+    options = call.options
     if call.spans is not None:
-        lengths = dict(zip(("key_starts", "key_lengths", "query_lengths"), call.spans, strict=False))
+        starts, ends, queries, _, _ = call.spans
+        options = options._replace(key_starts=starts, key_lengths=ends, query_lengths=queries)
     if call.rope is not None:
         assert call.position_ids is not None
         evicted = 0
         if call.spans is None:
             key, value, evicted = _without_middle(call, query.shape[2], key, value)
         if evicted:
-            lengths["key_offset"] = torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
+            offset = torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
+            options = options._replace(key_offset=offset)
         key_position = _key_positions(call, query, key, evicted)
-        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.interleaved)
-        key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.interleaved)
-    out = pycore_attention(query, key, value, schedule=call.schedule, dropout_p=call.dropout, **lengths, **call.options)
+        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.options.interleaved)
+        key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.options.interleaved)
+    out = call_attention("attention", query, key, value, call.schedule, options)
     assert isinstance(out, Tensor)
     return out
 
@@ -163,8 +164,8 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Appends new tokens to a layer of a LambdaCache and attends to what it holds."""
     name = call.name
-    if call.dropout:
-        raise ValueError(f"{name}: dropout is {call.dropout} and must be 0 with a LambdaCache")
+    if call.options.dropout_p:
+        raise ValueError(f"{name}: dropout is {call.options.dropout_p} and must be 0 with a LambdaCache")
     store = layer.open_store(name, call.sink_size, call.window_size)
     starts = None
     if call.spans is not None:
@@ -178,8 +179,8 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
         assert call.position_ids is not None
         offset = _position_offset(name, layer, call.position_ids, query, starts)
         inverse = call.rope.inverse(call.position_ids, query.dtype)
-        query, key = (unrotate(x, inverse, call.interleaved) for x in (query, key))
-    out = store.append_and_attend(query, key, value, starts=starts, **call.options)
+        query, key = (unrotate(x, inverse, call.options.interleaved) for x in (query, key))
+    out = store.append_and_attend(query, key, value, starts=starts, **call.options.for_cache())
     layer.count(key.shape[2], offset)
     assert isinstance(out, Tensor)
     return out
