@@ -119,31 +119,35 @@ class LambdaKVCache(LambdaTokens):
         held_key, held_value, lengths = self._held("attend")
         check_tensor(op, "query", query)
         check_int(op, "middle_topk", middle_topk, 0)
+        window = Lambda(self.sink_size, self.window_size)
+        schedule: Schedule = window
+        rows, ring = (None, lengths, None), self._ring
+        if middle_topk and tree is not None:
+            raise ValueError(f"{op}: middle_topk is {middle_topk} and must be 0 with a tree")
+        if not middle_topk:
+            queries = query.shape[2] if query.dim() == 4 else 0
+            nodes = 0
+            if tree is not None:
+                schedule, nodes = self._tree(tree)
+            # A chunk's own queries see what the ring has, whatever was taken back before it: rows of padding mean
+            # nothing.
+            most = self._servable - self._cropped
+            if max(queries, nodes) > most and (queries != self._own or tree is not None):
+                chunk = self._chunk
+                self._check_served(queries, nodes, chunk)
+                assert chunk is not None
+                held_key, held_value, ring = chunk.key, chunk.value, 0
+                rows = (chunk.key_starts, chunk.key_lengths, chunk.key_offset)  # type: ignore[assignment]
+        limit = self.window_size if distance_limit is None else distance_limit
         options = AttentionOptions(
-            rope, interleaved, self.window_size if distance_limit is None else distance_limit, distance_bias,
-            alibi_slopes, False, sink_logits, softcap, 0.0, scale, return_lse=return_lse,
+            rope, interleaved, limit, distance_bias, alibi_slopes, False, sink_logits, softcap, 0.0, scale, *rows, None,
+            return_lse,
         )  # fmt: skip
         if middle_topk:
-            if tree is not None:
-                raise ValueError(f"{op}: middle_topk is {middle_topk} and must be 0 with a tree")
-            return self._attend_to_middle(op, query, options, middle_topk)
-        queries = query.shape[2] if query.dim() == 4 else 0
-        schedule: Schedule = Lambda(self.sink_size, self.window_size)
-        nodes = 0
-        if tree is not None:
-            schedule, nodes = self._tree(tree)
-        # A chunk's own queries see what the ring has, whatever was taken back before it: rows of padding mean nothing.
-        if max(queries, nodes) <= self._servable - self._cropped or (queries == self._own and tree is None):
-            options, ring = options._replace(key_lengths=lengths), self._ring
+            held_key, held_value = self._everything(op)
+            out = with_middle("lambda_attention", query, held_key, held_value, window, options, middle_topk)
         else:
-            chunk = self._chunk
-            self._check_served(queries, nodes, chunk)
-            assert chunk is not None
-            held_key, held_value, ring = chunk.key, chunk.value, 0
-            options = options._replace(
-                key_starts=chunk.key_starts, key_lengths=chunk.key_lengths, key_offset=chunk.key_offset
-            )
-        out = call_attention(op, query, held_key, held_value, schedule, options, key_ring=ring)
+            out = call_attention(op, query, held_key, held_value, schedule, options, key_ring=ring)
         self._chunk = None
         return out
 
@@ -231,10 +235,8 @@ class LambdaKVCache(LambdaTokens):
         # A table that does not reach the limit may be too short later.
         self._rehearsed = like if given.rope is None or given.rope[0].shape[0] >= limit + KEY_TILE else None
 
-    def _attend_to_middle(
-        self, op: str, query: Tensor, options: AttentionOptions, topk: int
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """With the middle tokens that the query scores highest; all tokens must still be there."""
+    def _everything(self, op: str) -> tuple[Tensor, Tensor]:
+        """Key and value of every token, by position; all must still be there."""
         held_key, held_value, lengths = self._held("attend")
         longest = int(lengths.max()) if lengths.numel() else 0
         most = lengths + (self._cropped if self._behind is None else self._behind)
@@ -242,11 +244,7 @@ class LambdaKVCache(LambdaTokens):
         if left > 0:
             raise ValueError(f"{op}: middle_topk needs the middle tokens, and {left} have left the cache")
         everything = torch.arange(longest, device=lengths.device).expand(len(lengths), -1)
-        key, value = (self._gather(x, everything) for x in (held_key, held_value))
-        schedule, options = Lambda(self.sink_size, self.window_size), options._replace(key_lengths=lengths)
-        out = with_middle("lambda_attention", query, key, value, schedule, options, topk)
-        self._chunk = None
-        return out
+        return self._gather(held_key, everything), self._gather(held_value, everything)
 
     def _tree(self, tree: Any) -> tuple[Tree, int]:
         """The tree with the cache's window, and its nodes."""

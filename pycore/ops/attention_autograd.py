@@ -15,40 +15,45 @@ from pycore.ops.attention_jvp import attention_jvp
 __all__: list[str] = []
 
 _FORWARD, _BACKWARD = Schema("attention"), Schema("attention_backward")
-_OPTIONS = [name for name in _FORWARD.names if name not in _FORWARD.tensors and name in _BACKWARD.places]
 # What the backward pass is told to compute, and whose gradient it then returns after those of query, key and value.
 _WANTED = {
     "distance_bias": "bias_gradient", "sink_logits": "sink_gradient", "alibi_slopes": "slopes_gradient",
     "numbers": "numbers_gradient",
 }  # fmt: skip
+# Places are looked up here and not at every call.
+_TENSORS = [_FORWARD.places[name] for name in _FORWARD.tensors]
+_OPTIONS = [place for name, place in _FORWARD.places.items() if name in _BACKWARD.places and place not in _TENSORS]
+_INPUTS = [_FORWARD.places[name] for name in ("query", "key", "value")]
+_DIFFERENTIABLE = [_FORWARD.places[name] for name in _WANTED]
+_NUMBERS = _FORWARD.places["numbers"]
+_GIVEN = ("grad_out", "grad_lse", "out", "lse", *_FORWARD.tensors, *(_FORWARD.names[place] for place in _OPTIONS))
+_ORDER = [(*_GIVEN, *_WANTED.values()).index(name) for name in _BACKWARD.names]  # from what _backward has to a call
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    call = dict(zip(_FORWARD.names, inputs, strict=True))
-    ctx.options = {name: call[name] for name in _OPTIONS}
-    ctx.save_for_backward(*output, *(call[name] for name in _FORWARD.tensors))
+    ctx.options = [inputs[place] for place in _OPTIONS]
+    ctx.save_for_backward(*output, *[inputs[place] for place in _TENSORS])
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
-    grads: dict[str, Tensor | None] = dict.fromkeys(_FORWARD.names)
+    grads: list[Tensor | None] = [None] * len(_FORWARD.names)
     if grad_out is None and grad_lse is None:
-        return tuple(grads.values())
+        return tuple(grads)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if grad_lse is not None and grad_lse.dim() == 4:
         grad_lse = grad_lse[0]
-    call = {"grad_out": grad_out, "grad_lse": grad_lse, "out": out, "lse": lse} | ctx.options
-    call |= zip(_FORWARD.tensors, tensors, strict=True)
-    wanted = {name: ctx.needs_input_grad[_FORWARD.places[name]] for name in _WANTED}
-    call |= {flag: wanted[name] for name, flag in _WANTED.items()}
-    query, key, value, *others = _BACKWARD.call(call)
-    grads |= {"query": query.to(out.dtype), "key": key.to(out.dtype), "value": value.to(out.dtype)}
-    for name, gradient in zip(_WANTED, others, strict=True):
-        if wanted[name]:
-            grads[name] = gradient.to("cpu") if name == "numbers" else gradient
-    return tuple(grads.values())
+    wanted = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
+    given = (grad_out, grad_lse, out, lse, *tensors, *ctx.options, *wanted)
+    gradients = torch.ops.pycore.attention_backward(*[given[place] for place in _ORDER])
+    for place, gradient in zip(_INPUTS, gradients, strict=False):
+        grads[place] = gradient.to(out.dtype)
+    for place, wants, gradient in zip(_DIFFERENTIABLE, wanted, gradients[len(_INPUTS) :], strict=True):
+        if wants:
+            grads[place] = gradient.to("cpu") if place == _NUMBERS else gradient
+    return tuple(grads)
 
 
 register_derivatives("attention", _backward, _setup_context, attention_jvp)

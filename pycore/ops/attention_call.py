@@ -18,6 +18,7 @@ from pycore.schedules.attention_blocks import LENGTHS, Lengths, draw_blocks
 __all__ = ["AttentionOptions", "autocast", "call_attention"]
 
 _NO_LIMIT = -1
+_OPTIONAL = (*LENGTHS, "distance_bias", "alibi_slopes", "sink_logits")
 
 
 class AttentionOptions(NamedTuple):
@@ -75,9 +76,8 @@ def call_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(op, name, tensor)
     _check_schedule(op, schedule)
-    tables = (options.distance_bias, options.alibi_slopes, options.sink_logits)
-    names = (*LENGTHS, "distance_bias", "alibi_slopes", "sink_logits")
-    for name, option in zip(names, (*options.lengths, *tables), strict=True):
+    lengths, tables = options.lengths, (options.distance_bias, options.alibi_slopes, options.sink_logits)
+    for name, option in zip(_OPTIONAL, lengths + tables, strict=True):
         if option is not None:
             check_tensor(op, name, option)
     schedule_tensor, block_bias = schedule.tensor, None
@@ -96,7 +96,7 @@ def call_attention(
         limit = options.distance_limit
     query, key, value = autocast(query, key, value)
     cos, sin, bias, slopes, sinks = (x if x is None else as_table(x, query) for x in (cos, sin, *tables))
-    starts, ends, offsets, queries = (x if x is None else as_index(x) for x in options.lengths)
+    starts, ends, offsets, queries = (x if x is None else as_index(x) for x in lengths)
     lengths = (starts, ends, offsets, queries)
     seed = None
     if dropout_p > 0:
