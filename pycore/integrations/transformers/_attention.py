@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pycore.integrations.transformers._cache import MARK, LambdaLayer
-from pycore.integrations.transformers._mask import Spans, read_spans, require, text_boundaries
+from pycore.integrations.transformers._mask import Spans, read_spans, require
+from pycore.integrations.transformers._positions import check_positions, position_offset
 from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate
-from pycore.nn.probabilistic import advance
+from pycore.integrations.transformers._rounds import draw_round, take_back_round
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import Lambda, Probabilistic, Schedule, Segments
 
@@ -98,7 +99,7 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 )
         spans = read_spans(name, attention_mask, query.shape[0], query.shape[2])
         if spans is None or spans.boundaries is None:
-            spans = _check_positions(name, position_ids, query, key, spans, layer is not None)
+            spans = check_positions(name, position_ids, query, key, spans, layer is not None)
         boundaries = None if spans is None else spans.boundaries
         if spans is not None and boundaries is not None:
             if layer is not None or draw is not None:
@@ -115,14 +116,14 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
             else:
                 schedule = Segments(boundaries, True, window_size, sink_size)
         if draw is not None:
-            schedule, counted = _draw(draw, module, query.device)
+            schedule, counted = draw_round(draw, module, query.device)
         call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options)
         if layer is None:
             try:
                 out = _attend(call, query, key, value)
             except Exception:
                 if counted:
-                    _take_back_round(module)
+                    take_back_round(module)
                 raise
         else:
             for size, given, wanted in (
@@ -177,7 +178,7 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
     offset = layer.position_offset
     if call.rope is not None:
         assert call.position_ids is not None
-        offset = _position_offset(name, layer, call.position_ids, query, starts)
+        offset = position_offset(name, layer, call.position_ids, query, starts)
         inverse = call.rope.inverse(call.position_ids, query.dtype)
         query, key = (unrotate(x, inverse, call.options.interleaved) for x in (query, key))
     out = store.append_and_attend(query, key, value, starts=starts, **call.options.for_cache())
@@ -211,87 +212,6 @@ def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Ten
         return row + (last - (call.spans.key_lengths - 1)[:, None])
     position = row + (call.position_ids[:, -1:] - (key.shape[2] - 1))
     return position - evicted * (row < call.sink_size)
-
-
-def _check_positions(
-    name: str, position_ids: Tensor | None, query: Tensor, key: Tensor, spans: Spans | None, cached: bool
-) -> Spans | None:
-    """The spans, with the boundaries of texts where the position ids of several follow one another.
-
-    Those of a text are consecutive. The mask function has looked already in most models; compiled code cannot choose,
-    and refuses.
-    """
-    if position_ids is None:
-        return spans
-    if position_ids.dim() != 2:
-        raise ValueError(f"{name}: position_ids has {position_ids.dim()} dimensions and must have 2, [batch, length]")
-    batch, _, queries, _ = query.shape
-    if queries == 1:
-        return spans
-    step = position_ids.diff(dim=-1)
-    allowed = step == 1
-    if spans is not None:  # padding may have any
-        row = torch.arange(1, queries, device=position_ids.device)[None]
-        allowed = allowed | (row <= spans.new_starts[:, None]) | (row >= spans.query_lengths[:, None])
-    if not torch.compiler.is_compiling() and not cached and key.shape[2] == queries and step.device.type == "cpu":
-        cut = ~allowed & (step <= 0)
-        if bool(cut.any()):
-            if spans is None:
-                none = torch.zeros(batch, dtype=torch.int64, device=key.device)
-                spans = Spans(none, none + queries, none + queries, none)
-            spans = spans._replace(boundaries=text_boundaries(cut, spans))
-            allowed = allowed | cut
-    require(
-        allowed.all(),
-        f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not available",
-    )
-    return spans
-
-
-def _position_offset(
-    name: str, layer: LambdaLayer, position_ids: Tensor, query: Tensor, starts: Tensor | None
-) -> Tensor:
-    """What a token's position id exceeds its number by, [batch]; the first new token must follow the last one held."""
-    batch, _, new, _ = query.shape
-    last = position_ids[:, -1] - (new - 1 if starts is None else new - 1 - starts)
-    if layer.get_seq_length() == 0:
-        return last.expand(batch)
-    assert layer.store is not None
-    held = layer.store.lengths
-    offset = last - held
-    if layer.position_offset is not None:
-        require(
-            ((offset == layer.position_offset) | (held == 0)).all(),
-            f"{name}: position_ids do not go on where past_key_values ends and must be consecutive",
-        )
-    return offset
-
-
-_ROUND = "pycore_round"  # the buffer of a layer that draws blocks
-
-
-def round_of(module: nn.Module) -> Tensor | None:
-    """The round that a layer reads, int64 of no dimensions, once it has run."""
-    return getattr(module, _ROUND, None)
-
-
-def _take_back_round(module: nn.Module) -> None:
-    """What was refused was no round."""
-    round = round_of(module)
-    if round is not None and not torch.compiler.is_compiling():
-        round.sub_(1)
-
-
-def _draw(draw: Probabilistic, module: nn.Module, device: torch.device) -> tuple[Probabilistic, bool]:
-    """The layer's blocks for this pass, and whether it counts as a round."""
-    round = round_of(module)
-    if round is None:
-        with torch.inference_mode(False):  # where no training could count on
-            round = torch.zeros((), dtype=torch.int64, device=device)
-        module.register_buffer(_ROUND, round, persistent=False)
-    counted = advance(round, module.training)
-    layer = getattr(module, "layer_idx", None)
-    return dataclasses.replace(draw, round=round).for_layer(layer or 0), counted
 
 
 def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int | None:

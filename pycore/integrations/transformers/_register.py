@@ -11,8 +11,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from pycore._checks import check_bool, check_int, check_str
-from pycore.integrations.transformers._attention import Options, attention_function, round_of
+from pycore.integrations.transformers._attention import Options, attention_function
 from pycore.integrations.transformers._mask import spans_function
+from pycore.integrations.transformers._rounds import round_of
 from pycore.schedules import DistanceFamily, Probabilistic
 from pycore.schedules.attention_blocks import draw_blocks
 
