@@ -21,7 +21,7 @@ def _sum_dtype(query: Tensor) -> torch.dtype:
 
 
 def _check(call: dict[str, Any]) -> None:
-    """Of either op; the forward pass's `numbers` go to the CPU whatever the device."""
+    """Of either op; `numbers` are on the CPU whatever the device."""
     op = call["op"]
     for name in ("query", "key", "value"):
         if call[name].dim() != 4:

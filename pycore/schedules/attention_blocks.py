@@ -11,7 +11,7 @@ from torch import Tensor
 from pycore._checks import check_int, check_str
 from pycore._schema import Schema
 from pycore._tangents import refuse_tangents
-from pycore._tensors import as_index, check_devices, check_tensor, graph_numbers
+from pycore._tensors import as_index, check_devices, check_tensor, graph_numbers, short_name
 from pycore.schedules.distances import DistanceFamily, no_distances
 from pycore.schedules.probabilistic import Probabilistic
 
@@ -75,7 +75,7 @@ def draw_blocks(
         check_tensor(op, "distance_probs", probs)
         refuse_tangents(op, distance_probs=probs)
         if not probs.is_floating_point():
-            raise ValueError(f"{op}: distance_probs is {str(probs.dtype)[6:]} and must be floating-point")
+            raise ValueError(f"{op}: distance_probs is {short_name(probs.dtype)} and must be floating-point")
         table = _moved(op, "distance_probs", probs.detach(), drawn).double()
     else:
         raise no_distances(op, probs)
