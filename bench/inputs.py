@@ -74,10 +74,11 @@ def attention_inputs(
 
     tokens = tokens_from_bytes(text(length - 1))[None]
     with torch.no_grad():
-        attend = model.attention_arguments(length, Lambda(4, 128), None)
+        schedule = Lambda(4, 128)
+        options = model.attention_options(length, schedule, None)
         x = torch.nn.functional.embedding(tokens, model.embedding)
         for block in model.blocks[:-1]:
-            x = block(x, attend)
+            x = block(x, options, schedule)
         last = model.blocks[-1]
         tensors = last.attention.project(last.attention_norm(x))
     assert tensors[0].shape == shape, f"inputs: {source} has shape {tuple(tensors[0].shape)} and must have {shape}"

@@ -41,6 +41,7 @@ from pycore import ops
 from pycore.models.bytelm import BOS, Block, Bytelm, BytelmConfig
 from pycore.nn.attention import PositionScheme
 from pycore.nn.linear import RMSNorm
+from pycore.ops.attention_call import AttentionOptions
 from pycore.schedules import Causal, Lambda
 
 NAME = "equal_info"
@@ -212,10 +213,10 @@ class TokenModel(nn.Module):
         return 2 * sum(p.numel() for p in self.parameters())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        attend = {"schedule": Causal(), "distance_limit": None, **self.positions()}
+        options = AttentionOptions(**self.positions())
         x = functional.embedding(tokens, self.embedding)
         for block in self.blocks:
-            x = block(x, attend)
+            x = block(x, options)
         return ops.invariant_linear(self.norm(x), self.embedding)
 
 

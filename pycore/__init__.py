@@ -17,10 +17,10 @@ from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
     from pycore import compat, integrations, models, native, nn, ops, positions, reference, schedules
-    from pycore.bitstreams import Bitstreams
     from pycore.cache import LambdaKVCache
-    from pycore.equal_info_table import EqualInfoTable
-    from pycore.equal_info_windows import EqualInfoWindows
+    from pycore.coding.arithmetic_coding_table import EqualInfoTable
+    from pycore.coding.arithmetic_coding_windows import EqualInfoWindows
+    from pycore.coding.bitstreams import Bitstreams
     from pycore.native import ArithmeticDecoder, ArithmeticEncoder, BitstreamError
 
 __version__ = "0.1.0"
@@ -52,9 +52,9 @@ _HOMES = {
     "ArithmeticDecoder": "native",
     "ArithmeticEncoder": "native",
     "BitstreamError": "native",
-    "Bitstreams": "bitstreams",
-    "EqualInfoTable": "equal_info_table",
-    "EqualInfoWindows": "equal_info_windows",
+    "Bitstreams": "coding.bitstreams",
+    "EqualInfoTable": "coding.arithmetic_coding_table",
+    "EqualInfoWindows": "coding.arithmetic_coding_windows",
     "LambdaKVCache": "cache",
 }
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-__all__ = ["check_bool", "check_int", "check_number", "check_str", "check_unmasked", "check_whole", "is_bool"]
+__all__ = [
+    "check_bool", "check_bytes", "check_int", "check_number", "check_str", "check_unmasked", "check_whole", "is_bool",
+]  # fmt: skip
 
 _MOST = 2**63 - 1  # the kernels count in int64
 
@@ -76,6 +78,12 @@ def check_str(op: str, name: str, value: Any) -> None:
     """Refuses what is no str."""
     if not isinstance(value, str):
         raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be a str")
+
+
+def check_bytes(op: str, name: str, value: Any) -> None:
+    """Refuses what is not bytes-like."""
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__} and must be bytes")
 
 
 def check_unmasked(op: str, name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_index", "as_table", "check_devices", "check_tensor", "graph_numbers"]
+__all__ = ["as_index", "as_table", "check_devices", "check_tensor", "graph_numbers", "short_name"]
 
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 _HALVES = (torch.float16, torch.bfloat16)
@@ -18,11 +18,16 @@ def check_tensor(op: str, name: str, x: Any, optional: bool = False) -> None:
     """Refuses what is no Tensor (TypeError), and one that is not plain memory with strides (ValueError)."""
     if isinstance(x, Tensor):
         if x.layout != torch.strided:
-            raise ValueError(f"{op}: {name} has layout {str(x.layout)[6:]} and must be a dense tensor")
+            raise ValueError(f"{op}: {name} has layout {short_name(x.layout)} and must be a dense tensor")
         if x.is_nested or x.is_quantized:
             raise ValueError(f"{op}: {name} is {'nested' if x.is_nested else 'quantized'} and must be a dense tensor")
     elif x is not None or not optional:
         raise TypeError(f"{op}: {name} is a {type(x).__name__} and must be a Tensor{' or None' * optional}")
+
+
+def short_name(kind: torch.dtype | torch.layout) -> str:
+    """As messages call it: float32, not torch.float32."""
+    return str(kind).removeprefix("torch.")
 
 
 def as_index(x: Tensor) -> Tensor:

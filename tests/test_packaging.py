@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import pycore
+from pycore import _limits
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -143,6 +145,89 @@ def test_files_stay_readable() -> None:
         ROOT / "setup.py",
     ]
     assert not [str(path.relative_to(ROOT)) for path in paths if len(path.read_text().splitlines()) > 600]
+
+
+# ---- modules of Python -----------------------------------------------------------------------------------------------
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "pycore").rglob("*.py"))
+}
+
+
+def above(name: str) -> set[str]:
+    """The packages that a module is in, itself not among them."""
+    parts = name.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts))}
+
+
+def imported(name: str) -> set[str]:
+    """Modules of pycore that a module imports, anywhere in it, and the packages that are imported with them."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"{name}: relative imports hide from this test"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
+    found |= {package for each in found for package in above(each) - above(name) - {name}}
+    return found & MODULES.keys() - {"pycore", name}  # pycore itself imports lazily, by name
+
+
+GRAPH = {name: imported(name) for name in MODULES}
+
+
+def test_no_circle_between_modules() -> None:
+    left = dict(GRAPH)
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"in a circle, or behind one: {left}"
+
+
+# What of pycore/ may not see what, directly or through others.
+MAY_NOT_SEE = {
+    "ops": {"nn", "models", "integrations", "cache", "compat"},
+    "schedules": {"ops", "coding", "nn", "models", "integrations", "cache", "compat"},
+    "positions": {"ops", "schedules", "coding", "nn", "models", "integrations", "cache", "compat"},
+    "coding": {"ops", "schedules", "nn", "models", "integrations", "cache", "compat"},
+    "cache": {"nn", "models", "integrations", "compat"},
+    "nn": {"models", "integrations", "compat"},
+    "models": {"integrations", "compat"},
+    "reference": {"ops", "coding", "nn", "models", "integrations", "cache", "compat"},
+}
+
+
+def part(name: str) -> str:
+    return name.split(".")[1] if "." in name else name
+
+
+@pytest.mark.parametrize("layer", MAY_NOT_SEE)
+def test_layers(layer: str) -> None:
+    assert any(part(name) == layer for name in MODULES)
+    seen, waiting = set(), {name for name in MODULES if part(name) == layer}
+    while waiting:
+        seen |= waiting
+        waiting = {needed for name in waiting for needed in GRAPH[name]} - seen
+    assert not {name for name in seen if part(name) in MAY_NOT_SEE[layer]}
+
+
+def test_rules_of_ops_stand_with_the_ops() -> None:
+    """Fake kernels, vmap, derivatives and autocast. That of drawing blocks is with the schedules, which trace alone."""
+    rule = re.compile(r"torch\.library\.(register_|Library\()|^register_derivatives\(", re.MULTILINE)
+    holders = {name for name, path in MODULES.items() if rule.search(path.read_text())}
+    assert {part(name) for name in holders - {"pycore.schedules.attention_blocks"}} == {"ops"}
+
+
+def test_numbers_of_the_kernels() -> None:
+    """pycore._limits repeats what headers of csrc fix."""
+    headers = ("key_tile.h", "attention/tile_schedule.h")
+    header = "".join((CSRC / "include/pycore" / name).read_text() for name in headers)
+    fixed = dict(re.findall(r"inline constexpr int64_t (\w+) =\s*([^;]+);", header))
+    values = {name: eval(text.replace("INT64_MAX", str(2**63 - 1)).replace("/", "//")) for name, text in fixed.items()}
+    assert (_limits.KEY_TILE, _limits.FAR) == (values["kKeyTile"], values["kFar"])
 
 
 # ---- the compiled objects --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pycore._checks import check_bool, check_number
-from pycore._tensors import check_tensor
+from pycore._tensors import check_tensor, short_name
 from pycore.ops import attention
 from pycore.schedules import Causal, Full, Lambda, Schedule
 
@@ -94,19 +94,19 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
             needed = "[..., heads, length, head_dim] for enable_gqa" if enable_gqa else "[..., length, head_dim]"
             raise _RefusedError(f"{_OP}: {name} has {tensor.dim()} dimensions and must have at least {least}: {needed}")
         if tensor.dtype not in _DTYPES:
-            raise _RefusedError(f"{_OP}: {name} is {_name(tensor)} and must be float32, float64, float16 or bfloat16")
+            raise _RefusedError(
+                f"{_OP}: {name} is {short_name(tensor.dtype)} and must be float32, float64, float16 or bfloat16"
+            )
         if tensor.dtype != query.dtype and not cast:  # which leaves one dtype
-            raise _RefusedError(f"{_OP}: {name} is {_name(tensor)} and must be {_name(query)}, as query is")
+            raise _RefusedError(
+                f"{_OP}: {name} is {short_name(tensor.dtype)} and must be {short_name(query.dtype)}, as query is"
+            )
         if tensor.device != query.device:
             raise _RefusedError(f"{_OP}: {name} is on {tensor.device} and must be on {query.device}, as query is")
     if key.shape[-1] != query.shape[-1]:
         raise _RefusedError(f"{_OP}: key has head_dim {key.shape[-1]} and must have query's {query.shape[-1]}")
     if value.shape[-2] != key.shape[-2]:
         raise _RefusedError(f"{_OP}: value has length {value.shape[-2]} and must have key's {key.shape[-2]}")
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _four_dimensions(

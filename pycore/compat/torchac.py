@@ -16,9 +16,8 @@ from torch import Tensor
 from pycore import _load
 from pycore._checks import check_bool
 from pycore._tangents import refuse_tangents
-from pycore._tensors import check_tensor
-
-_load.load_ops()
+from pycore._tensors import check_tensor, short_name
+from pycore.ops import arithmetic_coding_rules  # noqa: F401 - it loads the ops
 
 __all__ = ["decode_float_cdf", "decode_int16_normalized_cdf", "encode_float_cdf", "encode_int16_normalized_cdf"]
 
@@ -71,7 +70,7 @@ def encode_int16_normalized_cdf(cdf_int: Tensor, sym: Tensor) -> bytes:
     op = "encode_int16_normalized_cdf"
     _check_tensors(op, cdf_int=cdf_int, sym=sym)
     if sym.dtype != torch.int16:
-        raise ValueError(f"{op}: sym has dtype {str(sym.dtype).removeprefix('torch.')} and must have int16")
+        raise ValueError(f"{op}: sym has dtype {short_name(sym.dtype)} and must have int16")
     return torch.ops.pycore.torchac_encode(cdf_int, sym).numpy().tobytes()
 
 
@@ -102,7 +101,7 @@ def _integers(op: str, cdf: Any, needs_normalization: bool) -> Tensor:
     _check_tensors(op, cdf_float=cdf)
     check_bool(op, "needs_normalization", needs_normalization)
     if cdf.dtype != torch.float32:
-        raise ValueError(f"{op}: cdf_float has dtype {str(cdf.dtype).removeprefix('torch.')} and must have float32")
+        raise ValueError(f"{op}: cdf_float has dtype {short_name(cdf.dtype)} and must have float32")
     if cdf.dim() < 1 or cdf.shape[-1] < 2:
         raise ValueError(f"{op}: cdf_float has shape {list(cdf.shape)} and must be [..., symbols + 1]")
     if cdf.numel() and not bool(((cdf >= 0) & (cdf <= 1)).all()):
@@ -120,16 +119,3 @@ def _check_tensors(op: str, **tensors: Any) -> None:
         if tensor.is_meta:
             raise ValueError(f"{op}: {name} is on meta, which has no data, and must be on the CPU")
     refuse_tangents(op, **tensors)
-
-
-# ---- fake kernels ----------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("pycore::torchac_encode")
-def _encode_fake(cdf: Tensor, sym: Tensor) -> Tensor:
-    return cdf.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
-
-
-@torch.library.register_fake("pycore::torchac_decode")
-def _decode_fake(cdf: Tensor, byte_stream: Tensor) -> Tensor:
-    return cdf.new_empty(cdf.shape[:-1], dtype=torch.int16)

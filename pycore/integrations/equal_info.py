@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from pycore.equal_info_table import EqualInfoTable
+from pycore.coding.arithmetic_coding_table import EqualInfoTable
 
 try:
     from transformers import PreTrainedTokenizer

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from pycore._tensors import check_tensor
 from pycore.cache import LambdaKVCache
 from pycore.nn.attention import POSITIONS, PositionScheme, SelfAttention
 from pycore.nn.linear import Projection, RMSNorm
+from pycore.ops.attention_call import AttentionOptions
 from pycore.schedules import Causal, Lambda, Probabilistic, Schedule
 
 BOS = 256
@@ -99,9 +99,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: Tensor, attend: dict[str, Any], cache: LambdaKVCache | None = None, starts: Tensor | None = None
+        self,
+        x: Tensor,
+        options: AttentionOptions,
+        schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
+        cache: LambdaKVCache | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), attend, cache, starts)
+        x = x + self.attention(self.attention_norm(x), options, schedule, cache, starts)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -128,8 +133,8 @@ class Bytelm(nn.Module):
             config.position, config.heads, config.head_dim, max_distance=config.max_distance, theta=config.theta
         )
 
-    def attention_arguments(self, length: int, schedule: Schedule, distance_limit: int | None) -> dict[str, Any]:
-        """What every layer tells the attention op: which pairs to keep and how they see their distance."""
+    def attention_options(self, length: int, schedule: Schedule, distance_limit: int | None) -> AttentionOptions:
+        """What every layer tells the attention op: how a pair that the schedule keeps sees its distance."""
         if distance_limit is None and isinstance(schedule, Lambda):
             distance_limit = schedule.window_size
         longest = length - 1 if distance_limit is None else min(length - 1, distance_limit)
@@ -138,7 +143,7 @@ class Bytelm(nn.Module):
                 f"Bytelm: tokens has length {length}, whose distances exceed the configuration's max_distance "
                 f"{self.config.max_distance}; raise it or pass a distance_limit"
             )
-        return {"schedule": schedule, "distance_limit": distance_limit, **self.positions()}
+        return AttentionOptions(distance_limit=distance_limit, **self.positions())
 
     def caches(self, schedule: Schedule = Causal(), *, rollback: int = 0) -> list[LambdaKVCache]:  # noqa: B008
         """An empty cache for each layer, to be passed to every call that goes on with the same text.
@@ -192,16 +197,16 @@ class Bytelm(nn.Module):
         if distance_limit is not None:
             check_int("Bytelm", "distance_limit", distance_limit, 0)
         if caches is None:
-            attend = self.attention_arguments(tokens.shape[1], schedule, distance_limit)
+            options = self.attention_options(tokens.shape[1], schedule, distance_limit)
         elif len(caches) != len(self.blocks):
             raise ValueError(f"Bytelm: caches has {len(caches)} entries and must have {len(self.blocks)}")
         else:
-            attend = {"distance_limit": distance_limit, **self.positions()}
+            options = AttentionOptions(distance_limit=distance_limit, **self.positions())
         x = functional.embedding(tokens, self.embedding)
         for layer, block in enumerate(self.blocks):
-            if isinstance(schedule, Probabilistic):  # layers that read the same blocks could never pass on the others
-                attend = {**attend, "schedule": schedule.for_layer(layer)}
-            x = block(x, attend, None if caches is None else caches[layer], starts)
+            # Layers that read the same blocks could never pass on the others.
+            own = schedule.for_layer(layer) if isinstance(schedule, Probabilistic) else schedule
+            x = block(x, options, own, None if caches is None else caches[layer], starts)
         return ops.invariant_linear(self.norm(x), self.embedding)
 
     @property

@@ -3,25 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pycore import ops
 from pycore._checks import check_bool, check_int, check_number
+from pycore._limits import KEY_TILE
 from pycore.cache import LambdaKVCache
 from pycore.nn.linear import Projection
+from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.positions import alibi_slopes, rope_alibi_harmonic, rope_tables, t5_bias
-from pycore.schedules import Lambda
+from pycore.schedules import Causal, Lambda, Schedule
 
 __all__ = ["POSITIONS", "LambdaAttention", "PositionScheme", "SelfAttention"]
 
 POSITIONS = ("rope", "alibi", "t5", "harmonic", "none")
-
-# Attention rotates relative to a tile of keys, so a rotary table is this much longer than the largest distance.
-_TILE = 64
 
 
 class PositionScheme(nn.Module):
@@ -67,7 +64,7 @@ class PositionScheme(nn.Module):
         self.name = name
         self.bucket_distance = bucket_distance
         # Buffers are functions of the configuration, so not part of a checkpoint.
-        rows = max_distance + 1 + _TILE
+        rows = max_distance + 1 + KEY_TILE
         if name in ("rope", "harmonic"):
             if name == "rope":
                 cos, sin = rope_tables(rows, head_dim, theta=theta)
@@ -144,22 +141,28 @@ class SelfAttention(nn.Module):
         return query, key, value
 
     def forward(
-        self, x: Tensor, attend: Mapping[str, Any], cache: LambdaKVCache | None = None, starts: Tensor | None = None
+        self,
+        x: Tensor,
+        options: AttentionOptions,
+        schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
+        cache: LambdaKVCache | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """The layer's output.
 
         Args:
             x: ``[batch, length, dim]``.
-            attend: further arguments of the attention op; ``schedule`` is the cache's own affair where there is one.
+            options: of the attention op.
+            schedule: which keys a query keeps; the cache's own affair where there is one.
             cache: is given the new keys and values, and answers the new queries.
             starts: int64 ``[batch]``, tokens at the front of x that are padding.
         """
         query, key, value = self.project(x)
         if cache is None:
-            mixed: Any = ops.attention(query, key, value, key_starts=starts, **attend)
+            options = options._replace(key_starts=starts)
+            mixed: Any = call_attention("attention", query, key, value, schedule, options)
         else:
-            options = {name: x for name, x in attend.items() if name != "schedule"}
-            mixed = cache.append_and_attend(query, key, value, starts=starts, **options)
+            mixed = cache.append_and_attend(query, key, value, starts=starts, **options.for_cache())
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -267,21 +270,18 @@ class LambdaAttention(SelfAttention):
             cache: from :meth:`cache`; x then follows what the cache has seen. Dropout does not apply.
             starts: int64 ``[batch]``, tokens at the front of x that are padding; their outputs mean nothing.
         """
-        attend: dict[str, Any] = {
-            "distance_limit": self.distance_limit,
-            "softcap": self.softcap,
-            "sink_logits": self.sink_logits,
+        options = AttentionOptions(
+            distance_limit=self.distance_limit, symmetric_bias=self.right != 0, sink_logits=self.sink_logits,
+            softcap=self.softcap, dropout_p=self.dropout_p if self.training and cache is None else 0.0,
             **self.positions(),
-        }
+        )  # fmt: skip
         if cache is None:
-            attend["schedule"] = Lambda(self.sink_size, self.window_size, self.right)
-            attend["dropout_p"] = self.dropout_p if self.training else 0.0
-            attend["symmetric_bias"] = self.right != 0
-            return super().forward(x, attend, cache, starts)
+            schedule = Lambda(self.sink_size, self.window_size, self.right)
+            return super().forward(x, options, schedule, starts=starts)
         self._refuse_cache()
         if (cache.sink_size, cache.window_size) != (self.sink_size, self.window_size):
             raise ValueError(
                 f"LambdaAttention: cache has sink_size {cache.sink_size} and window_size {cache.window_size} and must "
                 f"have {self.sink_size} and {self.window_size}"
             )
-        return super().forward(x, attend, cache, starts)
+        return super().forward(x, options, cache=cache, starts=starts)

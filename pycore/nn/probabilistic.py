@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pycore._checks import check_int
 from pycore.nn.attention import PositionScheme, SelfAttention, check_factors
+from pycore.ops.attention_call import AttentionOptions
 from pycore.schedules import DistanceFamily, Probabilistic
 
 __all__ = ["ProbabilisticAttention"]
@@ -121,13 +122,10 @@ class ProbabilisticAttention(SelfAttention):
             raise
 
     def _forward(self, x: Tensor, starts: Tensor | None) -> Tensor:
-        attend: dict[str, Any] = {
-            "schedule": self.schedule(),
-            "softcap": self.softcap,
-            "dropout_p": self.dropout_p if self.training else 0.0,
-            **self.positions(),
-        }
-        return super().forward(x, attend, starts=starts)
+        options = AttentionOptions(
+            softcap=self.softcap, dropout_p=self.dropout_p if self.training else 0.0, **self.positions()
+        )
+        return super().forward(x, options, self.schedule(), starts=starts)
 
 
 def advance(round: Tensor, training: bool) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from pycore._schema import Schema
 from pycore._tangents import dual, forward_mode, unpacked
 
 __all__ = ["no_second_derivative", "register_derivatives"]
@@ -38,8 +39,8 @@ def register_derivatives(name: str, backward: Callable[..., Any], setup_context:
         jvp: jvp(inputs, tangents, output) with a tangent or None for each input, none of which is left out: what
             tangents output has, as one tensor or a tuple. May raise, where there is no rule.
     """
-    op = getattr(torch.ops.pycore, name).default
-    defaults = [argument.default_value for argument in op._schema.arguments]
+    schema = Schema(name)
+    op = schema.op
 
     def below(keyset: Any, args: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -56,7 +57,7 @@ def register_derivatives(name: str, backward: Callable[..., Any], setup_context:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            ctx.needs_input_grad = ctx.needs_input_grad[: len(defaults)]  # without the keyset
+            ctx.needs_input_grad = ctx.needs_input_grad[: len(schema.names)]  # without the keyset
             given = backward(ctx, *grads)
             return (*given, None) if isinstance(given, tuple) else (given, None)
 
@@ -65,7 +66,7 @@ def register_derivatives(name: str, backward: Callable[..., Any], setup_context:
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_mode():
-            inputs = [*args, *defaults[len(args) :]]  # the dispatcher leaves out what has its default value
+            inputs = schema.full(args)
             pairs = [unpacked(x) for x in inputs]
             tangents = [tangent for _, tangent in pairs]
             if any(tangent is not None for tangent in tangents):
@@ -73,7 +74,7 @@ def register_derivatives(name: str, backward: Callable[..., Any], setup_context:
                 output = op(*primals)
                 return dual(output, jvp(primals, tangents, output))
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            given = (*args, *defaults[len(args) :], keyset)
+            given = (*schema.full(args), keyset)
             if not torch._C._are_functorch_transforms_active():
                 return apply(*given)
             with _single_level():

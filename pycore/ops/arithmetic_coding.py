@@ -19,7 +19,8 @@ from pycore import _load
 from pycore._checks import check_int, check_whole
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_devices, check_tensor
-from pycore.bitstreams import Bitstreams
+from pycore.coding.bitstreams import Bitstreams
+from pycore.ops import arithmetic_coding_rules  # noqa: F401 - it registers the ops' rules
 
 _load.load_ops()
 
@@ -252,57 +253,3 @@ def _check_model_id(op: str, model_id: Any) -> None:
     check_whole(op, "model_id", model_id)
     if not 0 <= model_id < 1 << 63:
         raise ValueError(f"{op}: model_id is {model_id} and must be 0 to 2^63 - 1")
-
-
-# ---- fake kernels ----------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("pycore::quantize_cdf")
-def _quantize_fake(values: Tensor, logits: bool, precision: int) -> Tensor:
-    return values.new_empty((*values.shape[:-1], values.shape[-1] + 1), dtype=torch.int32)
-
-
-def _encode_fake(symbols: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
-    offsets = symbols.new_empty((symbols.shape[0] + 1,), dtype=torch.int64)
-    return symbols.new_empty((size,), dtype=torch.uint8), offsets
-
-
-def _decode_fake(data: Tensor, offsets: Tensor, *_: Any) -> Tensor:
-    length = torch.library.get_ctx().new_dynamic_size()
-    return data.new_empty((offsets.shape[0] - 1, length), dtype=torch.int64)
-
-
-@torch.library.register_fake("pycore::ac_decode_bytes")
-def _decode_bytes_fake(data: Tensor, offsets: Tensor) -> Tensor:
-    return data.new_empty((offsets.shape[0] - 1, torch.library.get_ctx().new_dynamic_size()))
-
-
-for _name in ("ac_encode", "ac_encode_bytes", "ac_encode_logits"):
-    torch.library.register_fake(f"pycore::{_name}", _encode_fake)
-for _name in ("ac_decode", "ac_decode_logits"):
-    torch.library.register_fake(f"pycore::{_name}", _decode_fake)
-
-
-# ---- vmap ------------------------------------------------------------------------------------------------------------
-
-
-def _quantize_rows(info: Any, in_dims: tuple[int | None, ...], values: Tensor, *args: Any) -> tuple[Tensor, int]:
-    dim = in_dims[0]
-    assert dim is not None
-    return torch.ops.pycore.quantize_cdf(values.movedim(dim, 0), *args), 0
-
-
-def _no_vmap(name: str) -> Callable[..., Any]:
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        raise ValueError(f"{name}: vmap would give streams of different lengths; put the samples into rows of symbols")
-
-    return rule
-
-
-torch.library.register_vmap("pycore::quantize_cdf", _quantize_rows)
-for _name in (
-    *("ac_encode", "ac_encode_bytes", "ac_encode_logits"),
-    *("ac_decode", "ac_decode_bytes", "ac_decode_logits"),
-):
-    torch.library.register_vmap(f"pycore::{_name}", _no_vmap(_name))

@@ -1,95 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing the blocks of a round of probabilistic attention: `torch.ops.pycore.attention_blocks`, and its mask."""
+"""`pr_block_mask`: the blocks that a round of probabilistic attention draws, as a mask."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pycore._checks import check_int, check_str
-from pycore._load import load_ops
-from pycore._tangents import refuse_tangents
-from pycore._tensors import as_index, check_devices, check_tensor, graph_numbers
+from pycore._checks import check_int
 from pycore.schedules import DistanceFamily, Probabilistic
+from pycore.schedules.attention_blocks import draw_blocks, unpacked
 
-load_ops()
-
-__all__ = ["draw_blocks", "pr_block_mask"]
-
-Lengths = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _number(op: str, name: str, value: int | Tensor, device: torch.device) -> Tensor:
-    """An int or a tensor, as an int64 tensor on `device`."""
-    if isinstance(value, Tensor):
-        check_tensor(op, name, value)
-        return as_index(_moved(op, name, value, device))
-    check_int(op, name, value, 0 if name == "seed" else None)  # the op knows both bounds of a round
-    return torch.full((1,), value, dtype=torch.int64, device=device)
-
-
-def _moved(op: str, name: str, x: Tensor, device: torch.device) -> Tensor:
-    """On `device`. What has no data cannot go where there is some."""
-    if x.is_meta and device.type != "meta":
-        raise ValueError(f"{op}: {name} is on meta, which has no data, and must be where query is")
-    return x.to(device)
-
-
-def draw_blocks(
-    op: str,
-    schedule: Probabilistic,
-    shape: tuple[int, int, int, int],
-    lengths: Lengths,
-    device: torch.device,
-    wide: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The bitmap of a round, and what correction adds by block distance: what the kernels take as schedule "blocks".
-
-    Args:
-        op: opens every message.
-        shape: batch, heads, and the lengths of query and key.
-        lengths: key_starts, key_lengths, key_offset, query_lengths.
-        device: where both go. A CUDA device draws by itself, the same bits as the CPU; every other is sent the CPU's.
-        wide: correction in float64.
-    """
-    batch, heads, query_length, key_length = shape
-    check_int(op, "block_size", schedule.block_size)
-    for name in ("sink_size", "window_blocks"):
-        check_int(op, name, getattr(schedule, name), 0)
-    for name in ("pattern", "correction"):
-        check_str(op, name, getattr(schedule, name))
-    per_row = -1
-    if schedule.blocks_per_row is not None:
-        check_int(op, "blocks_per_row", schedule.blocks_per_row, 1)
-        per_row = schedule.blocks_per_row
-    drawn = device if device.type == "meta" or (device.type == "cuda" and not wide) else torch.device("cpu")
-    probs = schedule.distance_probs
-    table, family, parameter, graph = None, "table", 0.0, None
-    if isinstance(probs, DistanceFamily):
-        family, parameter = probs.family, float(probs.parameter)
-        if torch.compiler.is_compiling():
-            graph, parameter = graph_numbers(parameter), 0.0
-    elif isinstance(probs, Tensor):
-        check_tensor(op, "distance_probs", probs)
-        refuse_tangents(op, distance_probs=probs)
-        if not probs.is_floating_point():
-            raise ValueError(f"{op}: distance_probs is {str(probs.dtype)[6:]} and must be floating-point")
-        table = _moved(op, "distance_probs", probs.detach(), drawn).double()
-    else:
-        raise TypeError(
-            f"{op}: distance_probs is a {type(probs).__name__} and must be a Tensor or a family of pycore.schedules"
-        )
-    names = ("key_starts", "key_lengths", "key_offset", "query_lengths")
-    rows = (x if x is None else _moved(op, name, as_index(x), drawn) for name, x in zip(names, lengths, strict=True))
-    blocks, correction = torch.ops.pycore.attention_blocks(
-        _number(op, "seed", schedule.seed, drawn), _number(op, "round", schedule.round, drawn), table, *rows, op,
-        family, parameter, schedule.pattern, schedule.correction, batch, heads, query_length, key_length,
-        schedule.block_size, schedule.sink_size, schedule.window_blocks, per_row, wide, graph,
-    )  # fmt: skip
-    added = None if schedule.correction == "none" else correction.to(device)
-    return blocks.to(device), added
+__all__ = ["pr_block_mask"]
 
 
 def pr_block_mask(
@@ -126,47 +47,4 @@ def pr_block_mask(
     )  # fmt: skip
     shape = (batch, heads, query_blocks, key_blocks)
     blocks, _ = draw_blocks(op, schedule, shape, (None,) * 4, torch.device("cpu"))
-    bits = blocks[..., None] >> torch.arange(64) & 1
-    return bits.flatten(-2)[..., :key_blocks].bool()
-
-
-@torch.library.register_fake("pycore::attention_blocks")
-def _fake(
-    seed: Tensor, round: Tensor, distance_probs: Tensor | None, key_starts: Tensor | None, key_lengths: Tensor | None,
-    key_offset: Tensor | None, query_lengths: Tensor | None, op: str, family: str, parameter: float, pattern: str,
-    correction: str, batch: int, heads: int, query_length: int, key_length: int, block_size: int, sink_size: int,
-    window_blocks: int, blocks_per_row: int, wide: bool, numbers: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_devices(
-        op, seed=seed, round=round, distance_probs=distance_probs, key_starts=key_starts, key_lengths=key_lengths,
-        key_offset=key_offset, query_lengths=query_lengths,
-    )  # fmt: skip
-    rows, columns = ((length + block_size - 2) // block_size + 1 for length in (query_length, key_length))
-    blocks = seed.new_empty(batch, heads, rows, (columns + 63) // 64)
-    entries: Any = torch.sym_max(columns, 1) if distance_probs is None else distance_probs.shape[-1]
-    tables = 0 if correction == "none" else heads if distance_probs is not None and distance_probs.dim() == 2 else 1
-    return blocks, seed.new_empty(tables, entries, dtype=torch.float64 if wide else torch.float32)
-
-
-@torch.library.register_vmap("pycore::attention_blocks")
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    """Over seed and the lengths: vmap's dimension joins the batch."""
-    folded = list(args)
-    batch_place, seed_place = 12, 0
-    for place, (dim, arg) in enumerate(zip(in_dims, args, strict=True)):
-        if not isinstance(arg, Tensor):
-            continue
-        if place not in (seed_place, 3, 4, 5, 6):
-            if dim is not None:
-                raise NotImplementedError("pr_flash_attention: vmap may run over seeds and lengths, not over tables")
-            continue
-        if place == seed_place and dim is None and arg.numel() == 1:
-            continue
-        arg = arg.unsqueeze(0).expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-        if place == seed_place:
-            arg = arg.reshape(info.batch_size, arg[0:1].numel() if len(arg) else 1)
-            arg = arg.expand(info.batch_size, args[batch_place])
-        folded[place] = arg.flatten(0, 1)
-    folded[batch_place] = args[batch_place] * info.batch_size
-    blocks, correction = torch.ops.pycore.attention_blocks(*folded)
-    return (blocks.unflatten(0, (info.batch_size, args[batch_place])), correction), (0, None)
+    return unpacked(blocks)[..., :key_blocks]

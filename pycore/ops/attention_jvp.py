@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pycore._schema import Schema
+
 __all__ = ["attention_jvp"]
 
-_QUERY, _KEY, _VALUE, _COS, _SIN, _SINK = 0, 1, 2, 3, 4, 7
-_TENSORS = 15  # of an attention call; then its name and other options, numbers, and whether lse is a pair
-_NUMBERS = _TENSORS + 10
-_INTERLEAVED, _SCALE = 3, 5  # of those options
+_FORWARD, _BACKWARD = Schema("attention"), Schema("attention_backward")
 _NO_RULE = {
-    _COS: "rope's cos", _SIN: "rope's sin", 5: "distance_bias", 6: "alibi_slopes", 14: "the schedule's correction",
-    _NUMBERS: "scale or softcap",
+    "rope_cos": "rope's cos", "rope_sin": "rope's sin", "distance_bias": "distance_bias",
+    "alibi_slopes": "alibi_slopes", "block_bias": "the schedule's correction", "numbers": "scale or softcap",
 }  # fmt: skip
 
 
@@ -37,12 +36,12 @@ def attention_jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None], output: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The tangents of (out, lse), by those of query, key, value and sink_logits."""
-    op = inputs[_TENSORS]
-    for place, name in _NO_RULE.items():
-        if tangents[place] is not None:
-            raise NotImplementedError(f"{op}: {name} carries a tangent, and has no forward-mode derivative")
-    call = _Call(inputs)
-    parts = [tangents[place] for place in (_QUERY, _KEY, _VALUE)]
+    given, moving = _FORWARD.named(inputs), dict(zip(_FORWARD.names, tangents, strict=True))
+    for argument, name in _NO_RULE.items():
+        if moving[argument] is not None:
+            raise NotImplementedError(f"{given['op']}: {name} carries a tangent, and has no forward-mode derivative")
+    call = _Call(given)
+    parts = [moving[name] for name in ("query", "key", "value")]
     query_tangent, key_tangent, value_tangent = (x if x is None else x.to(call.dtype) for x in parts)
     out, pair = call.forward(call.value)
     lse = pair[0]
@@ -52,9 +51,9 @@ def attention_jvp(
     if query_tangent is not None or key_tangent is not None:
         moved, lse_tangent = call.moved(pair, query_tangent, key_tangent)
         tangent = tangent + moved
-    sink_tangent = tangents[_SINK]
+    sink_tangent = moving["sink_logits"]
     if sink_tangent is not None:
-        weight = (inputs[_SINK][:, None] - lse).exp().masked_fill(lse == -torch.inf, 0)
+        weight = (given["sink_logits"][:, None] - lse).exp().masked_fill(lse == -torch.inf, 0)
         lse_tangent = lse_tangent + weight * sink_tangent[:, None]
     tangent = tangent - lse_tangent[..., None] * out
     if output[1].dim() == 4:  # what rounding left out of lse has no tangent of its own
@@ -65,35 +64,35 @@ def attention_jvp(
 class _Call:
     """An attention call, to be made again with other values, keys and queries."""
 
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        wide = inputs[_QUERY].dtype == torch.float64
+    def __init__(self, given: dict[str, Any]) -> None:
+        wide = given["query"].dtype == torch.float64
         self.dtype = torch.float64 if wide else torch.float32  # of all sums
-        self.query, self.key, self.value = (x.to(self.dtype) for x in inputs[:3])
-        self.tensors, self.options = list(inputs[3:_TENSORS]), list(inputs[_TENSORS : _NUMBERS + 1])
-        self.rope = inputs[_COS] is not None
-        numbers = inputs[_NUMBERS]
-        if self.options[_SCALE] is None:  # of the channels there are, not of those that will be added
+        self.query, self.key, self.value = (given[name].to(self.dtype) for name in ("query", "key", "value"))
+        self.given = given | {"query": self.query, "key": self.key, "lse_pair": True}
+        self.rope = given["rope_cos"] is not None
+        numbers = given["numbers"]
+        if given["scale"] is None:  # of the channels there are, not of those that will be added
             scale = self.query.shape[3] ** -0.5
-            self.options[_SCALE] = scale
+            self.given["scale"] = scale
             if numbers is not None:
-                self.options[-1] = torch.cat([numbers.new_ones(1) * scale, numbers[1:]])
+                self.given["numbers"] = torch.cat([numbers.new_ones(1) * scale, numbers[1:]])
 
     def forward(self, value: Tensor) -> Any:
-        return torch.ops.pycore.attention(self.query, self.key, value, *self.tensors, *self.options, True)
+        return _FORWARD.call(self.given | {"value": value})
 
     def grad_query(
         self, grad_out: Tensor | None, grad_lse: Tensor | None, lse: Tensor, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         """The backward kernel's, for an out of zeros."""
         zeros = query.new_zeros(*query.shape[:3], value.shape[3])
-        given = zeros if grad_out is None else grad_out
-        tensors = [query, key, value, *self.tensors]
+        call = self.given | {
+            "grad_out": zeros if grad_out is None else grad_out, "grad_lse": grad_lse, "out": zeros, "lse": lse,
+            "query": query, "key": key, "value": value,
+        }  # fmt: skip
+        call |= {name: False for name in _BACKWARD.names if name.endswith("_gradient")}
         if self.rope and key.shape[3] > self.key.shape[3]:
-            tensors[_COS], tensors[_SIN] = (torch.cat([table, table], 1) for table in tensors[_COS : _SIN + 1])
-        gradients = torch.ops.pycore.attention_backward(
-            given, grad_lse, zeros, lse, False, False, *tensors, *self.options
-        )
-        return gradients[0]
+            call |= {name: torch.cat([call[name], call[name]], 1) for name in ("rope_cos", "rope_sin")}
+        return _BACKWARD.call(call)[0]
 
     def moved(self, lse: Tensor, query_tangent: Tensor | None, key_tangent: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sum D P z' v [B, H, Lq, Dv] and sum P z' [B, H, Lq]."""
@@ -121,8 +120,8 @@ class _Call:
         """Channels of x and y beside each other; pairs that are rotated stay pairs, and all of them come first."""
         if not self.rope:
             return torch.cat([x, y], -1)
-        turned = 2 * self.tensors[0].shape[1]
-        if self.options[_INTERLEAVED]:
+        turned = 2 * self.given["rope_cos"].shape[1]
+        if self.given["interleaved"]:
             return torch.cat([x[..., :turned], y[..., :turned], x[..., turned:], y[..., turned:]], -1)
         half = turned // 2
         cuts = (slice(0, half), slice(half, turned), slice(turned, None))

@@ -14,19 +14,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycore._checks import check_bool
+from pycore._tensors import as_table
+from pycore.ops.attention_call import AttentionOptions, autocast, call_attention
 from pycore.ops.linear import invariant_linear
+from pycore.schedules import Full, Lambda
+from pycore.schedules.attention_blocks import Lengths
 
-Lengths = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+__all__ = ["with_middle"]
 
 
-def check_middle(op: str, middle_topk: int, query: Tensor, placed: bool, limit: int, window_size: int) -> None:
-    """Raises ValueError where middle tokens have no place."""
-    if middle_topk and query.dim() == 4 and query.shape[2] != 1:
-        raise ValueError(f"{op}: query has length {query.shape[2]} and must have 1 for middle_topk, a decoding step")
-    if middle_topk and placed and limit != window_size:
-        raise ValueError(
-            f"{op}: distance_limit is {limit} and must be window_size, {window_size}, where middle_topk puts its tokens"
-        )
+def with_middle(
+    op: str, query: Tensor, key: Tensor, value: Tensor, schedule: Lambda, options: AttentionOptions, topk: int
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over what the schedule keeps and the `topk` middle tokens: two calls whose results are merged."""
+    check_bool(op, "return_lse", options.return_lse)
+    window_size, distance_limit = schedule.window_size, options.distance_limit
+    bias, slopes = options.distance_bias, options.alibi_slopes
+    if isinstance(query, Tensor):
+        if query.dim() == 4 and query.shape[2] != 1:
+            raise ValueError(
+                f"{op}: query has length {query.shape[2]} and must have 1 for middle_topk, a decoding step"
+            )
+        placed = options.rope is not None or bias is not None or slopes is not None
+        if placed and distance_limit != window_size:
+            raise ValueError(
+                f"{op}: distance_limit is {distance_limit} and must be window_size, {window_size}, where middle_topk "
+                "puts its tokens"
+            )
+    if isinstance(query, Tensor) and isinstance(key, Tensor):
+        bias, slopes = (x if not isinstance(x, Tensor) else as_table(x, autocast(query)[0]) for x in (bias, slopes))
+    kept = call_attention(
+        op, query, key, value, schedule, options._replace(distance_bias=bias, alibi_slopes=slopes, return_lse=True)
+    )
+    query, key, value = autocast(query, key, value)
+    seen = rotated(query, options.rope, options.interleaved, window_size)
+    with torch.no_grad():
+        index, count = middle_tokens(seen, key, options.lengths, schedule.sink_size, window_size, topk)
+    if bias is not None:
+        bias = bias[:, min(window_size, bias.shape[1] - 1), None].contiguous()
+    elif slopes is not None and slopes.dim() == 1:
+        bias = -slopes.to(seen.dtype)[:, None] * window_size
+    middle_key, middle_value = (gathered(x, index).to(seen.dtype) for x in (key, value))
+    at_the_end = AttentionOptions(
+        distance_bias=bias, softcap=options.softcap, dropout_p=options.dropout_p, scale=options.scale,
+        key_lengths=count, query_lengths=options.query_lengths, return_lse=True,
+    )  # fmt: skip
+    middle = call_attention(op, seen, middle_key, middle_value, Full(), at_the_end)
+    assert isinstance(kept, tuple) and isinstance(middle, tuple)
+    if slopes is not None and slopes.dim() == 2:  # one number for all keys of a row moves its lse alone
+        middle = (middle[0], middle[1] - (slopes.to(seen.dtype) * window_size)[..., None])
+    out, lse = merged(kept, middle)
+    return (out, lse) if options.return_lse else out
 
 
 def middle_tokens(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pycore.ops.attention import call_attention
+from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import DistanceFamily, Probabilistic
 
 __all__ = ["pr_flash_attention"]
@@ -31,9 +31,9 @@ def pr_flash_attention(
     distance_bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     dropout_p: float = 0.0,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     key_starts: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_offset: Tensor | None = None,
@@ -78,8 +78,8 @@ def pr_flash_attention(
     schedule = Probabilistic(
         distance_probs, seed, round, block_size, sink_size, window_blocks, pattern, correction, blocks_per_row
     )
-    return call_attention(
-        "pr_flash_attention", query, key, value, schedule, rope, interleaved, distance_limit, distance_bias,
-        alibi_slopes, sink_logits, softcap, dropout_p, scale, (key_starts, key_lengths, key_offset, query_lengths),
-        return_lse,
+    options = AttentionOptions(
+        rope, interleaved, distance_limit, distance_bias, alibi_slopes, False, sink_logits, softcap, dropout_p, scale,
+        key_starts, key_lengths, key_offset, query_lengths, return_lse,
     )  # fmt: skip
+    return call_attention("pr_flash_attention", query, key, value, schedule, options)

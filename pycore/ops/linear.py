@@ -9,18 +9,16 @@ csrc/cpu/linear/dispatch.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pycore._checks import check_number
-from pycore._load import load_ops
+from pycore._schema import Schema
 from pycore._tensors import check_devices, check_tensor, graph_numbers
 from pycore.ops._autograd import no_second_derivative, register_derivatives
-
-load_ops()
 
 __all__ = ["invariant_linear", "rms_norm"]
 
@@ -125,31 +123,44 @@ def _norm_backward_fake(
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+_LINEAR, _NORM = Schema("invariant_linear"), Schema("rms_norm")
+
+
+def _gradients(schema: Schema, given: Iterable[Tensor], need: dict[str, bool]) -> tuple[Tensor | None, ...]:
+    """The gradient or None of every argument, from those of the arguments in `need`."""
+    grads: dict[str, Tensor | None] = dict.fromkeys(schema.names)
+    grads |= {name: grad for (name, needed), grad in zip(need.items(), given, strict=True) if needed}
+    return tuple(grads.values())
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    call = _LINEAR.named(inputs)
+    ctx.save_for_backward(call["x"], call["weight"])
 
 
 def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    need = ctx.needs_input_grad
-    grads = torch.ops.pycore.invariant_linear_backward(grad_out, *ctx.saved_tensors, *need)
-    return tuple(grad if needed else None for grad, needed in zip(grads, need, strict=True))
+    need = {name: ctx.needs_input_grad[_LINEAR.places[name]] for name in ("x", "weight", "bias")}
+    grads = torch.ops.pycore.invariant_linear_backward(grad_out, *ctx.saved_tensors, *need.values())
+    return _gradients(_LINEAR, grads, need)
 
 
-def _norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, float, Tensor | None], output: Tensor) -> None:
-    x, weight, ctx.eps, numbers = inputs
-    ctx.save_for_backward(x, weight, numbers)
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    call = _NORM.named(inputs)
+    ctx.eps = call["eps"]
+    ctx.save_for_backward(call["x"], call["weight"], call["numbers"])
 
 
 def _norm_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    need = ctx.needs_input_grad[:2]
+    need = {name: ctx.needs_input_grad[_NORM.places[name]] for name in ("x", "weight")}
     x, weight, numbers = ctx.saved_tensors
-    grads = torch.ops.pycore.rms_norm_backward(grad_out, x, weight, ctx.eps, *need, numbers)
-    return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None)
+    grads = torch.ops.pycore.rms_norm_backward(grad_out, x, weight, ctx.eps, *need.values(), numbers)
+    return _gradients(_NORM, grads, need)
 
 
 def _linear_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
-    (x, weight, _), (x_tangent, weight_tangent, bias_tangent) = inputs, tangents
+    call, moving = _LINEAR.named(inputs), _LINEAR.named(tangents)
+    x, weight = call["x"], call["weight"]
+    x_tangent, weight_tangent, bias_tangent = moving["x"], moving["weight"], moving["bias"]
     op = torch.ops.pycore.invariant_linear
     if x_tangent is not None:
         tangent = op(x_tangent, weight, bias_tangent)
@@ -162,7 +173,9 @@ def _linear_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Te
 
 def _norm_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
     """Of r x w with r = 1 / sqrt(mean(x^2) + eps), whose own tangent is -r^3 mean(x x')."""
-    (x, weight, eps, numbers), (x_tangent, weight_tangent) = inputs, tangents[:2]
+    call, moving = _NORM.named(inputs), _NORM.named(tangents)
+    x, weight, eps, numbers = call["x"], call["weight"], call["eps"], call["numbers"]
+    x_tangent, weight_tangent = moving["x"], moving["weight"]
     factor = (x.square().mean(-1, keepdim=True) + (eps if numbers is None else numbers[0])).rsqrt()
     tangent = torch.zeros_like(output)
     if x_tangent is not None:

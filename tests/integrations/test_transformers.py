@@ -16,8 +16,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from pycore.integrations import _transformers_rope
-from pycore.integrations.transformers import LambdaCache, register
+from pycore.integrations.transformers import LambdaCache, _rope, register
 from tests.support.tiny_models import KINDS, PAD, SINKS, WINDOW, logits, reference, tiny, tokens, use
 from tests.support.tolerance import assert_as_accurate, assert_model_as_accurate
 
@@ -54,7 +53,7 @@ def rope_config(kind: str) -> dict[str, Any]:
 # ---- values --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", _transformers_rope.INTERLEAVED)
+@pytest.mark.parametrize("model_type", _rope.INTERLEAVED)
 def test_short_texts_are_the_models_own_attention(model_type: str) -> None:
     """With a window longer than the text: every model that is known, its rotation taken back and put on again."""
     ids = tokens(8, LENGTH)
@@ -392,4 +391,4 @@ def test_page_runs() -> None:
 def test_page_names_the_models() -> None:
     named = PAGE.read_text().split("With the limit: ")[1].split(", where", 1)[0].split(",\nwhere")[0]
     names = {re.sub("[^a-z0-9]", "", name.lower().replace("(text)", "text")) for name in named.split(",")}
-    assert names == {re.sub("[^a-z0-9]", "", name) for name in _transformers_rope.INTERLEAVED}
+    assert names == {re.sub("[^a-z0-9]", "", name) for name in _rope.INTERLEAVED}

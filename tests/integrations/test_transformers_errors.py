@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
-from pycore.integrations._transformers_rope import INTERLEAVED
 from pycore.integrations.transformers import LambdaCache, register
+from pycore.integrations.transformers._rope import INTERLEAVED
 from tests.support.tiny_models import SINKS, WINDOW, logits, tiny, tokens, use
 
 KNOWN = ", ".join(INTERLEAVED)

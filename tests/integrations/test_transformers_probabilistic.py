@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
-from pycore.integrations._transformers_attention import round_of
 from pycore.integrations.transformers import LambdaCache, register_probabilistic, set_round
+from pycore.integrations.transformers._rounds import round_of
 from pycore.reference.attention import attention as reference_attention
 from pycore.schedules import Constant, Harmonic, Lambda, Probabilistic
 from tests.support.tiny_models import logits, tiny, tokens, use

@@ -16,8 +16,8 @@ import torch
 
 import pycore
 from pycore import native
-from pycore.equal_info_table import _most_probable, _Progress
-from pycore.equal_info_windows import Rows
+from pycore.coding.arithmetic_coding_table import _most_probable, _Progress
+from pycore.coding.arithmetic_coding_windows import Rows
 from pycore.reference import arithmetic_coding as coder
 from pycore.reference import arithmetic_coding_table as reference
 from tests.support.byte_models import Fixed, Hashed, Order2

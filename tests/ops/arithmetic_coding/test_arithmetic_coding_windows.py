@@ -15,7 +15,7 @@ import torch
 
 import pycore
 from pycore import native
-from pycore.equal_info_windows import Rows, _decode, _encode
+from pycore.coding.arithmetic_coding_windows import Rows, _decode, _encode
 from pycore.reference import arithmetic_coding as coder
 from pycore.reference import arithmetic_coding_windows as reference
 from tests.support.byte_models import Fixed, Hashed, Order2

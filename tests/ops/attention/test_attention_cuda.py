@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pycore.ops import attention, pr_flash_attention
-from pycore.ops.attention_blocks import draw_blocks
 from pycore.reference.attention import attention as reference
 from pycore.schedules import Full, Geometric, Harmonic, Lambda, Probabilistic, Schedule, Tree
+from pycore.schedules.attention_blocks import draw_blocks
 from tests.support.attention_inputs import lengths, qkv, random_tree, tables
 from tests.support.cuda_inputs import DTYPES, SCHEDULES, doubled, fitting, narrowed, on_device
 from tests.support.tolerance import assert_as_accurate

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pycore.ops import attention, lambda_attention
-from pycore.ops.attention_bitmaps import key_words, tree_nodes
 from pycore.schedules import Causal, KeySubset, Lambda, Tree
+from pycore.schedules.attention_bitmaps import key_words, tree_nodes
 from tests.support.attention_inputs import lengths, qkv, tables
 
 ROPE = tables(300, 8)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycore import _load
-from pycore._checks import check_int, check_unmasked, check_whole
+from pycore._checks import check_bytes, check_int, check_unmasked, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,10 @@ class EqualInfoWindows:
             ValueError: tokens has another shape; what the model returned, as for `encode`.
         """
         op = "EqualInfoWindows.decode"
-        values = _token_array(op, tokens, 1 << self.bits)
+        values = token_array(op, tokens)
+        for i in np.flatnonzero((values < 0) | (values >= 1 << self.bits))[:1]:
+            raise IndexError(f"{op}: tokens[{i}] is {values[i]} and must be 0 to {(1 << self.bits) - 1}")
+        values = np.ascontiguousarray(values, dtype=np.int64)
         distinct, inverse = np.unique(values, return_inverse=True)
         windows = _decode(distinct, Rows(op, model, _BYTES, self.max_batch), self.bits)
         return b"".join([windows[i] for i in inverse.tolist()])
@@ -128,9 +131,7 @@ class EqualInfoWindows:
         import torch
 
         for i, text in enumerate(texts):
-            if not isinstance(text, bytes | bytearray | memoryview):
-                name = "data" if op.endswith(".encode") else f"texts[{i}]"
-                raise TypeError(f"{op}: {name} is a {type(text).__name__} and must be bytes")
+            check_bytes(op, "data" if op.endswith(".encode") else f"texts[{i}]", text)
         rows = Rows(op, model, _BYTES, self.max_batch)
         tokens = _encode([bytes(text) for text in texts], rows, self.bits)
         return [torch.tensor(each, dtype=torch.int64) for each in tokens]
@@ -139,8 +140,11 @@ class EqualInfoWindows:
         return f"EqualInfoWindows(bits={self.bits})"
 
 
-def _token_array(op: str, tokens: Any, limit: int) -> Ints:
-    """Tokens as int64 [n], each checked to be in [0, limit)."""
+EqualInfoWindows.__module__ = "pycore"  # its public home
+
+
+def token_array(op: str, tokens: Any) -> NDArray[Any]:
+    """Tokens as an array of integers [n]."""
     if hasattr(tokens, "detach"):
         tokens = tokens.detach().cpu()
     check_unmasked(op, "tokens", tokens)
@@ -151,10 +155,7 @@ def _token_array(op: str, tokens: Any, limit: int) -> Ints:
         raise TypeError(f"{op}: tokens has dtype {array.dtype} and must have an integer dtype")
     if array.ndim != 1:
         raise ValueError(f"{op}: tokens has shape {list(array.shape)} and must be [n]")
-    bad = np.flatnonzero((array < 0) | (array >= limit))
-    if bad.size:
-        raise IndexError(f"{op}: tokens[{bad[0]}] is {array[bad[0]]} and must be 0 to {limit - 1}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return array
 
 
 def _shown(prefix: bytes) -> str:

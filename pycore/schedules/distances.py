@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probabilities over block distances, for `pycore.schedules.Probabilistic`; that module exports what is public here."""
+"""Probabilities over block distances, for `pycore.schedules.Probabilistic`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from pycore._checks import check_int, check_number
 from pycore._tensors import check_tensor
 
 __all__ = [
-    "Constant", "DistanceFamily", "Gaussian", "Geometric", "Harmonic", "PowerLaw", "expected_density",
+    "Constant", "DistanceFamily", "Gaussian", "Geometric", "Harmonic", "PowerLaw", "expected_density", "no_distances",
 ]  # fmt: skip
 
 
@@ -130,6 +130,13 @@ class Constant(DistanceFamily):
         return float(self.p)
 
 
+def no_distances(op: str, given: Any) -> TypeError:
+    """The error for what is neither a table of probabilities nor a family."""
+    return TypeError(
+        f"{op}: distance_probs is a {type(given).__name__} and must be a Tensor or a family of pycore.schedules"
+    )
+
+
 def expected_density(
     distance_probs: DistanceFamily | Tensor,
     *,
@@ -161,10 +168,7 @@ def expected_density(
             [[distance_probs.probability(distance) for distance in range(blocks)]], dtype=torch.float64
         )
     elif not isinstance(distance_probs, Tensor):
-        raise TypeError(
-            f"{op}: distance_probs is a {type(distance_probs).__name__} and must be a Tensor or a family of "
-            "pycore.schedules"
-        )
+        raise no_distances(op, distance_probs)
     else:
         check_tensor(op, "distance_probs", distance_probs)
         if distance_probs.dim() not in (1, 2) or distance_probs.numel() == 0:

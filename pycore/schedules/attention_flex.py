@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules as FlexAttention's block masks: `pycore.schedules.to_flex_block_mask`."""
+"""Schedules as FlexAttention's block masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from pycore._checks import check_bool, check_int
 from pycore._tensors import as_index, check_tensor
-from pycore.ops.attention_bitmaps import key_mask, tree_ancestors
-from pycore.ops.attention_blocks import draw_blocks
-from pycore.schedules import Causal, Full, KeySubset, Lambda, Prefix, Probabilistic, Schedule, Segments, Tree
+from pycore.schedules.attention_bitmaps import key_mask, tree_ancestors
+from pycore.schedules.kinds import Causal, Full, KeySubset, Lambda, Prefix, Schedule, Segments, Tree
+from pycore.schedules.probabilistic import Probabilistic
 
-__all__ = ["flex_block_mask"]
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+__all__ = ["to_flex_block_mask"]
 
 _OP = "to_flex_block_mask"
 Shape = tuple[int, int, int, int]
@@ -24,15 +27,44 @@ Shape = tuple[int, int, int, int]
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def flex_block_mask(schedule: Schedule, shape: Shape, block_size: int, device: torch.device) -> BlockMask:
-    """`pycore.schedules.to_flex_block_mask`, with batch, heads and the two lengths as `shape`."""
+def to_flex_block_mask(
+    schedule: Schedule,
+    *,
+    batch: int,
+    heads: int,
+    query_length: int,
+    key_length: int,
+    block_size: int = 128,
+    device: torch.device | str = "cpu",
+) -> BlockMask:
+    """The pairs that a schedule keeps, as FlexAttention takes them: for comparing with it, or for moving from it.
+
+    Query row i stands at position key_length - query_length + i (bottom-right alignment), key row j at j. FlexAttention
+    has no place for the rest of `attention`: the distances of a tree and the correction of a round are its score_mod's.
+
+    Args:
+        schedule: any of this module. Its tensors are moved to `device`.
+        batch, heads: those of the query. The mask has one row, or one head, where all are the same.
+        query_length, key_length: at least 1.
+        block_size: FlexAttention's, in both directions.
+
+    Returns:
+        torch.nn.attention.flex_attention.BlockMask, whose mask_mod may be asked for single pairs. Building it takes
+        memory for every pair.
+
+    Raises:
+        ValueError: what `attention` refuses of the schedule.
+        TypeError: schedule is none.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    shape, device = (batch, heads, query_length, key_length), torch.device(device)
     names = ("batch", "heads", "query_length", "key_length", "block_size")
     for name, value in zip(names, (*shape, block_size), strict=True):
         check_int(_OP, name, value, 1)
-    rule, batch, heads = _rule(schedule, shape, device)
-    _, _, query_length, key_length = shape
+    rule, rows, columns = _rule(schedule, shape, device)
     return create_block_mask(
-        rule, batch, heads, query_length, key_length, device=device.type if device.index is None else str(device),
+        rule, rows, columns, query_length, key_length, device=device.type if device.index is None else str(device),
         BLOCK_SIZE=block_size,
     )  # fmt: skip
 
@@ -114,9 +146,11 @@ def _segments(schedule: Segments, shape: Shape, device: torch.device) -> tuple[R
 
 
 def _blocks(schedule: Probabilistic, shape: Shape, device: torch.device) -> Rule:
+    from pycore.schedules.attention_blocks import draw_blocks, unpacked
+
     _, _, query_length, key_length = shape
     words, _ = draw_blocks(_OP, replace(schedule, correction="none"), shape, (None,) * 4, device)
-    taken = (words[..., None] >> torch.arange(64, device=device) & 1).flatten(-2).bool()
+    taken = unpacked(words)
     shift, size, sinks = key_length - query_length, schedule.block_size, schedule.sink_size
     row = (torch.arange(query_length, device=device) + shift) // size - shift // size
 

@@ -1,12 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Λ and probabilistic attention for Hugging Face transformers (4.57 and newer): one call registers, a name chooses.
-
-    register(sink_size=16, window_size=1024)
-    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pycore_lambda")
-    model.generate(**inputs, past_key_values=LambdaCache(sink_size=16, window_size=1024))
-
-docs/integrations/transformers.md says which models, what padding and caches do, and what is refused.
-"""
+"""Names under which transformers finds pycore's attention."""
 
 from __future__ import annotations
 
@@ -17,14 +10,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from pycore._checks import check_bool, check_int
-from pycore.integrations._transformers_attention import Options, attention_function, round_of
-from pycore.integrations._transformers_cache import LambdaCache
-from pycore.integrations._transformers_mask import spans_function
-from pycore.ops.attention_blocks import draw_blocks
+from pycore._checks import check_bool, check_int, check_str
+from pycore.integrations.transformers._attention import Options, attention_function
+from pycore.integrations.transformers._mask import spans_function
+from pycore.integrations.transformers._rounds import round_of
 from pycore.schedules import DistanceFamily, Probabilistic
+from pycore.schedules.attention_blocks import draw_blocks
 
-__all__ = ["LambdaCache", "register", "register_probabilistic", "set_round"]
+__all__ = ["register", "register_probabilistic", "set_round"]
 
 _REGISTERED: set[str] = set()
 
@@ -132,8 +125,7 @@ def set_round(model: nn.Module, round: int) -> None:
 
 def _check_name(op: str, name: Any) -> None:
     """A new name, or one of ours."""
-    if not isinstance(name, str):
-        raise TypeError(f"{op}: name is a {type(name).__name__} and must be a str")
+    check_str(op, "name", name)
     taken = name in AttentionInterface() and name not in _REGISTERED
     if taken or not name or any(part in name for part in ("flash", "sdpa", "flex_attention", "paged", "/", "|")):
         raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pycore._checks import check_bytes
 from pycore._tensors import check_tensor
 
 __all__ = ["Bitstreams"]
@@ -45,8 +46,7 @@ class Bitstreams:
             raise TypeError(f"Bitstreams.from_bytes: streams is a {type(streams).__name__} and must be a list of them")
         parts = list(streams)
         for i, part in enumerate(parts):
-            if not isinstance(part, bytes | bytearray | memoryview):
-                raise TypeError(f"Bitstreams.from_bytes: streams[{i}] is a {type(part).__name__} and must be bytes")
+            check_bytes("Bitstreams.from_bytes", f"streams[{i}]", part)
         joined = bytearray(b"".join(parts))
         data = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
         offsets = torch.zeros(len(parts) + 1, dtype=torch.int64)
@@ -68,3 +68,6 @@ class Bitstreams:
 
     def __repr__(self) -> str:
         return f"Bitstreams({len(self)} streams, {self.nbytes} bytes)"
+
+
+Bitstreams.__module__ = "pycore"  # its public home

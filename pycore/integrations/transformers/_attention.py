@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycore.integrations._transformers_cache import MARK, LambdaLayer
-from pycore.integrations._transformers_mask import Spans, read_spans, require, text_boundaries
-from pycore.integrations._transformers_rope import INTERLEAVED, Rope, rope_of, unrotate
-from pycore.nn.probabilistic import advance
-from pycore.ops import attention as pycore_attention
+from pycore.integrations.transformers._cache import MARK, LambdaLayer
+from pycore.integrations.transformers._mask import Spans, read_spans, require
+from pycore.integrations.transformers._positions import check_positions, position_offset
+from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate
+from pycore.integrations.transformers._rounds import draw_round, take_back_round
+from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import Lambda, Probabilistic, Schedule, Segments
 
 # What a model may hand to its attention that changes the result, and that is not available.
@@ -46,12 +47,10 @@ class _Call:
     sink_size: int
     window_size: int
     schedule: Schedule
-    dropout: float
     position_ids: Tensor | None  # [batch or 1, queries]
     spans: Spans | None
     rope: Rope | None  # None: nothing is un-rotated
-    interleaved: bool
-    options: dict[str, Any]  # of attention and LambdaKVCache.attend
+    options: AttentionOptions
 
 
 def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]]:
@@ -83,15 +82,16 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         if registered.draw is not None and layer is not None:
             raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0}
-        options["sink_logits"] = None if s_aux is None else s_aux.to(wide)
+        sinks = None if s_aux is None else s_aux.to(wide)
+        options = AttentionOptions(scale=scaling, softcap=softcap or 0.0, sink_logits=sinks, dropout_p=dropout)
         rope, interleaved = None, False
         if window is None and registered.distance_limit is not None:
             rope = rope_of(name, module, query, registered.distance_limit)
             interleaved = _interleaved(registered, module)
         if rope is not None:
-            options |= {"rope": (rope.cos, rope.sin), "distance_limit": registered.distance_limit}
-            options["interleaved"] = interleaved
+            options = options._replace(
+                rope=(rope.cos, rope.sin), interleaved=interleaved, distance_limit=registered.distance_limit
+            )
             if position_ids is None:
                 raise ValueError(
                     f"{name}: position_ids is None and must be handed on by {type(module).__name__} for a distance "
@@ -99,7 +99,7 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 )
         spans = read_spans(name, attention_mask, query.shape[0], query.shape[2])
         if spans is None or spans.boundaries is None:
-            spans = _check_positions(name, position_ids, query, key, spans, layer is not None)
+            spans = check_positions(name, position_ids, query, key, spans, layer is not None)
         boundaries = None if spans is None else spans.boundaries
         if spans is not None and boundaries is not None:
             if layer is not None or draw is not None:
@@ -116,14 +116,14 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
             else:
                 schedule = Segments(boundaries, True, window_size, sink_size)
         if draw is not None:
-            schedule, counted = _draw(draw, module, query.device)
-        call = _Call(name, sink_size, window_size, schedule, dropout, position_ids, spans, rope, interleaved, options)
+            schedule, counted = draw_round(draw, module, query.device)
+        call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options)
         if layer is None:
             try:
                 out = _attend(call, query, key, value)
             except Exception:
                 if counted:
-                    _take_back_round(module)
+                    take_back_round(module)
                 raise
         else:
             for size, given, wanted in (
@@ -142,20 +142,22 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
 
 def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention over keys as transformers' own caches give them, or without a cache."""
-    lengths: dict[str, Any] = {}
+    options = call.options
     if call.spans is not None:
-        lengths = dict(zip(("key_starts", "key_lengths", "query_lengths"), call.spans, strict=False))
+        starts, ends, queries, _, _ = call.spans
+        options = options._replace(key_starts=starts, key_lengths=ends, query_lengths=queries)
     if call.rope is not None:
         assert call.position_ids is not None
         evicted = 0
         if call.spans is None:
             key, value, evicted = _without_middle(call, query.shape[2], key, value)
         if evicted:
-            lengths["key_offset"] = torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
+            offset = torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
+            options = options._replace(key_offset=offset)
         key_position = _key_positions(call, query, key, evicted)
-        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.interleaved)
-        key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.interleaved)
-    out = pycore_attention(query, key, value, schedule=call.schedule, dropout_p=call.dropout, **lengths, **call.options)
+        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.options.interleaved)
+        key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.options.interleaved)
+    out = call_attention("attention", query, key, value, call.schedule, options)
     assert isinstance(out, Tensor)
     return out
 
@@ -163,8 +165,8 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Appends new tokens to a layer of a LambdaCache and attends to what it holds."""
     name = call.name
-    if call.dropout:
-        raise ValueError(f"{name}: dropout is {call.dropout} and must be 0 with a LambdaCache")
+    if call.options.dropout_p:
+        raise ValueError(f"{name}: dropout is {call.options.dropout_p} and must be 0 with a LambdaCache")
     store = layer.open_store(name, call.sink_size, call.window_size)
     starts = None
     if call.spans is not None:
@@ -176,10 +178,10 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
     offset = layer.position_offset
     if call.rope is not None:
         assert call.position_ids is not None
-        offset = _position_offset(name, layer, call.position_ids, query, starts)
+        offset = position_offset(name, layer, call.position_ids, query, starts)
         inverse = call.rope.inverse(call.position_ids, query.dtype)
-        query, key = (unrotate(x, inverse, call.interleaved) for x in (query, key))
-    out = store.append_and_attend(query, key, value, starts=starts, **call.options)
+        query, key = (unrotate(x, inverse, call.options.interleaved) for x in (query, key))
+    out = store.append_and_attend(query, key, value, starts=starts, **call.options.for_cache())
     layer.count(key.shape[2], offset)
     assert isinstance(out, Tensor)
     return out
@@ -210,87 +212,6 @@ def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Ten
         return row + (last - (call.spans.key_lengths - 1)[:, None])
     position = row + (call.position_ids[:, -1:] - (key.shape[2] - 1))
     return position - evicted * (row < call.sink_size)
-
-
-def _check_positions(
-    name: str, position_ids: Tensor | None, query: Tensor, key: Tensor, spans: Spans | None, cached: bool
-) -> Spans | None:
-    """The spans, with the boundaries of texts where the position ids of several follow one another.
-
-    Those of a text are consecutive. The mask function has looked already in most models; compiled code cannot choose,
-    and refuses.
-    """
-    if position_ids is None:
-        return spans
-    if position_ids.dim() != 2:
-        raise ValueError(f"{name}: position_ids has {position_ids.dim()} dimensions and must have 2, [batch, length]")
-    batch, _, queries, _ = query.shape
-    if queries == 1:
-        return spans
-    step = position_ids.diff(dim=-1)
-    allowed = step == 1
-    if spans is not None:  # padding may have any
-        row = torch.arange(1, queries, device=position_ids.device)[None]
-        allowed = allowed | (row <= spans.new_starts[:, None]) | (row >= spans.query_lengths[:, None])
-    if not torch.compiler.is_compiling() and not cached and key.shape[2] == queries and step.device.type == "cpu":
-        cut = ~allowed & (step <= 0)
-        if bool(cut.any()):
-            if spans is None:
-                none = torch.zeros(batch, dtype=torch.int64, device=key.device)
-                spans = Spans(none, none + queries, none + queries, none)
-            spans = spans._replace(boundaries=text_boundaries(cut, spans))
-            allowed = allowed | cut
-    require(
-        allowed.all(),
-        f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not available",
-    )
-    return spans
-
-
-def _position_offset(
-    name: str, layer: LambdaLayer, position_ids: Tensor, query: Tensor, starts: Tensor | None
-) -> Tensor:
-    """What a token's position id exceeds its number by, [batch]; the first new token must follow the last one held."""
-    batch, _, new, _ = query.shape
-    last = position_ids[:, -1] - (new - 1 if starts is None else new - 1 - starts)
-    if layer.get_seq_length() == 0:
-        return last.expand(batch)
-    assert layer.store is not None
-    held = layer.store.lengths
-    offset = last - held
-    if layer.position_offset is not None:
-        require(
-            ((offset == layer.position_offset) | (held == 0)).all(),
-            f"{name}: position_ids do not go on where past_key_values ends and must be consecutive",
-        )
-    return offset
-
-
-_ROUND = "pycore_round"  # the buffer of a layer that draws blocks
-
-
-def round_of(module: nn.Module) -> Tensor | None:
-    """The round that a layer reads, int64 of no dimensions, once it has run."""
-    return getattr(module, _ROUND, None)
-
-
-def _take_back_round(module: nn.Module) -> None:
-    """What was refused was no round."""
-    round = round_of(module)
-    if round is not None and not torch.compiler.is_compiling():
-        round.sub_(1)
-
-
-def _draw(draw: Probabilistic, module: nn.Module, device: torch.device) -> tuple[Probabilistic, bool]:
-    """The layer's blocks for this pass, and whether it counts as a round."""
-    round = round_of(module)
-    if round is None:
-        with torch.inference_mode(False):  # where no training could count on
-            round = torch.zeros((), dtype=torch.int64, device=device)
-        module.register_buffer(_ROUND, round, persistent=False)
-    counted = advance(round, module.training)
-    layer = getattr(module, "layer_idx", None)
-    return dataclasses.replace(draw, round=round).for_layer(layer or 0), counted
 
 
 def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int | None:

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pycore._tensors import as_index, check_tensor
-from pycore.schedules import KeySubset, Tree
+from pycore._limits import KEY_TILE
+from pycore._tensors import as_index, check_tensor, short_name
+from pycore.schedules.kinds import KeySubset, Tree
 
 __all__ = ["key_mask", "key_words", "tree_ancestors", "tree_nodes"]
 
 
 def _words(mask: Tensor) -> Tensor:
-    """Bool [..., n] as int64 [..., ceil(n / 64)]: bit i % 64 of word i // 64 is entry i."""
+    """Bool [..., n] as int64 [..., ceil(n / 64)], a word a tile: bit i % 64 of word i // 64 is entry i."""
     n = mask.shape[-1]
-    words = (n + 63) // 64
-    bits = pad(mask, (0, 64 * words - n)).unflatten(-1, (words, 64)).long()
-    return (bits << torch.arange(64, device=mask.device)).sum(-1)
+    words = (n + KEY_TILE - 1) // KEY_TILE
+    bits = pad(mask, (0, KEY_TILE * words - n)).unflatten(-1, (words, KEY_TILE)).long()
+    return (bits << torch.arange(KEY_TILE, device=mask.device)).sum(-1)
 
 
 def _check(op: str, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shapes: str) -> Tensor:
@@ -30,8 +31,8 @@ def _check(op: str, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], s
     check_tensor(op, name, value)
     value = as_index(value)
     if value.dtype not in dtypes:
-        wanted = " or ".join(str(dtype)[6:] for dtype in dtypes)
-        raise ValueError(f"{op}: {name} is {str(value.dtype)[6:]} and must be {wanted}")
+        wanted = " or ".join(short_name(dtype) for dtype in dtypes)
+        raise ValueError(f"{op}: {name} is {short_name(value.dtype)} and must be {wanted}")
     if value.dim() not in (1, 2):
         raise ValueError(f"{op}: {name} has {value.dim()} dimensions and must have 1 or 2: {shapes}")
     return value if value.dim() == 2 else value[None]

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int
-from pycore._tensors import as_index, check_devices, check_tensor
+from pycore._limits import FAR
+from pycore._tensors import as_index, check_devices, check_tensor, short_name
 
 __all__ = ["check_index", "check_path", "check_starts", "check_state", "check_tokens"]
 
-_FAR = 2**61  # of positions: csrc/include/pycore/attention/tile_schedule.h
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _index(op: str, name: str, x: Any) -> Tensor:
@@ -57,7 +53,7 @@ def check_starts(op: str, starts: Any, key: Tensor, values: bool) -> Tensor | No
     starts = _index(op, "starts", starts)
     batch, tokens = key.shape[0], key.shape[2]
     if starts.dtype != torch.int64 or starts.dim() != 1 or len(starts) != batch:
-        raise ValueError(f"{op}: starts is {_name(starts.dtype)} {list(starts.shape)} and must be int64 [{batch}]")
+        raise ValueError(f"{op}: starts is {short_name(starts.dtype)} {list(starts.shape)} and must be int64 [{batch}]")
     if starts.device != key.device:
         raise ValueError(f"{op}: starts is on {starts.device} and must be on {key.device} like key")
     if values:
@@ -83,7 +79,9 @@ def check_path(op: str, path: Any, batch: int, tokens: int) -> Tensor:
     """int64 [batch, n]: places below `tokens`, ascending, then -1."""
     path = _index(op, "path", path)
     if path.dtype != torch.int64 or path.dim() not in (1, 2) or (path.dim() == 2 and path.shape[0] != batch):
-        raise ValueError(f"{op}: path is {_name(path.dtype)} {list(path.shape)} and must be int64 [n] or [{batch}, n]")
+        raise ValueError(
+            f"{op}: path is {short_name(path.dtype)} {list(path.shape)} and must be int64 [n] or [{batch}, n]"
+        )
     path = path.expand(batch, -1)
     if bool(((path < -1) | (path >= tokens)).any()):
         raise IndexError(f"{op}: path must be between 0 and {tokens - 1}, or -1 for no token")
@@ -121,13 +119,13 @@ def check_state(op: str, state: Any, sizes: Mapping[str, int], rows: int) -> tup
         check_int(op, "cropped", cropped)
         if not 0 <= cropped <= sizes["rollback"]:
             raise ValueError(f"{op}: cropped is {cropped} and must be between 0 and rollback, {sizes['rollback']}")
-    for name, numbers, most in (("lengths", lengths, _FAR - 1), ("cropped", cropped, sizes["rollback"])):
+    for name, numbers, most in (("lengths", lengths, FAR), ("cropped", cropped, sizes["rollback"])):
         if name == "cropped" and not isinstance(numbers, Tensor):
             continue
         check_tensor(op, name, numbers)
         if numbers.dtype != torch.int64 or numbers.dim() != 1 or len(numbers) != batch:
             raise ValueError(
-                f"{op}: {name} is {_name(numbers.dtype)} {list(numbers.shape)} and must be int64 [{batch}]"
+                f"{op}: {name} is {short_name(numbers.dtype)} {list(numbers.shape)} and must be int64 [{batch}]"
             )
         if numbers.device != key.device:
             raise ValueError(f"{op}: {name} is on {numbers.device} and must be on {key.device} like key")
@@ -141,7 +139,9 @@ def _check_rows(op: str, key: Any, value: Any, rows: int) -> None:
     for name, tensor in (("key", key), ("value", value)):
         check_tensor(op, name, tensor)
         if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{op}: {name} is {_name(tensor.dtype)} and must be float32, float16, bfloat16 or float64")
+            raise ValueError(
+                f"{op}: {name} is {short_name(tensor.dtype)} and must be float32, float16, bfloat16 or float64"
+            )
         if tensor.dim() != 4 or tensor.shape[2] != rows:
             raise ValueError(
                 f"{op}: {name} has shape {list(tensor.shape)} and must be [batch, kv_heads, {rows}, channels]"

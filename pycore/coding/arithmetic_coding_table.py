@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycore import _load
-from pycore._checks import check_int, check_unmasked, check_whole
-from pycore.equal_info_windows import NextProbs, Rows
+from pycore._checks import check_bytes, check_int, check_whole
+from pycore.coding.arithmetic_coding_windows import NextProbs, Rows, token_array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ class EqualInfoTable:
         left out, since the longest match never ends there. The model is asked about every string of the table.
 
         Args:
-            model: has `next_probs` (see `pycore.equal_info_windows.NextProbs`).
+            model: has `next_probs` (see `pycore.coding.arithmetic_coding_windows.NextProbs`).
             bits: 8 to 20.
             progress: a bar on stderr, or lines where that is no terminal; None for a bar on a terminal only.
             max_batch: the most prefixes the model is asked at once; the table does not depend on it.
@@ -103,8 +103,7 @@ class EqualInfoTable:
         """
         import torch
 
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"EqualInfoTable.encode: data is a {type(data).__name__} and must be bytes")
+        check_bytes("EqualInfoTable.encode", "data", data)
         if parse not in ("longest", "optimal"):
             raise ValueError(f"EqualInfoTable.encode: parse is {parse!r} and must be 'longest' or 'optimal'")
         tokens = self._trie.encode(data if isinstance(data, bytes) else bytes(data), fewest=parse == "optimal")
@@ -121,14 +120,7 @@ class EqualInfoTable:
             TypeError: tokens are no integers.
             ValueError: tokens has another shape.
         """
-        check_unmasked("EqualInfoTable.decode", "tokens", tokens)
-        array = np.asarray(tokens.detach().cpu() if hasattr(tokens, "detach") else tokens)
-        if array.size == 0 and not hasattr(tokens, "dtype"):
-            array = array.astype(np.int64)  # an empty list
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"EqualInfoTable.decode: tokens has dtype {array.dtype} and must have an integer dtype")
-        if array.ndim != 1:
-            raise ValueError(f"EqualInfoTable.decode: tokens has shape {list(array.shape)} and must be [n]")
+        array = token_array("EqualInfoTable.decode", tokens)
         data: bytes = self._trie.decode(np.ascontiguousarray(array, dtype=np.int64))
         return data
 
@@ -179,6 +171,9 @@ class EqualInfoTable:
 
     def __repr__(self) -> str:
         return f"EqualInfoTable(bits={self.bits})"
+
+
+EqualInfoTable.__module__ = "pycore"  # its public home
 
 
 class _Progress:

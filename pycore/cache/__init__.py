@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Key-value caches whose attention gives the same bits as attention over everything that was ever appended."""
+
+from pycore.cache.lambda_cache import LambdaKVCache
+
+__all__ = ["LambdaKVCache"]
+
+LambdaKVCache.__module__ = __name__

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Λ and probabilistic attention for Hugging Face transformers (4.57 and newer): one call registers, a name chooses.
+
+    register(sink_size=16, window_size=1024)
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pycore_lambda")
+    model.generate(**inputs, past_key_values=LambdaCache(sink_size=16, window_size=1024))
+
+docs/integrations/transformers.md says which models, what padding and caches do, and what is refused.
+"""
+
+from pycore.integrations.transformers._cache import LambdaCache
+from pycore.integrations.transformers._register import register, register_probabilistic, set_round
+
+__all__ = ["LambdaCache", "register", "register_probabilistic", "set_round"]
+
+LambdaCache.__module__ = __name__
