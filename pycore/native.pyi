@@ -208,3 +208,29 @@ def rms_norm_backward(
     grad_weight: Any = None,
     threads: int | None = None,
 ) -> tuple[Any, Any]: ...
+def staircase_quantize(
+    x: Any,
+    *,
+    bits: int,
+    group_size: int,
+    dim: int,
+    grid: str = "embedded",
+    codes: Any = None,
+    lo: Any = None,
+    hi: Any = None,
+    centers: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any, Any, Any]: ...
+def staircase_dequantize(
+    codes: Any,
+    lo: Any,
+    hi: Any,
+    centers: Any = None,
+    *,
+    bits: int,
+    group_size: int,
+    dim: int,
+    grid: str = "embedded",
+    out: Any = None,
+    threads: int | None = None,
+) -> Any: ...
