@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group quantization on an embedded grid: the codes of fewer bits are the leading bits of those of more.
 
-`torch.ops.pycore` has the ops (csrc/torch/staircase.cpp), which run csrc/cpu/staircase/dispatch.cpp. The grid is written
-down in csrc/include/pycore/staircase/grid.h, and docs/ops/staircase.md says how good it is.
+`torch.ops.pycore` has the ops (csrc/torch/staircase.cpp), which run csrc/cpu/staircase/dispatch.cpp. The grid is
+written down in csrc/include/pycore/staircase/grid.h, and docs/ops/staircase.md says how good it is.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def staircase_quantize(
 ) -> tuple[Tensor, ...]:
     """Quantizes every group of `group_size` neighbours along `dim` between its least and its greatest element.
 
-    The embedded grid: with place = (x - lo) / (hi - lo), the code of 8 bits is clamp(floor(256 place), 0, 255), and that
-    of b bits its first b bits, ``codes >> (8 - b)``: quantizing coarsely and dropping bits are the same.
+    The embedded grid: with place = (x - lo) / (hi - lo), the code of 8 bits is clamp(floor(256 place), 0, 255), and
+    that of b bits its first b bits, ``codes >> (8 - b)``: quantizing coarsely and dropping bits are the same.
 
     Args:
         x: float32, float16 or bfloat16, on the CPU. Any strides; a contiguous last dimension is read in place.
@@ -55,8 +55,8 @@ def staircase_quantize(
     A group whose elements are all equal has codes 0 and is kept exactly. A minus zero comes back as zero.
 
     Raises:
-        ValueError: an element is NaN or infinite, or hi - lo is infinite in float32; the sentence names the group. Or an
-            argument that does not fit.
+        ValueError: an element is NaN or infinite, or hi - lo is infinite in float32; the sentence names the group. Or
+            an argument that does not fit.
         IndexError: a dim that x does not have.
         TypeError: an argument of another type.
 
@@ -125,7 +125,7 @@ def _check_numbers(op: str, bits: Any, group_size: Any, dim: Any, grid: Any) -> 
 
 
 def hadamard(channels: int) -> Tensor:
-    """float64 [channels, channels], orthogonal: Sylvester's matrix, or blocks of the largest power of two in channels."""
+    """float64 [channels, channels], orthogonal: Sylvester's matrix, in blocks of channels' largest power of two."""
     block = channels & -channels
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < block:

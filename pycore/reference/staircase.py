@@ -41,7 +41,7 @@ def dequantize(
     codes: Tensor, lo: Tensor, hi: Tensor, centers: Tensor | None = None, *, bits: int, group_size: int, dim: int,
     grid: str = "embedded", dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """lo + (code + centre / 256) (hi - lo) / 2^bits, computed in `dtype`: float32 is what the kernels do."""
+    """Gives lo + (code + centre / 256) (hi - lo) / 2^bits, computed in `dtype`: float32 is what the kernels do."""
     work = dtype or torch.float32
     index = torch.arange(codes.shape[dim], device=codes.device) // group_size
     low, high = (each.to(work).index_select(dim, index) for each in (lo, hi))

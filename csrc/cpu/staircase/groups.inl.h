@@ -143,13 +143,12 @@ struct LaneGrid {
 
 // Codes [count][stride] of one channel as planes.
 inline void pack(const uint8_t* wide, int64_t stride, int64_t count, int32_t plane, uint8_t* out) {
-  static constexpr int32_t kShift[kPlanes] = {6, 4, 0};
-  const int32_t bits = kPlaneBits[plane], mask = (1 << bits) - 1;
+  const int32_t bits = plane_bits(plane), shift = plane_shift(plane), mask = (1 << bits) - 1;
   const int64_t bytes = plane_bytes(count, bits);
   for (int64_t i = 0; i < bytes; ++i) {
     int32_t byte = 0;
     for (int64_t part = 0, t = i; t < count; ++part, t += bytes) {
-      byte |= (wide[t * stride] >> kShift[plane] & mask) << (bits * part);
+      byte |= (wide[t * stride] >> shift & mask) << (bits * part);
     }
     out[i] = static_cast<uint8_t>(byte);
   }
@@ -187,7 +186,7 @@ void quantize_columns_of(const GroupSource& source, const GroupResult& result) {
               static_cast<uint8_t>(plain ? kMiddle : staircase_centre(grid.totals[k][l], counted, result.widths[k]));
         }
         if (result.planes[k]) {
-          const int64_t bytes = plane_bytes(source.count, kPlaneBits[k]);
+          const int64_t bytes = plane_bytes(source.count, plane_bits(k));
           pack(&kept[0][l], kLanes, source.count, k, result.planes[k] + (channel + l) * bytes);
         }
       }

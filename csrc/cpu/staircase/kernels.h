@@ -26,11 +26,12 @@ struct GroupSource {
   }
 };
 
-// Bits of the planes of a place, from the top: 2, 2, 4.
+// The planes of a code of eight bits, from the top: 2, 2 and 4 bits. A code of 2 bits is the first, one of 4 the first
+// two, one of 8 all three. (Functions: an array would be a weak symbol in the wide objects.)
 inline constexpr int64_t kMostPacked = 256;  // codes of a group that is packed
 inline constexpr int32_t kPlanes = 3;
-inline constexpr int32_t kPlaneBits[kPlanes] = {2, 2, 4};
-inline constexpr int32_t kPlaneWidths[kPlanes] = {2, 4, 8};  // of a code that this plane is the last of
+PYCORE_STAIRCASE_INLINE int32_t plane_bits(int32_t plane) { return plane < 2 ? 2 : 4; }
+PYCORE_STAIRCASE_INLINE int32_t plane_shift(int32_t plane) { return 6 - 2 * plane - (plane == 2 ? 2 : 0); }
 
 struct GroupResult {
   StaircaseGrid grid = StaircaseGrid::kEmbedded;
