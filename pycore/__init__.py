@@ -17,6 +17,7 @@ from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
     from pycore import compat, integrations, models, native, nn, ops, positions, reference, schedules
+    from pycore._staircase_cache import Staircase, StaircaseKVCache
     from pycore.bitstreams import Bitstreams
     from pycore.cache import LambdaKVCache
     from pycore.equal_info_table import EqualInfoTable
@@ -33,6 +34,8 @@ __all__ = [
     "EqualInfoTable",
     "EqualInfoWindows",
     "LambdaKVCache",
+    "Staircase",
+    "StaircaseKVCache",
     "__version__",
     "build_info",
     "compat",
@@ -56,6 +59,8 @@ _HOMES = {
     "EqualInfoTable": "equal_info_table",
     "EqualInfoWindows": "equal_info_windows",
     "LambdaKVCache": "cache",
+    "Staircase": "_staircase_cache",
+    "StaircaseKVCache": "_staircase_cache",
 }
 
 

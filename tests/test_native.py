@@ -33,6 +33,8 @@ KERNELS = [
     "quantize_cdf",
     "rms_norm",
     "rms_norm_backward",
+    "staircase_cache_append",
+    "staircase_cache_read",
     "staircase_dequantize",
     "staircase_quantize",
     "torchac_decode",

@@ -15,5 +15,6 @@ void register_attention_blocks(pybind11::module_& m);
 void register_attention_cache(pybind11::module_& m);
 void register_linear(pybind11::module_& m);
 void register_staircase(pybind11::module_& m);
+void register_staircase_cache(pybind11::module_& m);
 
 }  // namespace pycore::python
