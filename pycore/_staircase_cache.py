@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A key-value cache that spends fewer bits on older tokens, on an embedded grid, so that ageing moves and rounds nothing.
+"""A key-value cache with fewer bits for older tokens, on an embedded grid, so that ageing moves and rounds nothing.
 
 docs/ops/staircase.md writes the format down; csrc/include/pycore/staircase/cache.h is the kernels' side of it.
 """
@@ -8,131 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pycore._cache_checks import check_index, check_starts, check_tokens
-from pycore._checks import check_int, check_number, check_str, is_bool
+from pycore._checks import check_int, check_str, is_bool
+from pycore._staircase import DTYPES, Staircase
+from pycore._staircase_unpacked import Chunk, attend_full, attend_steps, replay, rotate
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_devices, check_tensor
-from pycore.ops.attention import attention
-from pycore.ops.linear import invariant_linear
 from pycore.ops.staircase import hadamard
 from pycore.schedules import Causal, Lambda, Schedule
 
 __all__ = ["Staircase", "StaircaseKVCache"]
-
-_WIDTHS = (16, 8, 4, 2)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MOST_GROUP, _MOST_STEPS = 256, 32  # csrc/host/staircase_cache_args.h, csrc/include/pycore/staircase/cache.h
-
-
-@dataclass(frozen=True, eq=False)
-class Staircase:
-    """How many bits a token of a `StaircaseKVCache` has at which age.
-
-    A query at position p reads key and value j at bits[min(p // step - j // step, last)], the first `sink_size` tokens at
-    bits[0]. 16 stands for the cache's own dtype, whatever it is.
-
-    Args:
-        bits: of the newest step of tokens, of the step before it, and so on; the last of all that are older. 16 first,
-            then 16, 8, 4 or 2, never rising. (16, 2) is KIVI's; (16,) quantizes nothing.
-        step: tokens, a multiple of group_size; or a fraction of the cache's given capacity, above 0 and below 1, which
-            is rounded down to such a multiple.
-        sink_size: first tokens, which stay in full.
-        group_size: 1 to 256: tokens of a channel (keys) or channels of a token (values) that share lo and hi.
-        rollback: tokens that `crop` may take back.
-        key_rotation, value_rotation: "hadamard", or orthogonal [kv_heads, head_dim, head_dim], such as
-            `pycore.ops.staircase_rotation` learns: tokens are rotated before they are quantized, and the query and the
-            output beside them, so that the cache need not be rotated back.
-        key_bits, value_bits: ladders of their own, where keys and values differ.
-        grid: "embedded"; or "minmax", KIVI's, for a ladder with one quantized width.
-
-    Source: Li, "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in Generative AI".
-    """
-
-    bits: Sequence[int] = (16, 8, 4)
-    step: int | float = 128
-    sink_size: int = 4
-    group_size: int = 64
-    rollback: int = 64
-    key_rotation: str | Tensor | None = None
-    value_rotation: str | Tensor | None = None
-    key_bits: Sequence[int] | None = field(default=None, kw_only=True)
-    value_bits: Sequence[int] | None = field(default=None, kw_only=True)
-    grid: str = field(default="embedded", kw_only=True)
-
-    def __post_init__(self) -> None:
-        op = "Staircase"
-        check_int(op, "sink_size", self.sink_size, 0)
-        check_int(op, "group_size", self.group_size, 1, _MOST_GROUP)
-        check_int(op, "rollback", self.rollback, 0)
-        if isinstance(self.step, float):
-            check_number(op, "step", self.step)
-            if not 0 < self.step < 1:
-                raise ValueError(
-                    f"{op}: step is {self.step} and must be above 0 and below 1, or a whole number of tokens"
-                )
-        else:
-            check_int(op, "step", self.step, 1)
-            if self.step % self.group_size:
-                raise ValueError(f"{op}: step is {self.step} and must be a multiple of group_size, {self.group_size}")
-        check_str(op, "grid", self.grid)
-        if self.grid not in ("embedded", "minmax"):
-            raise ValueError(f"{op}: grid is {self.grid!r} and must be 'embedded' or 'minmax'")
-        for name in ("bits", "key_bits", "value_bits"):
-            ladder = getattr(self, name)
-            if ladder is not None:
-                object.__setattr__(self, name, self._ladder(name, ladder))
-        for name in ("key_rotation", "value_rotation"):
-            rotation = getattr(self, name)
-            if isinstance(rotation, str):
-                if rotation != "hadamard":
-                    raise ValueError(f"{op}: {name} is {rotation!r} and must be 'hadamard', a Tensor or None")
-            elif rotation is not None:
-                object.__setattr__(self, name, _orthogonal(op, name, rotation))
-
-    def _ladder(self, name: str, ladder: Any) -> tuple[int, ...]:
-        op = "Staircase"
-        if not isinstance(ladder, Sequence) or isinstance(ladder, str | bytes):
-            raise TypeError(f"{op}: {name} is a {type(ladder).__name__} and must be a sequence of ints")
-        if not 1 <= len(ladder) <= _MOST_STEPS:
-            raise ValueError(f"{op}: {name} has {len(ladder)} entries and must have between 1 and {_MOST_STEPS}")
-        for i, width in enumerate(ladder):
-            check_int(op, f"{name}[{i}]", width)
-            if width not in _WIDTHS:
-                raise ValueError(f"{op}: {name}[{i}] is {width} and must be 16, 8, 4 or 2")
-            if i == 0 and width != 16:
-                raise ValueError(f"{op}: {name}[0] is {width} and must be 16: the newest tokens are always full")
-            if i > 0 and width > ladder[i - 1]:
-                raise ValueError(f"{op}: {name}[{i}] is {width} and must be at most {ladder[i - 1]}, the step before")
-        if self.grid == "minmax" and len({*ladder} - {16}) > 1:
-            raise ValueError(f"{op}: {name} is {tuple(ladder)} and must have one quantized width with grid='minmax'")
-        return tuple(int(width) for width in ladder)
-
-    @property
-    def ladders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Bits of keys, and of values."""
-        return tuple(self.key_bits or self.bits), tuple(self.value_bits or self.bits)
-
-
-def _orthogonal(op: str, name: str, rotation: Any) -> Tensor:
-    if not isinstance(rotation, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(rotation).__name__} and must be 'hadamard', a Tensor or None")
-    check_tensor(op, name, rotation)
-    if rotation.dim() != 3 or rotation.shape[1] != rotation.shape[2] or not rotation.is_floating_point():
-        raise ValueError(
-            f"{op}: {name} is {str(rotation.dtype)[6:]} {list(rotation.shape)} and must be floating point [kv_heads, "
-            "head_dim, head_dim]"
-        )
-    exact = rotation.detach().double()
-    off = (exact @ exact.mT - torch.eye(exact.shape[1], dtype=exact.dtype, device=exact.device)).abs()
-    if not bool((off < 1e-3).all()):
-        raise ValueError(f"{op}: {name} is off by {float(off.max()):.3g} and must be orthogonal to within 0.001")
-    return rotation.detach().float().contiguous().clone()
 
 
 @torch.library.register_fake("pycore::staircase_cache_append")
@@ -178,22 +69,11 @@ class _Side(NamedTuple):
         return max(0, (query // step - age + 1) * step)
 
 
-class _Chunk(NamedTuple):
-    """A chunk too long for the rings, and what they were before it."""
-
-    key: Tensor  # rotated
-    value: Tensor
-    starts: Tensor | None
-    lengths: Tensor
-    peak: Tensor
-    rings: tuple[dict[int, Tensor], dict[int, Tensor]]
-
-
 class StaircaseKVCache:
     """Keys and values of all tokens, with fewer bits the older they are.
 
-    The codes are on a grid on which dropping low bits is quantizing coarsely, and stored as bit planes: the top two bits
-    of every token, the next two and the low four in rings that cover the steps which read them, and full precision in a
+    The codes are on a grid on which dropping low bits is quantizing coarsely, and stored as bit planes: the top two
+    bits of every token, the next two and the low four in rings that cover the steps which read them, and full precision in a
     ring of its own. Tokens age as the rings move on: nothing is copied, quantized anew or kept twice, and appending a
     token takes the same time at every length. What lies in the cache does not depend on the chunks tokens came in.
 
@@ -236,7 +116,7 @@ class StaircaseKVCache:
             check_int(op, "capacity", capacity, 1)
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{op}: dtype is a {type(dtype).__name__} and must be a torch.dtype")
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(f"{op}: dtype is {str(dtype)[6:]} and must be float32, float16 or bfloat16")
         self.device = torch.device(device)
         if self.device.type != "cpu":
@@ -309,7 +189,7 @@ class StaircaseKVCache:
             self._lengths = torch.zeros(self.batch, dtype=torch.int64)
             self._peak = torch.zeros(self.batch, dtype=torch.int64)
         self._rows = rows
-        self._chunk: _Chunk | None = None
+        self._chunk: Chunk | None = None
 
     def _allocate(self, side: _Side, rows: int) -> list[Tensor]:
         """Storage for `rows` tokens: full, three planes, lo, hi, and the centers of the widths 2 and 4."""
@@ -377,7 +257,7 @@ class StaircaseKVCache:
     def _newest(self, which: int) -> Tensor:
         rotation = self._sides[which].rotation
         x = self._read(which, self._lengths - 1, self._lengths, rotation is not None)
-        return x if rotation is None else _rotate(x, rotation, back=True).to(self.dtype)
+        return x if rotation is None else rotate(x, rotation, back=True).to(self.dtype)
 
     def _read(self, which: int, positions: Tensor, ends: Tensor, wide: bool) -> Tensor:
         """What queries at `positions` read of the first `ends` tokens, as it is kept: rotated."""
@@ -420,7 +300,7 @@ class StaircaseKVCache:
                 f"{self.capacity}, which they must fit"
             )
         key, value = (
-            x.detach() if side.rotation is None else _rotate(x.detach(), side.rotation).to(self.dtype)
+            x.detach() if side.rotation is None else rotate(x.detach(), side.rotation).to(self.dtype)
             for x, side in zip((key, value), self._sides, strict=True)
         )
         peak = torch.maximum(self._peak, lengths)
@@ -430,7 +310,7 @@ class StaircaseKVCache:
                 {i: storage[i].clone() for i in side.rings()}
                 for side, storage in zip(self._sides, self._storage, strict=True)
             )
-            chunk = _Chunk(key, value, starts, self._lengths.clone(), self._peak.clone(), rings)  # type: ignore[arg-type]
+            chunk = Chunk(key, value, starts, self._lengths.clone(), self._peak.clone(), rings)  # type: ignore[arg-type]
         storage, rows = self._grown(longest)
         self._write(storage, key, value, starts)
         self._storage, self._rows, self._peak, self._chunk = storage, rows, peak, chunk
@@ -452,7 +332,7 @@ class StaircaseKVCache:
                 wider = [self._allocate(side, rows) for side in self._sides]
         except RuntimeError as error:
             raise MemoryError(
-                f"StaircaseKVCache.append: {rows} tokens of a row must fit the memory, where they could not be allocated"
+                f"StaircaseKVCache.append: {rows} tokens of a row must fit the memory, and could not be allocated"
             ) from error
         for new, old in zip(wider, self._storage, strict=True):
             for i, (to, of) in enumerate(zip(new, old, strict=True)):
@@ -478,15 +358,15 @@ class StaircaseKVCache:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Causal attention of the newest tokens' queries over the cache; the last query belongs to the newest token.
 
-        For now it unpacks what each query reads and calls `pycore.ops.attention`, which takes time and memory as a cache
-        in float32 does.
+        For now it unpacks what each query reads and calls `pycore.ops.attention`, which takes time and memory as a
+        cache in float32 does.
 
         Args:
             query: [batch, heads, n, head_dim], after RoPE. n is at most the size of the last chunk, or what the rings
                 still hold for. A chunk too long for the rings can be attended to once, right after it was appended.
             schedule: Causal, or Lambda: sinks and a window over the quantized cache.
-            prefill: "staircase": each query reads what it would have read alone, the same bits. "full": all of them read
-                the first query's widths, and their own tokens in full.
+            prefill: "staircase": each query reads what it would have read alone, the same bits. "full": all of them
+                read the first query's widths, and their own tokens in full.
             distance_bias, sink_logits, softcap, scale, return_lse: as for `pycore.ops.attention`.
 
         Returns:
@@ -512,7 +392,7 @@ class StaircaseKVCache:
             raise ValueError(
                 f"{op}: query has {query.shape[1]} heads and must have a multiple of the cache's {self.kv_heads}"
             )
-        if query.dtype not in _DTYPES:
+        if query.dtype not in DTYPES:
             raise ValueError(f"{op}: query has dtype {str(query.dtype)[6:]} and must have float32, float16 or bfloat16")
         check_devices(op, cache=self._lengths, query=query)
         options = {
@@ -523,32 +403,32 @@ class StaircaseKVCache:
         first = (self._lengths - queries).clamp(min=0)
         rotated = query.detach().float()
         if self._sides[0].rotation is not None:
-            rotated = _rotate(rotated, self._sides[0].rotation)
+            rotated = rotate(rotated, self._sides[0].rotation)
         if self._served(first, self._peak):
-            results = self._attend_full(rotated, options) if prefill == "full" else self._attend(rotated, options)
+            results = attend_full(self, rotated, options) if prefill == "full" else attend_steps(self, rotated, options)
         elif chunk is None:
             raise ValueError(
-                f"{op}: query has {queries} rows, the first of which reads tokens that have left the rings, and must have "
-                "fewer: a longer chunk can be attended to once, right after it was appended"
+                f"{op}: query has {queries} rows, the first of which reads tokens that have left the rings, and must "
+                "have fewer: a longer chunk can be attended to once, right after it was appended"
             )
         elif queries != chunk.key.shape[2]:
             raise ValueError(
-                f"{op}: query has {queries} rows and must have {chunk.key.shape[2]}, one for each token appended last, or "
-                "few enough for the rings"
+                f"{op}: query has {queries} rows and must have {chunk.key.shape[2]}, one for each token appended last, "
+                "or few enough for the rings"
             )
         elif prefill == "full":
-            results = self._attend_full(rotated, options, chunk)
+            results = attend_full(self, rotated, options, chunk)
         else:
-            results = self._replay(chunk, rotated, options)
+            results = replay(self, chunk, rotated, options)
         self._chunk = None
         out, lse = results
         if self._sides[1].rotation is not None:
-            out = _rotate(out, self._sides[1].rotation, back=True)
+            out = rotate(out, self._sides[1].rotation, back=True)
         out = out.to(query.dtype)
         return (out, lse) if return_lse else out
 
     def _served(self, first: Tensor, peak: Tensor) -> bool:
-        """Whether the rings of a cache whose rows have been as long as `peak` hold what queries from `first` on read."""
+        """Whether rings that have seen `peak` tokens of each row hold what queries from `first` on read."""
         group, step = self.staircase.group_size, self._step
         for query, most in zip(first.tolist(), peak.tolist(), strict=True):
             for side in self._sides:
@@ -561,91 +441,6 @@ class StaircaseKVCache:
                     if rows and side.served_from(query, step, age) < most // group * group - rows:
                         return False
         return True
-
-    def _attend(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Queries that the rings serve: those between two steps read alike, and are attended to together."""
-        queries = query.shape[2]
-        cuts = {0, queries}
-        for length in self._lengths.tolist():
-            cuts.update(range((queries - length) % self._step, queries, self._step))
-        ordered = sorted(cuts)
-        parts = []
-        for begin, end in zip(ordered[:-1], ordered[1:], strict=True):
-            newest = (self._lengths - (queries - end)).clamp(min=0)
-            key, value = (self._read(which, newest - 1, newest, True) for which in (0, 1))
-            parts.append(self._call(query[:, :, begin:end], key, value, newest, options))
-        if not parts:
-            key, value = (self._read(which, self._lengths - 1, self._lengths, True) for which in (0, 1))
-            parts = [self._call(query, key, value, self._lengths, options)]
-        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
-
-    def _call(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        results = attention(query, key, value, key_lengths=lengths, return_lse=True, **options)
-        assert isinstance(results, tuple)
-        return results
-
-    def _attend_full(
-        self, query: Tensor, options: dict[str, Any], chunk: _Chunk | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """All queries read what the first one does, and the newer tokens in full."""
-        if chunk is None:
-            first = (self._lengths - query.shape[2]).clamp(min=0)
-            key, value = (self._read(which, first, self._lengths, True) for which in (0, 1))
-            return self._call(query, key, value, self._lengths, options)
-        now = [list(storage) for storage in self._storage]
-        before, tokens = chunk.lengths, chunk.key.shape[2]
-        sides = []
-        for which, fresh in enumerate((chunk.key, chunk.value)):
-            for i, ring in chunk.rings[which].items():
-                self._storage[which][i] = ring
-            held = self._read(which, before, before, True)
-            self._storage[which] = now[which]
-            # A row's own tokens end where its chunk begins, behind the padding.
-            start = torch.zeros_like(before) if chunk.starts is None else chunk.starts
-            place = torch.arange(int(self._lengths.max()))[None, :]
-            old = place < before[:, None]
-            index = torch.where(
-                old, place, held.shape[2] + (place - before[:, None] + start[:, None]).clamp(max=tokens - 1)
-            )
-            both = torch.cat([held, fresh.float()], 2)
-            sides.append(both.gather(2, index[:, None, :, None].expand(-1, self.kv_heads, -1, both.shape[3])))
-        return self._call(query, *sides, self._lengths, options)
-
-    def _replay(self, chunk: _Chunk, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Goes back to before the chunk and takes it in again, from step to step, attending as it goes.
-
-        What is not a ring is written over with what is there, and the cache ends as it was: its bytes do not depend on
-        chunks.
-        """
-        tokens = chunk.key.shape[2]
-        for storage, rings in zip(self._storage, chunk.rings, strict=True):
-            for i, ring in rings.items():
-                storage[i].copy_(ring)
-        peak, self._peak = self._peak, chunk.peak
-        self._lengths.copy_(chunk.lengths)
-        starts = torch.zeros_like(self._lengths) if chunk.starts is None else chunk.starts
-        outs, lses, done, error = [], [], 0, None
-        while done < tokens:
-            rooms = [self._step - length % self._step for length in self._lengths.tolist()]
-            end = min(tokens, done + min(rooms, default=tokens))
-            part = slice(done, end)
-            padding = (starts - done).clamp(0, end - done)
-            self._write(self._storage, chunk.key[:, :, part], chunk.value[:, :, part], padding)
-            self._peak = torch.maximum(self._peak, self._lengths)
-            if error is None:
-                try:
-                    out, lse = self._attend(query[:, :, part], options)
-                    outs.append(out)
-                    lses.append(lse)
-                except Exception as failure:  # the cache first becomes what it was
-                    error = failure
-            done = end
-        self._peak = peak
-        if error is not None:
-            raise error
-        return torch.cat(outs, 2), torch.cat(lses, 2)
 
     # ---- rows and tokens taken back, chosen or repeated -------------------------------------------------------------
 
@@ -782,13 +577,3 @@ class StaircaseKVCache:
             storage.append(wanted)
         self.batch, self._storage, self._rows, self._lengths, self._peak = len(lengths), storage, rows, lengths, peak
         self._chunk = None
-
-
-def _rotate(x: Tensor, rotation: Tensor, back: bool = False) -> Tensor:
-    """x @ rotation of its KV head, or of its transpose, in float32: a row's bits are its own."""
-    share = x.shape[1] // rotation.shape[0]
-    heads = [
-        invariant_linear(part.float().contiguous(), turn if back else turn.mT.contiguous())
-        for part, turn in zip(x.split(share, 1), rotation, strict=True)
-    ]
-    return torch.cat(heads, 1)

@@ -308,7 +308,7 @@ def test_rotations_leave_attention_as_it_is() -> None:
 
 
 def test_a_rotation_helps_values_with_an_outlier_channel() -> None:
-    """One channel rules lo and hi of every token's group, until it is spread over all."""
+    """One channel rules lo and hi of every token's group, until it is spread over all, with one sign at best."""
     value = torch.randn(1, 2, 512, 16)
     value[..., 3] *= 30
     errors = []
@@ -316,7 +316,7 @@ def test_a_rotation_helps_values_with_an_outlier_channel() -> None:
         cache = made(small((16, 2), value_rotation=rotation), batch=1, dim=16)
         cache.append(value, value)
         errors.append(float((cache.values() - value).square().mean()))
-    assert errors[1] < 0.5 * errors[0] and errors[2] < 0.5 * errors[0]
+    assert errors[1] < 0.7 * errors[0] and errors[2] < 0.1 * errors[0]
 
 
 # ---- rows, growth, state ---------------------------------------------------------------------------------------------
@@ -476,7 +476,8 @@ def test_append_refuses() -> None:
          lambda: cache.append(tokens(11), tokens(11))),
         (ValueError, "key has shape [2, 2, 3, 21] and must be [2, 2, tokens, 20]",
          lambda: cache.append(tokens(3, dim=21), tokens(3))),
-        (ValueError, "value has 2 tokens and key has 3; they must be equal", lambda: cache.append(tokens(3), tokens(2))),
+        (ValueError, "value has 2 tokens and key has 3; they must be equal",
+         lambda: cache.append(tokens(3), tokens(2))),
         (ValueError, "key is torch.float16 on cpu and must be torch.float32 on cpu",
          lambda: cache.append(tokens(3).half(), tokens(3))),
         (ValueError, "starts[1] is 4 and must be between 0 and key's 3 tokens",
