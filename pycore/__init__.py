@@ -17,6 +17,7 @@ from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
     from pycore import compat, integrations, models, native, nn, ops, positions, reference, schedules
+    from pycore._staircase_cache import Staircase, StaircaseKVCache
     from pycore.cache import LambdaKVCache
     from pycore.coding.arithmetic_coding_table import EqualInfoTable
     from pycore.coding.arithmetic_coding_windows import EqualInfoWindows
@@ -33,6 +34,8 @@ __all__ = [
     "EqualInfoTable",
     "EqualInfoWindows",
     "LambdaKVCache",
+    "Staircase",
+    "StaircaseKVCache",
     "__version__",
     "build_info",
     "compat",
@@ -56,6 +59,8 @@ _HOMES = {
     "EqualInfoTable": "coding.arithmetic_coding_table",
     "EqualInfoWindows": "coding.arithmetic_coding_windows",
     "LambdaKVCache": "cache",
+    "Staircase": "_staircase_cache",
+    "StaircaseKVCache": "_staircase_cache",
 }
 
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "lane_sum.inl.h"
 #include "vector_rows.inl.h"
 
 constexpr float kLog2E = 1.44269504088896340736f;
@@ -30,50 +31,6 @@ struct MergeFactors {
     largest.store(max);
     ((total_max - largest) * power).exp2().store(total);
     ((state_max - largest) * power).exp2().store(state);
-  }
-};
-
-// A row's sum is kept in sixteen lanes, column c in lane c mod 16, whatever a vector holds: so all instruction sets add
-// in one order. `row` is its lanes in memory.
-constexpr int kSumLanes = 16;
-constexpr int kSumVectors = kSumLanes / Vec::kWidth;
-
-struct LaneSum {
-  Vec lanes[kSumVectors];
-
-  static PYCORE_INLINE LaneSum load(const float* row) {
-    LaneSum sum;
-    for (int v = 0; v < kSumVectors; ++v) sum.lanes[v] = Vec::load(row + v * Vec::kWidth);
-    return sum;
-  }
-  PYCORE_INLINE void store(float* row) const {
-    for (int v = 0; v < kSumVectors; ++v) lanes[v].store(row + v * Vec::kWidth);
-  }
-  PYCORE_INLINE LaneSum operator*(Vec factor) const {
-    LaneSum scaled;
-    for (int v = 0; v < kSumVectors; ++v) scaled.lanes[v] = lanes[v] * factor;
-    return scaled;
-  }
-  PYCORE_INLINE float total() const {
-    Vec x = lanes[0];
-    if constexpr (kSumVectors == 2) x = x + lanes[1];
-    return x.reduce_add();  // goes on halving
-  }
-  // Adds term(c), the vector of columns from c on, for begin <= c < end in whole vectors.
-  template <class Term>
-  PYCORE_INLINE void add(int64_t begin, int64_t end, const Term& term) {
-    int64_t c = begin;
-    if constexpr (kSumVectors == 2) {
-      if (c % kSumLanes != 0 && c < end) {
-        lanes[1] = lanes[1] + term(c);
-        c += Vec::kWidth;
-      }
-      for (; c + kSumLanes <= end; c += kSumLanes) {
-        lanes[0] = lanes[0] + term(c);
-        lanes[1] = lanes[1] + term(c + Vec::kWidth);
-      }
-    }
-    for (; c < end; c += Vec::kWidth) lanes[0] = lanes[0] + term(c);
   }
 };
 
@@ -156,10 +113,10 @@ struct SoftmaxRows {
     }
     const Vec power = Vec::broadcast(factor), largest = Vec::broadcast(max[r]);
     LaneSum by_lane = LaneSum::load(row_sum);
-    by_lane.add(begin, end, [&](int64_t c) __attribute__((always_inline)) {
+    by_lane.fold(begin, end, [&](int64_t c, Vec lanes) __attribute__((always_inline)) {
       const Vec weight = ((Vec::load(scores + c) - largest) * power).exp2();
       weight.store(scores + c);
-      return weight;
+      return lanes + weight;
     });
     by_lane.store(row_sum);
   }

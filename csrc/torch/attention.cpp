@@ -77,17 +77,6 @@ AttentionArgs attention_args(PYCORE_PARAMETERS) {
   return args;
 }
 
-// Scratch from torch's allocator, so that its memory accounting sees it.
-struct Scratch {
-  Tensor memory;
-  void* data;
-  Scratch(const std::string& op, const Tensor& like, int64_t bytes)
-      : memory(new_tensor(op, "scratch", like, {size_sum(bytes, 64)}, ScalarType::Byte)) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr());
-    data = reinterpret_cast<void*>((address + 63) / 64 * 64);
-  }
-};
-
 // What the kernels read row by row keeps its strides; tables and lists of lengths are copied where they have gaps.
 struct Argument {
   const char* name;

@@ -97,6 +97,17 @@ inline torch::stable::Tensor new_tensor(const std::string& op, const char* argum
   return allocated(op, argument, sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
+// Scratch from torch's allocator, so that its memory accounting sees it.
+struct Scratch {
+  torch::stable::Tensor memory;
+  void* data;
+  Scratch(const std::string& op, const torch::stable::Tensor& like, int64_t bytes)
+      : memory(new_tensor(op, "scratch", like, {size_sum(bytes, 64)}, torch::headeronly::ScalarType::Byte)) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr());
+    data = reinterpret_cast<void*>((address + 63) / 64 * 64);
+  }
+};
+
 // A copy of x without gaps, if it has any.
 inline torch::stable::Tensor dense(const torch::stable::Tensor& x, const std::string& op, const char* argument) {
   const auto sizes = x.sizes();

@@ -94,10 +94,11 @@ PYCORE_INLINE BackwardTile load_backward_tile(const AttentionParams& params, con
   if (loaded.present == 0) return loaded;
   const KeyTile tile = {index, loaded.present, true, params.distance_limit < map.positions()};
   TileRows keys, values, rotated;
-  gather_tile(params, map, key_rows_of(params, b, kv_head), tile, params.head_dim, buffers.key_copy, &keys);
-  gather_tile(params, map, value_rows_of(params, b, kv_head), tile, params.value_dim, buffers.value_copy, &values);
-  loaded.key = matrix_rows(params.dtype, keys, tile.present, map.contiguous(index), params.key_strides.row,
-                           params.head_dim, buffers.key_copy);
+  const HeadRows head_keys = key_rows_of(params, b, kv_head, map);
+  const HeadRows head_values = value_rows_of(params, b, kv_head, map);
+  gather_tile(head_keys, tile, params.head_dim, buffers.key_copy, &keys);
+  gather_tile(head_values, tile, params.value_dim, buffers.value_copy, &values);
+  loaded.key = tile_matrix(head_keys, tile, keys, params.head_dim, buffers.key_copy);
   transpose_rows(values, params.value_dim, buffers.value_columns);
   if (params.rope_cos) {
     rotate_rows(params, map.schedule, index, keys, buffers.key_rows, &rotated);

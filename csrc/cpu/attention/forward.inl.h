@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "../staircase/loader.inl.h"
 #include "kernels.h"
 #include "logits.inl.h"
 #include "row_loader.inl.h"
@@ -24,13 +25,18 @@ struct ForwardBuffers {
   float* scores = nullptr;       // [6, 64]
   float* scores_far = nullptr;   // [6, 64]
   SoftmaxRows softmax;
-  LoaderBuffers loader;
+  LoaderBuffers rows;
+  StaircaseBuffers planes;
 
   int64_t bind(const AttentionParams& params, void* memory) {
     const int64_t d = padded(params.head_dim);
     Scratch scratch{static_cast<char*>(memory)};
     query = scratch.take(kForwardRows * d);
-    loader.bind(params, &scratch);
+    if (params.planes) {
+      planes.bind(params, &scratch);
+    } else {
+      rows.bind(params, params.dtype, &scratch);
+    }
     scores = scratch.take(kProductRows * kKeyTile);
     softmax.bind(&scratch, kForwardRows, padded(params.value_dim));
     // heads * count <= kForwardRows
@@ -288,8 +294,14 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   ForwardBuffers buffers;
   buffers.bind(params, memory);
   const ForwardRows all(params, map, queries, buffers);
-  RowLoader loader(params, map, queries, buffers.loader);
-  forward_tiles(all, &loader, segments);
+  if (params.planes) {
+    StaircaseLoader loader(params, map, queries, buffers.planes);
+    forward_tiles(all, &loader, segments);
+  } else {
+    RowLoader loader(params, key_rows_of(params, queries.batch, queries.kv_head, map),
+                     value_rows_of(params, queries.batch, queries.kv_head, map), queries.rows(), buffers.rows);
+    forward_tiles(all, &loader, segments);
+  }
   if (partial == nullptr) return finish_rows(params, queries, buffers.softmax);
   const int64_t floats = SoftmaxRows::state_floats(buffers.softmax.width);
   for (int64_t r = 0; r < queries.rows(); ++r) {

@@ -6,8 +6,11 @@
 #include <pycore/dtype.h>
 #include <pycore/key_tile.h>
 #include <pycore/portable_math.h>
+#include <pycore/staircase/attention.h>
 
 #include <cstdint>
+
+#include "../staircase/tile.h"
 
 namespace pycore {
 

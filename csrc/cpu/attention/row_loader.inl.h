@@ -31,32 +31,38 @@ struct KeyTile {
   bool near, far;    // whether some pair is within, or beyond, the distance limit
 };
 
-// The rows of keys or of values that one key head has, by position.
+// The rows of keys or of values that one key head has.
 struct HeadRows {
-  const char* data;
+  DType dtype;
+  const char* data;  // row 0
   int64_t row_bytes;
+  const RowMap& map;  // of positions to rows
 
-  PYCORE_INLINE HeadRows(const AttentionParams& params, const void* rows, const AttentionStrides& strides, int64_t b,
-                         int64_t kv_head)
-      : data(row_of(params, rows, strides, b, kv_head, 0)), row_bytes(strides.row * dtype_size(params.dtype)) {}
-  PYCORE_INLINE const char* at(const RowMap& map, int64_t position) const {
-    return data + map.key_row(position) * row_bytes;
-  }
+  PYCORE_INLINE const char* at(int64_t position) const { return data + map.key_row(position) * row_bytes; }
 };
 
-PYCORE_INLINE HeadRows key_rows_of(const AttentionParams& params, int64_t b, int64_t kv_head) {
-  return {params, params.key, params.key_strides, b, kv_head};
+PYCORE_INLINE HeadRows key_rows_of(const AttentionParams& params, int64_t b, int64_t kv_head, const RowMap& map) {
+  return {params.dtype, row_of(params, params.key, params.key_strides, b, kv_head, 0),
+          params.key_strides.row * dtype_size(params.dtype), map};
 }
-PYCORE_INLINE HeadRows value_rows_of(const AttentionParams& params, int64_t b, int64_t kv_head) {
-  return {params, params.value, params.value_strides, b, kv_head};
+PYCORE_INLINE HeadRows value_rows_of(const AttentionParams& params, int64_t b, int64_t kv_head, const RowMap& map) {
+  return {params.dtype, row_of(params, params.value, params.value_strides, b, kv_head, 0),
+          params.value_strides.row * dtype_size(params.dtype), map};
 }
 
 // The rows of a tile in float32, by gather_rows.
-PYCORE_INLINE void gather_tile(const AttentionParams& params, const RowMap& map, const HeadRows& head,
-                               const KeyTile& tile, int64_t channels, float* copy, TileRows* out) {
+PYCORE_INLINE void gather_tile(const HeadRows& head, const KeyTile& tile, int64_t channels, float* copy,
+                               TileRows* out) {
   gather_rows(
-      params.dtype, tile.present, channels,
-      [&](int64_t c) __attribute__((always_inline)) { return head.at(map, tile.index * kKeyTile + c); }, copy, out);
+      head.dtype, tile.present, channels,
+      [&](int64_t c) __attribute__((always_inline)) { return head.at(tile.index * kKeyTile + c); }, copy, out);
+}
+
+// And as a matrix (matrix_rows).
+PYCORE_INLINE Matrix tile_matrix(const HeadRows& head, const KeyTile& tile, const TileRows& rows, int64_t channels,
+                                 float* copy) {
+  return matrix_rows(head.dtype, rows, tile.present, head.map.contiguous(tile.index),
+                     head.row_bytes / static_cast<int64_t>(sizeof(float)), channels, copy);
 }
 
 struct LoaderBuffers {
@@ -66,11 +72,12 @@ struct LoaderBuffers {
   float* key_copy = nullptr;     // [64, padded D] keys converted to float32
   float* value_rows = nullptr;   // [64, padded Dv]
 
-  PYCORE_INLINE void bind(const AttentionParams& params, Scratch* scratch) {
+  // `dtype`: of the rows.
+  PYCORE_INLINE void bind(const AttentionParams& params, DType dtype, Scratch* scratch) {
     const int64_t d = padded(params.head_dim);
     key_columns = scratch->take(d * kKeyTile);
     value_rows = scratch->take(kKeyTile * padded(params.value_dim));
-    if (params.dtype != DType::kFloat32) key_copy = scratch->take(kKeyTile * d);
+    if (dtype != DType::kFloat32) key_copy = scratch->take(kKeyTile * d);
     if (params.rope_cos) {
       key_far = scratch->take(d * kKeyTile);
       key_rows = scratch->take(kKeyTile * d);
@@ -80,20 +87,15 @@ struct LoaderBuffers {
 
 class RowLoader {
  public:
-  PYCORE_INLINE RowLoader(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
+  PYCORE_INLINE RowLoader(const AttentionParams& params, const HeadRows& keys, const HeadRows& values, int64_t rows,
                           const LoaderBuffers& buffers)
-      : params_(params),
-        map_(map),
-        buffers_(buffers),
-        keys_(key_rows_of(params, queries.batch, queries.kv_head)),
-        values_(value_rows_of(params, queries.batch, queries.kv_head)),
-        few_(queries.rows() <= kProductRows) {}
+      : params_(params), buffers_(buffers), keys_(keys), values_(values), few_(rows <= kProductRows) {}
 
   PYCORE_INLINE void load(const KeyTile& tile) { few_ ? point_at(tile) : transpose_tile(tile); }
 
   PYCORE_INLINE void score(int64_t rows, const float* query, int64_t query_row, int64_t begin, int64_t end,
                            float* scores) const {
-    const DType dtype = params_.rope_cos ? DType::kFloat32 : params_.dtype;
+    const DType dtype = params_.rope_cos ? DType::kFloat32 : keys_.dtype;
     if (few_) return score_few(dtype, rows, near_, params_.head_dim, query, query_row, begin, end, scores);
     tile_product<false>(rows, params_.head_dim, query, query_row, buffers_.key_columns, kKeyTile, begin, end,
                         StoreBlock{scores, kKeyTile});
@@ -101,7 +103,7 @@ class RowLoader {
 
   PYCORE_INLINE void score_far(int64_t rows, const float* query, int64_t query_row, int64_t begin, int64_t end,
                                float* scores) const {
-    if (few_) return score_few(params_.dtype, rows, far_, params_.head_dim, query, query_row, begin, end, scores);
+    if (few_) return score_few(keys_.dtype, rows, far_, params_.head_dim, query, query_row, begin, end, scores);
     tile_product<false>(rows, params_.head_dim, query, query_row, buffers_.key_far, kKeyTile, begin, end,
                         StoreBlock{scores, kKeyTile});
   }
@@ -115,7 +117,7 @@ class RowLoader {
     // Rows that keep the same keys go together, the others one by one.
     const bool same = keeps.any == keeps.all;
     for (int64_t m = 0; m < rows; m += same ? rows : 1) {
-      accumulate_few(params_.dtype, same ? rows : 1, value_rows_, keeps.bits[m], weights + m * kKeyTile,
+      accumulate_few(values_.dtype, same ? rows : 1, value_rows_, keeps.bits[m], weights + m * kKeyTile,
                      params_.value_dim, out + m * out_row, out_row);
     }
   }
@@ -126,10 +128,9 @@ class RowLoader {
   // A schedule that leaves tiles out jumps, and the processor's own guess of what is read next goes wrong at every
   // jump.
   PYCORE_INLINE void prefetch(int64_t position) const {
-    const int64_t row = map_.key_row(position), size = dtype_size(params_.dtype);
     const auto fetch = [&](const HeadRows& rows, int64_t channels) __attribute__((always_inline)) {
-      const char* x = rows.data + row * rows.row_bytes;
-      for (int64_t at = 0; at < channels * size; at += 64) __builtin_prefetch(x + at, 0, 2);
+      const char* x = rows.at(position);
+      for (int64_t at = 0; at < channels * dtype_size(rows.dtype); at += 64) __builtin_prefetch(x + at, 0, 2);
     };
     fetch(keys_, params_.head_dim);
     fetch(values_, params_.value_dim);
@@ -139,15 +140,15 @@ class RowLoader {
   PYCORE_INLINE void point_at(const KeyTile& tile) {
     const auto rows_of = [&](const HeadRows& rows, TilePointers* out) __attribute__((always_inline)) {
       out->fill(tile.present, rows.row_bytes,
-                [&](int64_t c) __attribute__((always_inline)) { return rows.at(map_, tile.index * kKeyTile + c); });
+                [&](int64_t c) __attribute__((always_inline)) { return rows.at(tile.index * kKeyTile + c); });
     };
     rows_of(values_, &value_rows_);
     rows_of(keys_, params_.rope_cos ? &far_ : &near_);
     if (params_.rope_cos && tile.near) {
       TileRows keys, rotated;
       const int64_t d = padded(params_.head_dim);
-      gather_tile(params_, map_, keys_, tile, params_.head_dim, buffers_.key_copy, &keys);
-      rotate_rows(params_, map_.schedule, tile.index, keys, buffers_.key_rows, &rotated);
+      gather_tile(keys_, tile, params_.head_dim, buffers_.key_copy, &keys);
+      rotate_rows(params_, keys_.map.schedule, tile.index, keys, buffers_.key_rows, &rotated);
       near_.fill(tile.present, d * static_cast<int64_t>(sizeof(float)), [&](int64_t c) __attribute__((always_inline)) {
         return reinterpret_cast<const char*>(buffers_.key_rows + c * d);
       });
@@ -156,19 +157,17 @@ class RowLoader {
 
   PYCORE_INLINE void transpose_tile(const KeyTile& tile) {
     TileRows keys, values, rotated;
-    gather_tile(params_, map_, keys_, tile, params_.head_dim, buffers_.key_copy, &keys);
-    gather_tile(params_, map_, values_, tile, params_.value_dim, buffers_.value_rows, &values);
+    gather_tile(keys_, tile, params_.head_dim, buffers_.key_copy, &keys);
+    gather_tile(values_, tile, params_.value_dim, buffers_.value_rows, &values);
     if (tile.far) transpose_rows(keys, params_.head_dim, buffers_.key_far);
     if (tile.near) {
-      if (params_.rope_cos) rotate_rows(params_, map_.schedule, tile.index, keys, buffers_.key_rows, &rotated);
+      if (params_.rope_cos) rotate_rows(params_, keys_.map.schedule, tile.index, keys, buffers_.key_rows, &rotated);
       transpose_rows(params_.rope_cos ? rotated : keys, params_.head_dim, buffers_.key_columns);
     }
-    value_ = matrix_rows(params_.dtype, values, tile.present, map_.contiguous(tile.index), params_.value_strides.row,
-                         params_.value_dim, buffers_.value_rows);
+    value_ = tile_matrix(values_, tile, values, params_.value_dim, buffers_.value_rows);
   }
 
   const AttentionParams& params_;
-  const RowMap& map_;
   const LoaderBuffers& buffers_;
   const HeadRows keys_, values_;
   const bool few_;

@@ -139,6 +139,7 @@ struct RowTile {
 
   // These rows stay valid until the next call.
   const T* value(int64_t c) const {
+    if (params.planes) return unpacked(true, c, rows.value);
     const char* row = row_of(params, params.value, params.value_strides, b, kv_head, key_row(c));
     return load_row(params.dtype, row, params.value_dim, rows.value);
   }
@@ -148,11 +149,34 @@ struct RowTile {
     return is_far(c) ? rows.query_far : rows.query_near;
   }
   const T* seen_key(int64_t c) const {
+    if (params.planes) return unpacked(false, c, rows.key);
     const char* row = row_of(params, params.key, params.key_strides, b, kv_head, key_row(c));
     const T* key = load_row(params.dtype, row, params.head_dim, rows.key);
     if (!params.rope_cos || is_far(c)) return key;
     rotate_row<T>(params, key, key_turn(map.schedule, tile, c), rows.key_near);
     return rows.key_near;
+  }
+  // A key or value of a staircase cache.
+  const T* unpacked(bool value, int64_t c, T* out) const {
+    const StaircasePlanes& planes = *params.planes;
+    const StaircaseSide& side = value ? planes.value : planes.key;
+    const int64_t j = tile * kKeyTile + c, pair = b * planes.kv_heads + kv_head;
+    const StaircaseTile packed(planes, value, pair, tile, map.positions() - 1);
+    if (j < planes.sinks || packed.bits == 16) {
+      const int64_t row = j < planes.sinks ? j : planes.sinks + j % side.full_rows;
+      const int64_t first = (pair * (planes.sinks + side.full_rows) + row) * side.channels;
+      for (int64_t d = 0; d < side.channels; ++d) out[d] = staircase_element(planes.dtype, side.full, first + d);
+      return out;
+    }
+    const int64_t groups = token_groups(side, kPackedGroup);
+    for (int64_t d = 0; d < side.channels; ++d) {
+      const int64_t g = value ? d / kPackedGroup : d, at = value ? d % kPackedGroup : c;
+      float step, base;
+      packed.grid(value ? c * groups + g : g, &step, &base);
+      const int32_t code = packed.code(packed.offset(value ? c : 0, g), packed.count(g), at);
+      out[d] = base + static_cast<float>(code) * step;
+    }
+    return out;
   }
   // The logit, and its derivative by <q, k>.
   T logit(int64_t c, T* slope) const { return logit_of(c, dot(seen_query(c), seen_key(c), params.head_dim), slope); }

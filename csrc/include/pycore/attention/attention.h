@@ -40,6 +40,8 @@ struct AttentionStrides {
   int64_t batch = 0, head = 0, row = 0;
 };
 
+struct StaircasePlanes;
+
 struct AttentionParams {
   CpuIsa isa = cpu_isa();         // of the whole call, asked once: scratch and kernel must agree
   DType dtype = DType::kFloat32;  // of query, key, value and out; everything is accumulated in float32 (or float64)
@@ -88,6 +90,9 @@ struct AttentionParams {
   const int64_t* key_offset = nullptr;     // [batch] or null: 0
   const int64_t* query_lengths = nullptr;  // [batch] or null: query_length
   int64_t key_ring = 0;                    // rows of the ring, 0: rows lie in order
+
+  // Keys and values in a staircase cache, in place of key and value (staircase/attention.h); forward on the CPU alone.
+  const StaircasePlanes* planes = nullptr;
 };
 
 struct AttentionBackwardParams {

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Loader (../attention/row_loader.inl.h) of keys and values that lie packed in a staircase cache: codes become
+// columns, and their scales go into the query and the weights (pycore/staircase/attention.h has the sums and their
+// order). A tile is unpacked once for all query rows. What lies in full precision is read by a RowLoader.
+#pragma once
+
+#include <pycore/attention/rows.h>
+#include <pycore/staircase/attention.h>
+
+#include <cstdint>
+
+#include "../attention/row_loader.inl.h"
+#include "../lane_sum.inl.h"
+#include "tile.h"
+#include "unpack.inl.h"
+
+struct StaircaseBuffers {
+  float* key_codes = nullptr;    // [D, 64]
+  float* key_step = nullptr;     // [padded D], zero from D on
+  float* key_base = nullptr;     // [padded D]
+  float* query = nullptr;        // [6, padded D] times key_step
+  float* value_codes = nullptr;  // [64, padded Dv]
+  float* value_step = nullptr;   // [groups, 64]
+  float* value_base = nullptr;   // [groups, 64]
+  float* weights = nullptr;      // [6, 64] times value_step
+  float* full_scores = nullptr;  // [6, 64]
+  LoaderBuffers rows;
+
+  static PYCORE_INLINE int64_t groups(const AttentionParams& params) {
+    return (params.value_dim + kPackedGroup - 1) / kPackedGroup;
+  }
+  PYCORE_INLINE void bind(const AttentionParams& params, Scratch* scratch) {
+    const int64_t d = padded(params.head_dim);
+    key_codes = scratch->take(params.head_dim * kKeyTile);
+    key_step = scratch->take(d);
+    key_base = scratch->take(d);
+    query = scratch->take(kProductRows * d);
+    value_codes = scratch->take(kKeyTile * padded(params.value_dim));
+    value_step = scratch->take(groups(params) * kKeyTile);
+    value_base = scratch->take(groups(params) * kKeyTile);
+    weights = scratch->take(kProductRows * kKeyTile);
+    full_scores = scratch->take(kProductRows * kKeyTile);
+    rows.bind(params, params.planes->dtype, scratch);
+  }
+};
+
+// The product's block, and what a row adds to each of its elements.
+struct AddToRows {
+  float* c;
+  int64_t c_row;
+  const float* added;  // [rows]
+  PYCORE_INLINE Vec start(int, int64_t) const { return Vec::zero(); }
+  PYCORE_INLINE Vec start_first(int, int64_t, int64_t) const { return Vec::zero(); }
+  PYCORE_INLINE void finish(int m, int64_t n, Vec x) const { (x + Vec::broadcast(added[m])).store(c + m * c_row + n); }
+  PYCORE_INLINE void finish_first(int m, int64_t n, int64_t count, Vec x) const {
+    (x + Vec::broadcast(added[m])).store_first(c + m * c_row + n, count);
+  }
+};
+
+// The map of positions to rows of `full`.
+PYCORE_INLINE RowMap full_map(const RowMap& map, int64_t sinks, int64_t ring) {
+  RowMap rows = map;
+  rows.sinks = rows.start = sinks;
+  rows.ring = ring;
+  return rows;
+}
+
+PYCORE_INLINE HeadRows full_rows_of(const StaircasePlanes& planes, const StaircaseSide& side, int64_t pair,
+                                    const RowMap* map) {
+  const int64_t bytes = side.channels * dtype_size(planes.dtype);
+  return {planes.dtype, side.full + pair * (planes.sinks + side.full_rows) * bytes, bytes, *map};
+}
+
+class StaircaseLoader {
+ public:
+  PYCORE_INLINE StaircaseLoader(const AttentionParams& params, const RowMap& map, const QueryTile& queries,
+                                const StaircaseBuffers& buffers)
+      : params_(params),
+        planes_(*params.planes),
+        buffers_(buffers),
+        pair_(queries.batch * planes_.kv_heads + queries.kv_head),
+        newest_(map.positions() - 1),
+        key_map_(full_map(map, planes_.sinks, planes_.key.full_rows)),
+        value_map_(full_map(map, planes_.sinks, planes_.value.full_rows)),
+        full_(params, full_rows_of(planes_, planes_.key, pair_, &key_map_),
+              full_rows_of(planes_, planes_.value, pair_, &value_map_), queries.rows(), buffers.rows) {}
+
+  PYCORE_INLINE void load(const KeyTile& tile) {
+    const StaircaseTile keys(planes_, false, pair_, tile.index, newest_);
+    const StaircaseTile values(planes_, true, pair_, tile.index, newest_);
+    const uint64_t sinks = tile_bits(tile.index * kKeyTile, 0, planes_.sinks);
+    full_key_bits_ = keys.bits == 16 ? ~uint64_t{0} : sinks;
+    full_value_bits_ = values.bits == 16 ? ~uint64_t{0} : sinks;
+    const uint64_t full = tile.present & (full_key_bits_ | full_value_bits_);
+    if (full) full_.load({tile.index, full, true, false});
+    if (tile.present & ~full_key_bits_) unpack_keys(keys);
+    if (tile.present & ~full_value_bits_) unpack_values(values, tile.present & ~full_value_bits_);
+  }
+
+  PYCORE_INLINE void score(int64_t rows, const float* query, int64_t query_row, int64_t begin, int64_t end,
+                           float* scores) const {
+    const uint64_t columns = bit_range(begin, end);
+    if ((columns & ~full_key_bits_) == 0) return full_.score(rows, query, query_row, begin, end, scores);
+    const int64_t d = padded(params_.head_dim);
+    float added[kProductRows];
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* x = query + m * query_row;
+      for (int64_t c = 0; c < d; c += Vec::kWidth) {
+        (Vec::load(x + c) * Vec::load(buffers_.key_step + c)).store(buffers_.query + m * d + c);
+      }
+      added[m] = lane_dot(x, buffers_.key_base, d);
+    }
+    tile_product<false>(rows, params_.head_dim, buffers_.query, d, buffers_.key_codes, kKeyTile, begin, end,
+                        AddToRows{scores, kKeyTile, added});
+    if ((columns & full_key_bits_) == 0) return;
+    const int64_t last = round_up(64 - __builtin_clzll(full_key_bits_), Vec::kWidth), until = smaller(end, last);
+    full_.score(rows, query, query_row, begin, until, buffers_.full_scores);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t c = begin; c < until; c += Vec::kWidth) {
+        const int64_t at = m * kKeyTile + c;
+        const Vec packed = Vec::load(scores + at);
+        Vec::load(buffers_.full_scores + at).select(full_key_bits_ >> c, packed).store(scores + at);
+      }
+    }
+  }
+  // There is no rotation here, and so no limit.
+  PYCORE_INLINE void score_far(int64_t, const float*, int64_t, int64_t, int64_t, float*) const {}
+
+  PYCORE_INLINE void accumulate(int64_t rows, const BlockKeeps& keeps, const float* weights, float* out,
+                                int64_t out_row) const {
+    BlockKeeps full, packed;
+    for (int m = 0; m < rows; ++m) {
+      full.set(m, keeps.bits[m] & full_value_bits_);
+      packed.set(m, keeps.bits[m] & ~full_value_bits_);
+    }
+    if (full.any) full_.accumulate(rows, full, weights, out, out_row);
+    if (packed.any == 0) return;
+    const int64_t stride = padded(params_.value_dim);
+    for (int64_t g = 0; g < StaircaseBuffers::groups(params_); ++g) {
+      const int64_t first = g * kPackedGroup, count = smaller(kPackedGroup, params_.value_dim - first);
+      float added[kProductRows];
+      for (int64_t m = 0; m < rows; ++m) added[m] = fold_weights(weights + m * kKeyTile, g, packed.bits[m], m);
+      accumulate_kept<false>(rows, packed, buffers_.weights, kKeyTile, buffers_.value_codes + first, stride, count,
+                             out + first, out_row);
+      for (int64_t m = 0; m < rows; ++m) {
+        const Vec base = Vec::broadcast(added[m]);
+        float* const row = out + m * out_row + first;
+        for (int64_t c = 0; c < count; c += Vec::kWidth) {
+          const int64_t lanes = smaller(count - c, Vec::kWidth);
+          store_lanes(load_lanes(row + c, lanes) + base, row + c, lanes);
+        }
+      }
+    }
+  }
+
+  PYCORE_INLINE bool prefetches() const { return false; }
+  PYCORE_INLINE void prefetch(int64_t) const {}
+
+ private:
+  // buffers.weights of row m: times the steps of group g. The sum of weights times bases.
+  PYCORE_INLINE float fold_weights(const float* weights, int64_t g, uint64_t kept, int64_t m) const {
+    const float *step = buffers_.value_step + g * kKeyTile, *base = buffers_.value_base + g * kKeyTile;
+    float* const scaled = buffers_.weights + m * kKeyTile;
+    LaneSum sum = LaneSum::zero();
+    sum.fold(0, kKeyTile, [&](int64_t c, Vec lanes) __attribute__((always_inline)) {
+      const Vec weight = Vec::load(weights + c).select(kept >> c, Vec::zero());
+      (weight * Vec::load(step + c)).store(scaled + c);
+      return Vec::fma(weight, Vec::load(base + c), lanes);
+    });
+    return sum.total();
+  }
+
+  PYCORE_INLINE void unpack_keys(const StaircaseTile& tile) {
+    const int64_t channels = params_.head_dim;
+    for (int64_t d = 0; d < padded(channels); ++d) {
+      buffers_.key_step[d] = buffers_.key_base[d] = 0;
+      if (d < channels) tile.grid(d, buffers_.key_step + d, buffers_.key_base + d);
+    }
+    for (int64_t d = 0; d < channels; ++d) unpack(tile, tile.offset(0, d), buffers_.key_codes + d * kKeyTile);
+  }
+
+  PYCORE_INLINE void unpack_values(const StaircaseTile& tile, uint64_t present) {
+    const int64_t stride = padded(params_.value_dim), groups = StaircaseBuffers::groups(params_);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t count = tile.count(g);
+      for (int64_t t = 0; t < kKeyTile; ++t) {
+        float *step = buffers_.value_step + g * kKeyTile + t, *base = buffers_.value_base + g * kKeyTile + t;
+        *step = *base = 0;
+        if (!(present >> t & 1)) continue;
+        tile.grid(t * groups + g, step, base);
+        float* const out = buffers_.value_codes + t * stride + g * kPackedGroup;
+        if (count == kPackedGroup) {
+          unpack(tile, tile.offset(t, g), out);
+        } else {
+          for (int64_t c = 0; c < count; ++c) out[c] = static_cast<float>(tile.code(tile.offset(t, g), count, c));
+        }
+      }
+    }
+  }
+
+  // The 64 codes that begin `offset` bytes into the first plane.
+  static PYCORE_INLINE void unpack(const StaircaseTile& tile, int64_t offset, float* out) {
+    alignas(64) uint8_t codes[kPackedGroup];
+    unpack_codes(tile.planes, offset, tile.depth, codes);
+    for (int64_t c = 0; c < kPackedGroup; c += Vec::kWidth) Vec::load_bytes(codes + c).store(out + c);
+  }
+
+  const AttentionParams& params_;
+  const StaircasePlanes& planes_;
+  const StaircaseBuffers& buffers_;
+  const int64_t pair_, newest_;
+  const RowMap key_map_, value_map_;
+  RowLoader full_;
+  uint64_t full_key_bits_ = 0, full_value_bits_ = 0;
+};

@@ -1,0 +1,579 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A key-value cache with fewer bits for older tokens, on an embedded grid, so that ageing moves and rounds nothing.
+
+docs/ops/staircase.md writes the format down; csrc/include/pycore/staircase/cache.h is the kernels' side of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pycore.cache.checks import check_index, check_starts, check_tokens
+from pycore._checks import check_int, check_str, is_bool
+from pycore._staircase import DTYPES, Staircase
+from pycore._staircase_unpacked import Chunk, attend_full, attend_steps, replay, rotate
+from pycore._tangents import refuse_tangents
+from pycore._tensors import check_devices, check_tensor
+from pycore.ops.staircase import hadamard
+from pycore.schedules import Causal, Lambda, Schedule
+
+__all__ = ["Staircase", "StaircaseKVCache"]
+
+
+@torch.library.register_fake("pycore::staircase_cache_append")
+def _append_fake(
+    key_storage: list[Tensor], value_storage: list[Tensor], lengths: Tensor, key: Tensor, value: Tensor,
+    starts: Tensor | None, key_bits: list[int], value_bits: list[int], sink_size: int, step: int, group_size: int,
+    grid: str,
+) -> None:  # fmt: skip
+    check_devices(
+        "staircase_cache_append", key=key, value=value, lengths=lengths, starts=starts, storage=key_storage[0]
+    )
+
+
+@torch.library.register_fake("pycore::staircase_cache_read")
+def _read_fake(
+    storage: list[Tensor], positions: Tensor, ends: Tensor, bits: list[int], by_token: bool, sink_size: int, step: int,
+    group_size: int, grid: str, tokens: int, wide: bool,
+) -> Tensor:  # fmt: skip
+    full = storage[0]
+    return full.new_empty(
+        (full.shape[0], full.shape[1], tokens, full.shape[3]), dtype=torch.float32 if wide else full.dtype
+    )
+
+
+class _Side(NamedTuple):
+    """What the storage of keys, or of values, looks like. Rows of None are as many as the cache holds."""
+
+    bits: tuple[int, ...]
+    by_token: bool
+    channels: int
+    rotation: Tensor | None
+    full_rows: int | None
+    plane_rows: tuple[int | None, int | None, int | None]  # 0: no such plane
+    centers: tuple[bool, bool]
+
+    def rings(self) -> list[int]:
+        """Which tensors of the storage tokens leave."""
+        rows = [self.full_rows, *self.plane_rows, None, None, self.plane_rows[0], self.plane_rows[1]]
+        return [i for i, count in enumerate(rows) if count]
+
+    def served_from(self, query: int, step: int, age: int) -> int:
+        """The first token that a query reads at an age below `age`."""
+        return max(0, (query // step - age + 1) * step)
+
+
+class StaircaseKVCache:
+    """Keys and values of all tokens, with fewer bits the older they are.
+
+    The codes are on a grid on which dropping low bits is quantizing coarsely, and stored as bit planes: the top two
+    bits of every token, the next two and the low four in rings that cover the steps which read them, and full precision in a
+    ring of its own. Tokens age as the rings move on: nothing is copied, quantized anew or kept twice, and appending a
+    token takes the same time at every length. What lies in the cache does not depend on the chunks tokens came in.
+
+    Rows keep their own lengths and are stored without padding. On the CPU; it carries no gradient.
+
+    Args:
+        staircase: the ladder.
+        batch, kv_heads, head_dim: of what is appended.
+        capacity: tokens of a row that the storage is made for, and no more; None lets it grow.
+        value_dim: channels of the values, where they differ from head_dim.
+        dtype: float32, float16 or bfloat16.
+        device: the CPU.
+
+    Example:
+        >>> cache = StaircaseKVCache(Staircase((16, 8, 4)), batch=1, kv_heads=8, head_dim=64, dtype=torch.bfloat16)
+        >>> cache.append(key, value)                    # [1, 8, tokens, 64], after RoPE
+        >>> out = cache.attend(query)                   # [1, heads, tokens, 64]
+    """
+
+    def __init__(
+        self,
+        staircase: Staircase,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int | None = None,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        op = "StaircaseKVCache"
+        if not isinstance(staircase, Staircase):
+            raise TypeError(f"{op}: staircase is a {type(staircase).__name__} and must be a Staircase")
+        for name, number, least in (("batch", batch, 0), ("kv_heads", kv_heads, 1), ("head_dim", head_dim, 1)):
+            check_int(op, name, number, least)
+        if value_dim is not None:
+            check_int(op, "value_dim", value_dim, 1)
+        if capacity is not None:
+            check_int(op, "capacity", capacity, 1)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{op}: dtype is a {type(dtype).__name__} and must be a torch.dtype")
+        if dtype not in DTYPES:
+            raise ValueError(f"{op}: dtype is {str(dtype)[6:]} and must be float32, float16 or bfloat16")
+        self.device = torch.device(device)
+        if self.device.type != "cpu":
+            raise ValueError(
+                f"{op}: device is {self.device} and must be the CPU, which is where this cache has kernels"
+            )
+        step = staircase.step
+        if isinstance(step, float):
+            if capacity is None:
+                raise ValueError(f"{op}: step is {step}, a fraction of capacity, which must be given")
+            group = staircase.group_size
+            staircase = replace(staircase, step=max(group, int(step * capacity) // group * group))
+        self.staircase = staircase
+        self.batch, self.kv_heads, self.head_dim = batch, kv_heads, head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self.capacity, self.dtype = capacity, dtype
+        self._sides = (
+            self._side(False, staircase.ladders[0], head_dim, staircase.key_rotation),
+            self._side(True, staircase.ladders[1], self.value_dim, staircase.value_rotation),
+        )
+        self.reset()
+
+    def _side(self, by_token: bool, bits: tuple[int, ...], channels: int, rotation: str | Tensor | None) -> _Side:
+        name = "value_rotation" if by_token else "key_rotation"
+        if isinstance(rotation, str):
+            rotation = hadamard(channels).float().expand(self.kv_heads, -1, -1).contiguous()
+        if rotation is not None and rotation.shape != (self.kv_heads, channels, channels):
+            raise ValueError(
+                f"StaircaseKVCache: {name} has shape {list(rotation.shape)} and must be [{self.kv_heads}, {channels}, "
+                f"{channels}]"
+            )
+        stairs, quantized = self.staircase, [width for width in bits if width < 16]
+        limit = None if self.capacity is None else self._up(self.capacity)
+
+        def rows(least: int) -> int | None:
+            """Of what holds every token that is read with at least so many bits."""
+            if max(quantized, default=0) < least and least < 16:
+                return 0
+            if bits[-1] >= least:
+                return None
+            ring = self._up(sum(width >= least for width in bits) * self._step + stairs.rollback)
+            return ring if limit is None else min(ring, limit)
+
+        embedded = stairs.grid == "embedded"
+        return _Side(
+            bits, by_token, channels, rotation, rows(16), (rows(2), rows(4), rows(8)),
+            (embedded and 2 in bits, embedded and 4 in bits),
+        )  # fmt: skip
+
+    def _up(self, tokens: int) -> int:
+        group = self.staircase.group_size
+        return -(-tokens // group) * group
+
+    @property
+    def _step(self) -> int:
+        return int(self.staircase.step)
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        rows = self._up(self.capacity or 0)
+        try:
+            with torch.inference_mode(False):
+                self._storage = [self._allocate(side, rows) for side in self._sides]
+        except RuntimeError as error:
+            raise MemoryError(
+                f"StaircaseKVCache: capacity is {self.capacity} and must fit the memory, where that many tokens could "
+                "not be allocated"
+            ) from error
+        with torch.inference_mode(False):
+            self._lengths = torch.zeros(self.batch, dtype=torch.int64)
+            self._peak = torch.zeros(self.batch, dtype=torch.int64)
+        self._rows = rows
+        self._chunk: Chunk | None = None
+
+    def _allocate(self, side: _Side, rows: int) -> list[Tensor]:
+        """Storage for `rows` tokens: full, three planes, lo, hi, and the centers of the widths 2 and 4."""
+        stairs, group = self.staircase, self.staircase.group_size
+        groups = group * -(-side.channels // group) if side.by_token else side.channels
+        quarters = -(-group // 4) * (side.channels // group) + -(-(side.channels % group) // 4)
+        packed = group * quarters if side.by_token else side.channels * -(-group // 4)
+
+        def make(count: int | None, tile: int, dtype: torch.dtype) -> Tensor:
+            tokens = rows if count is None else count
+            if count == 0:
+                return torch.zeros(0, dtype=dtype)
+            return torch.zeros(self.batch, self.kv_heads, max(tokens // group, 1), tile, dtype=dtype)
+
+        full = rows if side.full_rows is None else side.full_rows
+        two, four, eight = side.plane_rows
+        return [
+            torch.zeros(self.batch, self.kv_heads, stairs.sink_size + full, side.channels, dtype=self.dtype),
+            make(two, packed, torch.uint8),
+            make(four, packed, torch.uint8),
+            make(eight, 2 * packed, torch.uint8),
+            make(two, groups, self.dtype),
+            make(two, groups, self.dtype),
+            make(two if side.centers[0] else 0, groups, torch.uint8),
+            make(four if side.centers[1] else 0, groups, torch.uint8),
+        ]
+
+    # ---- what it holds ----------------------------------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [batch]: tokens of each row, padding and cropped tokens not counted."""
+        return self._lengths.clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that the cache keeps: planes, full tokens, lo, hi and centers, room for tokens to come included.
+
+        Also those of a chunk that is too long for the rings, until `attend` or another call lets go of it.
+        """
+        tensors = [x for storage in self._storage for x in storage]
+        if self._chunk is not None:
+            tensors += [self._chunk.key, self._chunk.value, *(x for side in self._chunk.rings for x in side.values())]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of storage for each number appended, room for tokens to come included; NaN where there is none."""
+        values = int(self._lengths.sum()) * self.kv_heads * (self.head_dim + self.value_dim)
+        stored = sum(x.numel() * x.element_size() for storage in self._storage for x in storage)
+        return 8 * stored / values if values else math.nan
+
+    def keys(self) -> Tensor:
+        """The keys that the newest token's query reads, by position: [batch, kv_heads, tokens, head_dim].
+
+        In the cache's dtype, and rotated back where they are kept rotated. Rows with fewer tokens than the longest are
+        filled up with zeros.
+        """
+        return self._newest(0)
+
+    def values(self) -> Tensor:
+        """The values beside `keys`: [batch, kv_heads, tokens, value_dim]."""
+        return self._newest(1)
+
+    def _newest(self, which: int) -> Tensor:
+        rotation = self._sides[which].rotation
+        x = self._read(which, self._lengths - 1, self._lengths, rotation is not None)
+        return x if rotation is None else rotate(x, rotation, back=True).to(self.dtype)
+
+    def _read(self, which: int, positions: Tensor, ends: Tensor, wide: bool) -> Tensor:
+        """What queries at `positions` read of the first `ends` tokens, as it is kept: rotated."""
+        stairs, side = self.staircase, self._sides[which]
+        tokens = int(ends.max()) if ends.numel() else 0
+        result: Tensor = torch.ops.pycore.staircase_cache_read(
+            self._storage[which], positions, ends, side.bits, side.by_token, stairs.sink_size, self._step,
+            stairs.group_size, stairs.grid, tokens, wide,
+        )  # fmt: skip
+        return result
+
+    # ---- tokens in --------------------------------------------------------------------------------------------------
+
+    def append(self, key: Tensor, value: Tensor, *, starts: Tensor | None = None) -> None:
+        """Takes new tokens at the end of every row.
+
+        Args:
+            key: [batch, kv_heads, tokens, head_dim], after RoPE; any strides with a contiguous last dimension.
+            value: [batch, kv_heads, tokens, value_dim].
+            starts: int64 [batch], the tokens at the front of this chunk that are padding and are left out.
+
+        Raises:
+            ValueError: something does not fit what the cache holds, an element is NaN or infinite, a group's range is
+                not finite, or a row would be longer than capacity; nothing is appended.
+            TypeError: an argument of another type.
+        """
+        op = "StaircaseKVCache.append"
+        refuse_tangents(op, key=key, value=value)
+        like = tuple(torch.empty(self.batch, self.kv_heads, 0, side.channels, dtype=self.dtype) for side in self._sides)
+        check_tokens(op, key, value, like)  # type: ignore[arg-type]
+        starts = check_starts(op, starts, key, values=True)
+        tokens = key.shape[2]
+        fresh = torch.full_like(self._lengths, tokens) if starts is None else tokens - starts
+        lengths = self._lengths + fresh
+        longest = int(lengths.max()) if lengths.numel() else 0
+        if self.capacity is not None and longest > self.capacity:
+            row = int(lengths.argmax())
+            raise ValueError(
+                f"{op}: row {row} would have {longest} tokens, {int(fresh[row])} of them new, and capacity is "
+                f"{self.capacity}, which they must fit"
+            )
+        key, value = (
+            x.detach() if side.rotation is None else rotate(x.detach(), side.rotation).to(self.dtype)
+            for x, side in zip((key, value), self._sides, strict=True)
+        )
+        peak = torch.maximum(self._peak, lengths)
+        chunk = None
+        if not self._served(self._lengths, peak):
+            rings = tuple(
+                {i: storage[i].clone() for i in side.rings()}
+                for side, storage in zip(self._sides, self._storage, strict=True)
+            )
+            chunk = Chunk(key, value, starts, self._lengths.clone(), self._peak.clone(), rings)  # type: ignore[arg-type]
+        storage, rows = self._grown(longest)
+        self._write(storage, key, value, starts)
+        self._storage, self._rows, self._peak, self._chunk = storage, rows, peak, chunk
+
+    def _write(self, storage: list[list[Tensor]], key: Tensor, value: Tensor, starts: Tensor | None) -> None:
+        stairs = self.staircase
+        torch.ops.pycore.staircase_cache_append(
+            *storage, self._lengths, key, value, starts, *(side.bits for side in self._sides), stairs.sink_size,
+            self._step, stairs.group_size, stairs.grid,
+        )  # fmt: skip
+
+    def _grown(self, tokens: int) -> tuple[list[list[Tensor]], int]:
+        """Storage for so many tokens: what there is, or a copy with a fourth more room than is needed."""
+        if tokens <= self._rows:
+            return self._storage, self._rows
+        rows = self._up(tokens if self._rows == 0 else max(tokens, self._rows + self._rows // 4))
+        try:
+            with torch.inference_mode(False):
+                wider = [self._allocate(side, rows) for side in self._sides]
+        except RuntimeError as error:
+            raise MemoryError(
+                f"StaircaseKVCache.append: {rows} tokens of a row must fit the memory, and could not be allocated"
+            ) from error
+        for new, old in zip(wider, self._storage, strict=True):
+            for i, (to, of) in enumerate(zip(new, old, strict=True)):
+                if to.shape == of.shape:
+                    new[i] = of
+                else:
+                    to[:, :, : of.shape[2]] = of
+        return wider, rows
+
+    # ---- attention --------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
+        prefill: str = "staircase",
+        distance_bias: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        softcap: float = 0.0,
+        scale: float | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Causal attention of the newest tokens' queries over the cache; the last query belongs to the newest token.
+
+        For now it unpacks what each query reads and calls `pycore.ops.attention`, which takes time and memory as a
+        cache in float32 does.
+
+        Args:
+            query: [batch, heads, n, head_dim], after RoPE. n is at most the size of the last chunk, or what the rings
+                still hold for. A chunk too long for the rings can be attended to once, right after it was appended.
+            schedule: Causal, or Lambda: sinks and a window over the quantized cache.
+            prefill: "staircase": each query reads what it would have read alone, the same bits. "full": all of them
+                read the first query's widths, and their own tokens in full.
+            distance_bias, sink_logits, softcap, scale, return_lse: as for `pycore.ops.attention`.
+
+        Returns:
+            [batch, heads, n, value_dim] in query's dtype, and the log-sum-exp if asked for. Queries of a row that has
+            fewer tokens than n give zeros.
+
+        Raises:
+            ValueError: something does not fit, or the rings have moved past what the first query reads.
+        """
+        op = "StaircaseKVCache.attend"
+        check_tensor(op, "query", query)
+        refuse_tangents(op, query=query)
+        check_str(op, "prefill", prefill)
+        if prefill not in ("staircase", "full"):
+            raise ValueError(f"{op}: prefill is {prefill!r} and must be 'staircase' or 'full'")
+        if not isinstance(schedule, Causal | Lambda):
+            raise ValueError(f"{op}: schedule is {schedule!r} and must be Causal or Lambda")
+        if query.dim() != 4 or query.shape[0] != self.batch or query.shape[3] != self.head_dim:
+            raise ValueError(
+                f"{op}: query has shape {list(query.shape)} and must be [{self.batch}, heads, n, {self.head_dim}]"
+            )
+        if query.shape[1] % self.kv_heads:
+            raise ValueError(
+                f"{op}: query has {query.shape[1]} heads and must have a multiple of the cache's {self.kv_heads}"
+            )
+        if query.dtype not in DTYPES:
+            raise ValueError(f"{op}: query has dtype {str(query.dtype)[6:]} and must have float32, float16 or bfloat16")
+        check_devices(op, cache=self._lengths, query=query)
+        options = {
+            "schedule": schedule, "distance_bias": distance_bias, "sink_logits": sink_logits, "softcap": softcap,
+            "scale": scale,
+        }  # fmt: skip
+        queries, chunk = query.shape[2], self._chunk
+        first = (self._lengths - queries).clamp(min=0)
+        rotated = query.detach().float()
+        if self._sides[0].rotation is not None:
+            rotated = rotate(rotated, self._sides[0].rotation)
+        if self._served(first, self._peak):
+            results = attend_full(self, rotated, options) if prefill == "full" else attend_steps(self, rotated, options)
+        elif chunk is None:
+            raise ValueError(
+                f"{op}: query has {queries} rows, the first of which reads tokens that have left the rings, and must "
+                "have fewer: a longer chunk can be attended to once, right after it was appended"
+            )
+        elif queries != chunk.key.shape[2]:
+            raise ValueError(
+                f"{op}: query has {queries} rows and must have {chunk.key.shape[2]}, one for each token appended last, "
+                "or few enough for the rings"
+            )
+        elif prefill == "full":
+            results = attend_full(self, rotated, options, chunk)
+        else:
+            results = replay(self, chunk, rotated, options)
+        self._chunk = None
+        out, lse = results
+        if self._sides[1].rotation is not None:
+            out = rotate(out, self._sides[1].rotation, back=True)
+        out = out.to(query.dtype)
+        return (out, lse) if return_lse else out
+
+    def _served(self, first: Tensor, peak: Tensor) -> bool:
+        """Whether rings that have seen `peak` tokens of each row hold what queries from `first` on read."""
+        group, step = self.staircase.group_size, self._step
+        for query, most in zip(first.tolist(), peak.tolist(), strict=True):
+            for side in self._sides:
+                if side.full_rows is not None:
+                    age = sum(width == 16 for width in side.bits)
+                    if side.served_from(query, step, age) < most - side.full_rows:
+                        return False
+                for least, rows in zip((2, 4, 8), side.plane_rows, strict=True):
+                    age = sum(width >= least for width in side.bits)
+                    if rows and side.served_from(query, step, age) < most // group * group - rows:
+                        return False
+        return True
+
+    # ---- rows and tokens taken back, chosen or repeated -------------------------------------------------------------
+
+    def crop(self, tokens: int) -> None:
+        """Takes the newest `tokens` of every row back, as if they had never been appended.
+
+        Raises:
+            ValueError: a row would be more than `rollback` shorter than the longest it has been, or has fewer tokens.
+        """
+        op = "StaircaseKVCache.crop"
+        check_int(op, "tokens", tokens, 0)
+        for b, (length, peak) in enumerate(zip(self._lengths.tolist(), self._peak.tolist(), strict=True)):
+            if tokens > length:
+                raise ValueError(f"{op}: tokens is {tokens} and must be at most {length}, the length of row {b}")
+            if tokens > 0 and peak - (length - tokens) > self.staircase.rollback:
+                already = f" with {peak - length} taken back before" if peak > length else ""
+                raise ValueError(
+                    f"{op}: tokens is {tokens}{already} and must be at most rollback, {self.staircase.rollback}"
+                )
+        with torch.inference_mode(False):
+            self._lengths = self._lengths - tokens
+        self._chunk = None
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b becomes what row index[b] was, as in beam search; int64 [batch]."""
+        self._choose("reorder", index, self.batch)
+
+    def select(self, index: Tensor) -> None:
+        """Keeps rows index, in that order; int64, of any length."""
+        self._choose("select", index)
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies side by side, as for parallel samples of one prompt."""
+        check_int("StaircaseKVCache.repeat_interleave", "repeats", repeats, 1)
+        self._choose("repeat_interleave", torch.arange(self.batch).repeat_interleave(repeats))
+
+    def _choose(self, method: str, index: Tensor, count: int | None = None) -> None:
+        index = check_index(f"StaircaseKVCache.{method}", index, self.batch, count).to("cpu")
+        with torch.inference_mode(False):
+            self._storage = [[x.index_select(0, index) if x.dim() == 4 else x for x in each] for each in self._storage]
+            self._lengths, self._peak = self._lengths.index_select(0, index), self._peak.index_select(0, index)
+        self.batch, self._chunk = len(index), None
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        stairs = self.staircase
+        plain = {f.name: getattr(stairs, f.name) for f in fields(stairs) if not f.name.endswith("rotation")}
+        plain |= dict(zip(("key_bits", "value_bits"), stairs.ladders, strict=True))
+        del plain["bits"]
+        return plain | {
+            name: getattr(self, name) for name in ("kv_heads", "head_dim", "value_dim", "capacity", "dtype")
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on elsewhere; the tensors are the cache's own."""
+        key, value = self._storage
+        rotations = dict(zip(("key_rotation", "value_rotation"), (side.rotation for side in self._sides), strict=True))
+        tensors = {"key": list(key), "value": list(value), "lengths": self._lengths, "peak": self._peak}
+        return self._settings() | rotations | tensors
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict` of a cache with the same settings, of any batch; the tensors are copied.
+
+        Raises:
+            ValueError: the settings differ, or an entry is missing or does not fit the others.
+            TypeError: an entry is of another type.
+            The cache is then as before.
+        """
+        op = "StaircaseKVCache.load_state_dict"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{op}: state is a {type(state).__name__} and must be a dict")
+        settings = self._settings()
+        for name in (*settings, "key_rotation", "value_rotation", "key", "value", "lengths", "peak"):
+            if name not in state:
+                raise ValueError(f"{op}: {name} is missing")
+        for name, mine in settings.items():
+            given = tuple(state[name]) if isinstance(mine, tuple) else state[name]
+            if is_bool(given) or given != mine:
+                raise ValueError(f"{op}: {name} is {given!r} and must be {mine!r}")
+        for name, side in zip(("key_rotation", "value_rotation"), self._sides, strict=True):
+            given = state[name]
+            if (given is None) != (side.rotation is None) or (
+                side.rotation is not None and not (isinstance(given, Tensor) and torch.equal(given, side.rotation))
+            ):
+                raise ValueError(f"{op}: {name} is another than the cache's and must be equal to it")
+        counts = []
+        for name in ("lengths", "peak"):
+            check_tensor(op, name, state[name])
+            if state[name].dtype != torch.int64 or state[name].dim() != 1 or state[name].device.type != "cpu":
+                raise ValueError(
+                    f"{op}: {name} is {state[name].dtype} {list(state[name].shape)} and must be int64 [batch]"
+                )
+            counts.append(state[name].detach().clone())
+        lengths, peak = counts
+        if lengths.shape != peak.shape or bool((lengths < 0).any()) or bool((peak < lengths).any()):
+            raise ValueError(f"{op}: peak is {peak.tolist()} and must be at least lengths, {lengths.tolist()}")
+        if bool((peak - lengths > self.staircase.rollback).any()):
+            raise ValueError(
+                f"{op}: peak is {peak.tolist()}, more than rollback, {self.staircase.rollback}, past lengths"
+            )
+        fresh = StaircaseKVCache(
+            self.staircase, batch=len(lengths), kv_heads=self.kv_heads, head_dim=self.head_dim, capacity=self.capacity,
+            value_dim=self.value_dim, dtype=self.dtype,
+        )  # fmt: skip
+        rows = self._up(int(peak.max()) if peak.numel() else 0)
+        if self.capacity is None:
+            # What the state has room for, which may be more than it has tokens.
+            for name, side in zip(("key", "value"), fresh._sides, strict=True):
+                given = state[name]
+                if isinstance(given, Sequence) and len(given) == 8 and all(isinstance(x, Tensor) for x in given):
+                    if side.full_rows is None and given[0].dim() == 4:
+                        rows = max(rows, given[0].shape[2] - self.staircase.sink_size)
+                    elif given[1].dim() == 4 and given[1].shape[2] > 1:
+                        rows = max(rows, given[1].shape[2] * self.staircase.group_size)
+        elif rows > self._up(self.capacity):
+            raise ValueError(f"{op}: peak is {peak.tolist()} and must be at most capacity, {self.capacity}")
+        else:
+            rows = self._up(self.capacity)
+        storage = []
+        for name, side in zip(("key", "value"), fresh._sides, strict=True):
+            given = state[name]
+            if not isinstance(given, Sequence) or len(given) != 8:
+                raise ValueError(f"{op}: {name} must be a list of 8 tensors")
+            wanted = fresh._allocate(side, rows)
+            for i, (x, like) in enumerate(zip(given, wanted, strict=True)):
+                check_tensor(op, f"{name}[{i}]", x)
+                if x.shape != like.shape or x.dtype != like.dtype or x.device.type != "cpu":
+                    raise ValueError(
+                        f"{op}: {name}[{i}] is {str(x.dtype)[6:]} {list(x.shape)} and must be {str(like.dtype)[6:]} "
+                        f"{list(like.shape)}"
+                    )
+                like.copy_(x)
+            storage.append(wanted)
+        self.batch, self._storage, self._rows, self._lengths, self._peak = len(lengths), storage, rows, lengths, peak
+        self._chunk = None

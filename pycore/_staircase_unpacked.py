@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on a staircase cache by unpacking it: the slow path, which says what the bits of a faster one mean.
+
+What a query reads is unpacked into float32, for all queries between two steps at once, and handed to
+`pycore.ops.attention`: time and memory are those of a cache in float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pycore.ops.attention import attention
+from pycore.ops.linear import invariant_linear
+
+if TYPE_CHECKING:
+    from pycore._staircase_cache import StaircaseKVCache
+
+__all__ = ["Chunk", "attend_full", "attend_steps", "replay", "rotate"]
+
+
+class Chunk(NamedTuple):
+    """A chunk too long for the rings, and what they were before it."""
+
+    key: Tensor  # rotated
+    value: Tensor
+    starts: Tensor | None
+    lengths: Tensor
+    peak: Tensor
+    rings: tuple[dict[int, Tensor], dict[int, Tensor]]
+
+
+def attend_steps(cache: StaircaseKVCache, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Queries that the rings serve: those between two steps read alike, and are attended to together."""
+    queries = query.shape[2]
+    cuts = {0, queries}
+    for length in cache._lengths.tolist():
+        cuts.update(range((queries - length) % cache._step, queries, cache._step))
+    ordered = sorted(cuts)
+    parts = []
+    for begin, end in zip(ordered[:-1], ordered[1:], strict=True):
+        newest = (cache._lengths - (queries - end)).clamp(min=0)
+        key, value = (cache._read(which, newest - 1, newest, True) for which in (0, 1))
+        parts.append(_call(query[:, :, begin:end], key, value, newest, options))
+    if not parts:
+        key, value = (cache._read(which, cache._lengths - 1, cache._lengths, True) for which in (0, 1))
+        parts = [_call(query, key, value, cache._lengths, options)]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    results = attention(query, key, value, key_lengths=lengths, return_lse=True, **options)
+    assert isinstance(results, tuple)
+    return results
+
+
+def attend_full(
+    cache: StaircaseKVCache, query: Tensor, options: dict[str, Any], chunk: Chunk | None = None
+) -> tuple[Tensor, Tensor]:
+    """All queries read what the first one does, and the newer tokens in full."""
+    if chunk is None:
+        first = (cache._lengths - query.shape[2]).clamp(min=0)
+        key, value = (cache._read(which, first, cache._lengths, True) for which in (0, 1))
+        return _call(query, key, value, cache._lengths, options)
+    now = [list(storage) for storage in cache._storage]
+    before, tokens = chunk.lengths, chunk.key.shape[2]
+    sides = []
+    for which, fresh in enumerate((chunk.key, chunk.value)):
+        for i, ring in chunk.rings[which].items():
+            cache._storage[which][i] = ring
+        held = cache._read(which, before, before, True)
+        cache._storage[which] = now[which]
+        # A row's own tokens end where its chunk begins, behind the padding.
+        start = torch.zeros_like(before) if chunk.starts is None else chunk.starts
+        place = torch.arange(int(cache._lengths.max()))[None, :]
+        old = place < before[:, None]
+        index = torch.where(
+            old, place, held.shape[2] + (place - before[:, None] + start[:, None]).clamp(max=tokens - 1)
+        )
+        both = torch.cat([held, fresh.float()], 2)
+        sides.append(both.gather(2, index[:, None, :, None].expand(-1, cache.kv_heads, -1, both.shape[3])))
+    return _call(query, sides[0], sides[1], cache._lengths, options)
+
+
+def replay(cache: StaircaseKVCache, chunk: Chunk, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Goes back to before the chunk and takes it in again, from step to step, attending as it goes.
+
+    What is not a ring is written over with what is there, and the cache ends as it was: its bytes do not depend on
+    chunks.
+    """
+    tokens = chunk.key.shape[2]
+    for storage, rings in zip(cache._storage, chunk.rings, strict=True):
+        for i, ring in rings.items():
+            storage[i].copy_(ring)
+    peak, cache._peak = cache._peak, chunk.peak
+    cache._lengths.copy_(chunk.lengths)
+    starts = torch.zeros_like(cache._lengths) if chunk.starts is None else chunk.starts
+    outs, lses, done, error = [], [], 0, None
+    while done < tokens:
+        rooms = [cache._step - length % cache._step for length in cache._lengths.tolist()]
+        end = min(tokens, done + min(rooms, default=tokens))
+        part = slice(done, end)
+        padding = (starts - done).clamp(0, end - done)
+        cache._write(cache._storage, chunk.key[:, :, part], chunk.value[:, :, part], padding)
+        cache._peak = torch.maximum(cache._peak, cache._lengths)
+        if error is None:
+            try:
+                out, lse = attend_steps(cache, query[:, :, part], options)
+                outs.append(out)
+                lses.append(lse)
+            except Exception as failure:  # the cache first becomes what it was
+                error = failure
+        done = end
+    cache._peak = peak
+    if error is not None:
+        raise error
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def rotate(x: Tensor, rotation: Tensor, back: bool = False) -> Tensor:
+    """Multiplies by the rotation of each KV head, or its transpose, in float32: a row's bits are its own."""
+    share = x.shape[1] // rotation.shape[0]
+    heads = [
+        invariant_linear(part.float().contiguous(), turn if back else turn.mT.contiguous())
+        for part, turn in zip(x.split(share, 1), rotation, strict=True)
+    ]
+    return torch.cat(heads, 1)

@@ -1,0 +1,595 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The staircase cache: what each query reads, byte for byte whatever the chunks, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pycore
+from pycore import Staircase, StaircaseKVCache, native, ops
+from pycore.reference import staircase as reference
+
+LADDERS = [(16, 8, 4), (16, 8, 4, 2), (16, 2), (16,), (16, 4, 4, 2), (16, 16, 8), (16, 16, 8, 8, 2)]
+SMALL: dict[str, Any] = {"step": 32, "sink_size": 3, "group_size": 16, "rollback": 20}
+
+
+def small(bits: Sequence[int] = (16, 8, 4, 2), **more: Any) -> Staircase:
+    return Staircase(bits, **(SMALL | more))
+
+
+def made(stairs: Staircase, batch: int = 2, heads: int = 2, dim: int = 20, **more: Any) -> StaircaseKVCache:
+    return StaircaseKVCache(stairs, batch=batch, kv_heads=heads, head_dim=dim, **more)
+
+
+def tokens(n: int, batch: int = 2, heads: int = 2, dim: int = 20, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, heads, n, dim).to(dtype)
+
+
+def stored(cache: StaircaseKVCache) -> list[Tensor]:
+    state = cache.state_dict()
+    return [*state["key"], *state["value"], state["lengths"], state["peak"]]
+
+
+def same(a: StaircaseKVCache, b: StaircaseKVCache) -> bool:
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(stored(a), stored(b), strict=True))
+
+
+def fed(cache: StaircaseKVCache, key: Tensor, value: Tensor, chunks: Sequence[int]) -> StaircaseKVCache:
+    at = 0
+    for n in chunks:
+        cache.append(key[:, :, at : at + n], value[:, :, at : at + n])
+        at += n
+    assert at == key.shape[2]
+    return cache
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", LADDERS, ids=str)
+def test_keys_and_values_are_the_reference(bits: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+    """Exactly, at lengths around every boundary, and the groups that a short last one of channels makes."""
+    key, value = tokens(301, dtype=dtype), tokens(301, dim=33, dtype=dtype)
+    cache = made(small(bits), value_dim=33, dtype=dtype)
+    at = 0
+    for length in (1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 97, 128, 129, 200, 301):
+        cache.append(key[:, :, at:length], value[:, :, at:length])
+        at = length
+        for by_token, x, got in ((False, key, cache.keys()), (True, value, cache.values())):
+            expected = reference.read(x, length - 1, by_token=by_token, bits=bits, step=32, sink_size=3, group_size=16)
+            assert got.dtype == dtype and torch.equal(got, expected), (length, by_token)
+
+
+@pytest.mark.parametrize(
+    "group_size, step, sinks", [(64, 128, 4), (32, 64, 0), (128, 128, 130), (10, 20, 1), (1, 1, 2)]
+)
+def test_other_groups(group_size: int, step: int, sinks: int) -> None:
+    """Also short groups of channels, groups that are all sinks, and groups of one."""
+    key, value = tokens(400, dim=40), tokens(400, dim=40)
+    cache = made(Staircase((16, 8, 4, 2), step=step, sink_size=sinks, group_size=group_size, rollback=5), dim=40)
+    cache.append(key, value)
+    for by_token, x, got in ((False, key, cache.keys()), (True, value, cache.values())):
+        expected = reference.read(
+            x, 399, by_token=by_token, bits=(16, 8, 4, 2), step=step, sink_size=sinks, group_size=group_size
+        )
+        assert torch.equal(got, expected)
+
+
+def test_ladders_of_keys_and_values_differ() -> None:
+    key, value = tokens(200), tokens(200)
+    stairs = Staircase((16, 8), key_bits=(16, 8, 8, 4), value_bits=(16, 2), **SMALL)
+    cache = fed(made(stairs), key, value, [200])
+    how: dict[str, Any] = {"step": 32, "sink_size": 3, "group_size": 16}
+    assert torch.equal(cache.keys(), reference.read(key, 199, by_token=False, bits=(16, 8, 8, 4), **how))
+    assert torch.equal(cache.values(), reference.read(value, 199, by_token=True, bits=(16, 2), **how))
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_minmax_is_kivi(width: int) -> None:
+    key, value = tokens(200), tokens(200)
+    cache = fed(made(small((16, width), grid="minmax")), key, value, [77, 123])
+    how: dict[str, Any] = {"bits": (16, width), "step": 32, "sink_size": 3, "group_size": 16, "grid": "minmax"}
+    assert torch.equal(cache.keys(), reference.read(key, 199, by_token=False, **how))
+    assert torch.equal(cache.values(), reference.read(value, 199, by_token=True, **how))
+
+
+def test_planes_are_as_the_format_says() -> None:
+    """The bytes of docs/ops/staircase.md, against the reference's packing."""
+    key, value = tokens(64, batch=1, heads=1), tokens(64, batch=1, heads=1)
+    cache = made(Staircase((16, 8), step=64, sink_size=0, rollback=0), batch=1, heads=1, capacity=128)
+    cache.append(key, value)
+    state = cache.state_dict()
+    codes = ops.staircase_quantize(key[0, 0], bits=8, group_size=64, dim=0)[0].T  # [channels, 64]
+    for i, (shift, bits) in enumerate(((6, 2), (4, 2), (0, 4)), start=1):
+        plane = reference.pack_plane(codes >> shift & 2**bits - 1, bits)
+        assert torch.equal(state["key"][i][0, 0, 0], plane.flatten())
+        assert torch.equal(reference.unpack_plane(plane, 64, bits), codes >> shift & 2**bits - 1)
+    codes = ops.staircase_quantize(value[0, 0], bits=8, group_size=64, dim=1)[0]
+    for i, (shift, bits) in enumerate(((6, 2), (4, 2), (0, 4)), start=1):
+        plane = reference.pack_plane(codes >> shift & 2**bits - 1, bits)
+        assert torch.equal(state["value"][i][0, 0, 0], plane.flatten())
+
+
+# ---- the same bytes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", LADDERS, ids=str)
+def test_chunks_do_not_matter(bits: tuple[int, ...]) -> None:
+    key, value = tokens(250), tokens(250)
+    whole = fed(made(small(bits), capacity=256), key, value, [250])
+    for chunks in ([1] * 250, [16] * 15 + [10], [17] * 14 + [12], [100, 0, 150], [249, 1], [3, 247]):
+        assert same(fed(made(small(bits), capacity=256), key, value, chunks), whole)
+
+
+def test_instruction_sets_and_threads_agree(threads: None) -> None:
+    key, value = tokens(250, dtype=torch.bfloat16), tokens(250, dtype=torch.bfloat16)
+    caches = []
+    before = native.cpu_isa()
+    for name in native.available_isas():
+        for count in (1, 3):
+            native.set_cpu_isa(name)
+            torch.set_num_threads(count)
+            caches.append(fed(made(small(), capacity=256, dtype=torch.bfloat16), key, value, [130, 120]))
+    native.set_cpu_isa(before)
+    assert all(same(cache, caches[0]) for cache in caches)
+
+
+def test_a_row_alone_is_the_row_in_a_batch() -> None:
+    """Left-padded rows are stored without their padding, whatever the padding holds."""
+    key, value = tokens(150, batch=3), tokens(150, batch=3)
+    starts = torch.tensor([0, 41, 150])
+    key[1, :, :41] = math.nan
+    batch = made(small(), batch=3, capacity=256)
+    batch.append(key, value, starts=starts)
+    more_key, more_value = tokens(37, batch=3), tokens(37, batch=3)
+    batch.append(more_key, more_value, starts=torch.tensor([2, 0, 0]))
+    query = tokens(10, batch=3, heads=4)
+    out = batch.attend(query)
+    for b, start in enumerate(starts.tolist()):
+        alone = made(small(), batch=1, capacity=256)
+        alone.append(key[b : b + 1, :, start:], value[b : b + 1, :, start:])
+        skip = 2 if b == 0 else 0
+        alone.append(more_key[b : b + 1, :, skip:], more_value[b : b + 1, :, skip:])
+        batch_row = [x[b : b + 1] if x.numel() else x for x in stored(batch)]
+        assert all(torch.equal(x, y) for x, y in zip(batch_row, stored(alone), strict=True))
+        assert torch.equal(alone.attend(query[b : b + 1]), out[b : b + 1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("length", [30, 32, 47, 64, 100, 129])
+def test_cropped_is_never_generated(length: int) -> None:
+    key, value = tokens(250), tokens(250)
+    for count in (1, 7, 20):
+        cache = fed(made(small(), capacity=256), key[:, :, :length], value[:, :, :length], [length])
+        cache.append(tokens(count), tokens(count))
+        cache.crop(count)
+        assert cache.lengths.tolist() == [length] * 2
+        never = fed(made(small(), capacity=256), key[:, :, :length], value[:, :, :length], [length])
+        assert torch.equal(cache.keys(), never.keys()) and torch.equal(cache.values(), never.values())
+        query = tokens(1, heads=4)
+        assert torch.equal(cache.attend(query), never.attend(query))  # type: ignore[arg-type]
+        for each in (cache, never):
+            fed(each, key[:, :, length:], value[:, :, length:], [250 - length])
+        assert same(cache, never)
+
+
+def test_cropping_many_times() -> None:
+    """A random walk of appending and cropping ends as a cache that got the tokens that stayed."""
+    generator = torch.Generator().manual_seed(3)
+    key, value = tokens(400), tokens(400)
+    cache, length, peak = made(small(), capacity=400), 0, 0
+    for _ in range(60):
+        n = min(int(torch.randint(0, 30, (), generator=generator)), 380 - length)
+        cache.append(key[:, :, length : length + n], value[:, :, length : length + n])
+        length += n
+        peak = max(peak, length)
+        back = int(torch.randint(0, max(1, min(length, 20 - (peak - length)) + 1), (), generator=generator))
+        cache.crop(back)
+        length -= back
+        if length:
+            for by_token, x, got in ((False, key, cache.keys()), (True, value, cache.values())):
+                expected = reference.read(
+                    x, length - 1, by_token=by_token, bits=(16, 8, 4, 2), step=32, sink_size=3, group_size=16
+                )
+                assert torch.equal(got, expected)
+    fed(cache, key[:, :, length:], value[:, :, length:], [400 - length])
+    assert same(cache, fed(made(small(), capacity=400), key, value, [400]))
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [(16, 8, 4), (16, 8, 4, 2), (16, 2), (16,)], ids=str)
+def test_attend_is_the_reference(bits: tuple[int, ...]) -> None:
+    key, value, query = tokens(150), tokens(150, dim=24), tokens(150, heads=4)
+    cache = made(small(bits), value_dim=24)
+    cache.append(key, value)
+    out = cache.attend(query)
+    for b in range(2):
+        expected = reference.attention(
+            query[b], key[b], value[b], key_bits=bits, value_bits=bits, step=32, sink_size=3, group_size=16
+        )
+        assert (out[b].double() - expected).abs().max() < 2e-5  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rotation", [None, "hadamard"])
+def test_a_chunk_is_one_query_at_a_time(dtype: torch.dtype, rotation: str | None) -> None:
+    key, value, query = (tokens(130, heads=h, dtype=dtype) for h in (2, 2, 4))
+    stairs = small(key_rotation=rotation, value_rotation=rotation)
+    single = made(stairs, dtype=dtype, capacity=200)
+    steps = []
+    for i in range(130):
+        single.append(key[:, :, i : i + 1], value[:, :, i : i + 1])
+        steps.append(single.attend(query[:, :, i : i + 1]))
+    expected = torch.cat(steps, 2)  # type: ignore[arg-type]
+    for chunks in ([130], [1, 129], [64, 66], [20, 20, 20, 70], [100, 30]):
+        cache, at = made(stairs, dtype=dtype, capacity=200), 0
+        for n in chunks:
+            part = slice(at, at + n)
+            cache.append(key[:, :, part], value[:, :, part])
+            assert torch.equal(cache.attend(query[:, :, part]), expected[:, :, part])  # type: ignore[arg-type]
+            at += n
+        assert same(cache, single)
+
+
+def test_a_long_padded_chunk_after_others() -> None:
+    key, value, query = tokens(150), tokens(150), tokens(150, heads=4)
+    starts = torch.tensor([0, 33])
+    cache = made(small())
+    cache.append(tokens(40), tokens(40), starts=torch.tensor([7, 0]))
+    other = StaircaseKVCache(small(), batch=2, kv_heads=2, head_dim=20)
+    other.load_state_dict(cache.state_dict())
+    cache.append(key, value, starts=starts)
+    out = cache.attend(query)
+    parts = []
+    for i in range(150):
+        other.append(key[:, :, i : i + 1], value[:, :, i : i + 1], starts=(i < starts).long())
+        parts.append(other.attend(query[:, :, i : i + 1]))
+    expected = torch.cat(parts, 2)  # type: ignore[arg-type]
+    assert torch.equal(out[0], expected[0]) and torch.equal(out[1, :, 33:], expected[1, :, 33:])  # type: ignore[index]
+
+
+def test_full_prefill() -> None:
+    """The prompt attends to itself in full, and so does a later chunk to its own tokens."""
+    key, value, query = tokens(150), tokens(150), tokens(150, heads=4)
+    starts = torch.tensor([0, 33])
+    cache = made(small())
+    cache.append(key, value, starts=starts)
+    plain = ops.attention(query, key, value, key_starts=starts)
+    assert torch.equal(cache.attend(query, prefill="full")[0], plain[0])  # type: ignore[index]
+    more_key, more_value, more_query = tokens(90), tokens(90), tokens(90, heads=4)
+    before = [cache.lengths, cache.keys(), cache.values()]
+    cache.append(more_key, more_value)
+    out = cache.attend(more_query, prefill="full")
+    for b, length in enumerate(before[0].tolist()):
+        old_key, old_value = (x[b : b + 1, :, :length] for x in before[1:])
+        if length % 32 == 0:  # else the first new query reads what the newest old one did
+            continue
+        expected = ops.attention(
+            more_query[b : b + 1],
+            torch.cat([old_key, more_key[b : b + 1]], 2),
+            torch.cat([old_value, more_value[b : b + 1]], 2),
+        )
+        assert torch.equal(out[b : b + 1], expected)  # type: ignore[index]
+    short = tokens(5, heads=4)
+    cache.append(tokens(5), tokens(5))
+    assert cache.attend(short, prefill="full").shape == short.shape  # type: ignore[union-attr]
+
+
+def test_full_ladder_is_plain_attention_and_lambda_composes() -> None:
+    key, value, query = tokens(150), tokens(150), tokens(150, heads=4)
+    cache = fed(made(small((16,))), key, value, [50, 100])
+    assert torch.equal(cache.attend(query), ops.attention(query, key, value))  # type: ignore[arg-type]
+    schedule = pycore.schedules.Lambda(4, 40)
+    expected = ops.lambda_attention(
+        query, key, value, sink_size=4, window_size=40, distance_limit=None, softcap=3.0, return_lse=True
+    )
+    got = cache.attend(query, schedule=schedule, softcap=3.0, return_lse=True)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rotations_leave_attention_as_it_is() -> None:
+    """Without quantization a rotated cache gives plain attention within rounding, and tokens come back as they were."""
+    key, value, query = tokens(100), tokens(100), tokens(100, heads=4)
+    learned = ops.staircase_rotation(key)
+    for rotations in ({"key_rotation": "hadamard"}, {"value_rotation": "hadamard"}, {"key_rotation": learned},
+                      {"key_rotation": learned, "value_rotation": ops.staircase_rotation(value)}):  # fmt: skip
+        cache = fed(made(small((16,), **rotations)), key, value, [100])
+        assert (cache.attend(query) - ops.attention(query, key, value)).abs().max() < 1e-5  # type: ignore[operator]
+        assert (cache.keys() - key).abs().max() < 1e-5 and (cache.values() - value).abs().max() < 1e-5
+
+
+def test_a_rotation_helps_values_with_an_outlier_channel() -> None:
+    """One channel rules lo and hi of every token's group, until it is spread over all, with one sign at best."""
+    value = torch.randn(1, 2, 512, 16)
+    value[..., 3] *= 30
+    errors = []
+    for rotation in (None, "hadamard", ops.staircase_rotation(value, method="pca_hadamard")):
+        cache = made(small((16, 2), value_rotation=rotation), batch=1, dim=16)
+        cache.append(value, value)
+        errors.append(float((cache.values() - value).square().mean()))
+    assert errors[1] < 0.7 * errors[0] and errors[2] < 0.1 * errors[0]
+
+
+# ---- rows, growth, state ---------------------------------------------------------------------------------------------
+
+
+def test_rows_are_chosen() -> None:
+    key, value = tokens(150, batch=3), tokens(150, batch=3)
+    cache = made(small(), batch=3)
+    cache.append(key, value, starts=torch.tensor([0, 30, 60]))
+    keys, lengths = cache.keys(), cache.lengths
+    cache.reorder(torch.tensor([2, 0, 0]))
+    assert torch.equal(cache.keys(), keys[[2, 0, 0]]) and torch.equal(cache.lengths, lengths[[2, 0, 0]])
+    cache.select(torch.tensor([0]))
+    cache.repeat_interleave(2)
+    assert cache.lengths.tolist() == [90, 90]
+    cache.append(tokens(5), tokens(5))
+    assert cache.lengths.tolist() == [95, 95]
+    cache.select(torch.zeros(0, dtype=torch.int64))
+    cache.append(tokens(5, batch=0), tokens(5, batch=0))
+    assert cache.keys().shape == (0, 2, 0, 20)
+
+
+def test_growth_keeps_everything() -> None:
+    key, value = tokens(700), tokens(700)
+    grown = fed(made(small()), key, value, [1] * 300 + [400])
+    fixed = fed(made(small(), capacity=700), key, value, [700])
+    assert torch.equal(grown.keys(), fixed.keys()) and torch.equal(grown.values(), fixed.values())
+
+
+def test_nbytes_and_bits() -> None:
+    """16/8/4 over 8192 tokens: four bits, lo and hi and a center in 64, and the rings' share."""
+    cache = StaircaseKVCache(Staircase(), batch=1, kv_heads=1, head_dim=64, capacity=8192, dtype=torch.bfloat16)
+    tensors = [x for x in stored(cache)[:-2]]
+    assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in tensors)
+    assert math.isnan(cache.bits_per_value)
+    cache.append(torch.randn(1, 1, 8192, 64).bfloat16(), torch.randn(1, 1, 8192, 64).bfloat16())
+    rings = ((192 + 4) * 16 + 320 * 4) / 8192
+    assert cache.bits_per_value == pytest.approx(4 + 2 * 16 / 64 + 8 / 64 + rings, abs=1e-9)
+
+
+def test_steps_as_fractions() -> None:
+    cache = made(Staircase((16, 8, 4), step=0.125, sink_size=0, group_size=16), capacity=1000)
+    assert cache.staircase.step == 112
+    assert made(Staircase((16, 4), step=0.001, group_size=16), capacity=100).staircase.step == 16
+
+
+@pytest.mark.parametrize("capacity", [None, 300])
+def test_state_goes_on_elsewhere(capacity: int | None) -> None:
+    key, value = tokens(250), tokens(250)
+    cache = fed(made(small(key_rotation="hadamard"), capacity=capacity), key, value, [100, 50, 100])
+    cache.crop(3)
+    other = made(small(key_rotation="hadamard"), batch=1, capacity=capacity)
+    other.load_state_dict(cache.state_dict())
+    assert same(cache, other)
+    more_key, more_value, query = tokens(40), tokens(40), tokens(40, heads=4)
+    for each in (cache, other):
+        each.append(more_key, more_value)
+    assert same(cache, other)
+    assert torch.equal(cache.attend(query), other.attend(query))  # type: ignore[arg-type]
+
+
+def test_native_face_gives_the_same() -> None:
+    key, value = tokens(100), tokens(100)
+    stairs = small()
+    cache, blank = made(stairs, capacity=128), made(stairs, capacity=128).state_dict()
+    cache.append(key, value)
+    sides = [[x.numpy() for x in blank[name]] for name in ("key", "value")]
+    lengths = blank["lengths"].numpy()
+    how: dict[str, Any] = {"sink_size": 3, "step": 32, "group_size": 16}
+    native.staircase_cache_append(
+        *sides, lengths, key.numpy(), value.numpy(), key_bits=stairs.bits, value_bits=stairs.bits, **how
+    )
+    assert all(
+        torch.equal(torch.from_numpy(x), y) for x, y in zip(sides[0] + sides[1], stored(cache)[:16], strict=True)
+    )
+    got = native.staircase_cache_read(
+        sides[1], lengths - 1, lengths, bits=stairs.bits, by_token=True, tokens=100, **how
+    )
+    assert torch.equal(torch.from_numpy(got), cache.values())
+
+
+def test_opcheck() -> None:
+    cache = made(small(), capacity=64)
+    cache.append(tokens(40), tokens(40))
+    state = cache.state_dict()
+    bits, lengths = list(small().bits), state["lengths"]
+    torch.library.opcheck(
+        torch.ops.pycore.staircase_cache_append.default,
+        (state["key"], state["value"], lengths, tokens(9), tokens(9), None, bits, bits, 3, 32, 16, "embedded"),
+    )
+    torch.library.opcheck(
+        torch.ops.pycore.staircase_cache_read.default,
+        (state["key"], lengths - 1, lengths, bits, False, 3, 32, 16, "embedded", 40, False),
+    )
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def refused(cache: StaircaseKVCache, kind: type[Exception], sentence: str, call: Any) -> None:
+    before = [x.clone() for x in stored(cache)]
+    with pytest.raises(kind) as error:
+        call()
+    assert str(error.value) == sentence
+    assert all(torch.equal(a, b) for a, b in zip(before, stored(cache), strict=True))
+
+
+@pytest.mark.parametrize(
+    "side, at, value, place",
+    [
+        ("key", (1, 0, 2, 5), math.nan, "group 2 of its channel, is nan"),
+        ("value", (1, 1, 4, 17), math.inf, "group 1 of its token, is inf"),
+        ("key", (0, 1, 20, 0), -math.inf, "group 3 of its channel, is -inf"),
+    ],
+)
+def test_what_is_not_finite_names_its_group(side: str, at: tuple[int, ...], value: float, place: str, isa: str) -> None:
+    cache = fed(made(small()), tokens(40), tokens(40), [40])
+    new = {"key": tokens(30), "value": tokens(30)}
+    new[side][at] = value
+    sentence = f"staircase_cache_append: {side}{list(at)}, in {place} and must be finite"
+    refused(cache, ValueError, sentence, lambda: cache.append(**new))
+
+
+def test_a_sink_that_is_not_finite_is_refused() -> None:
+    cache, key = made(small()), tokens(5)
+    key[0, 0, 1, 2] = math.nan
+    sentence = "staircase_cache_append: key[0, 0, 1, 2], in group 0 of its channel, is nan and must be finite"
+    refused(cache, ValueError, sentence, lambda: cache.append(key, tokens(5)))
+
+
+def test_a_range_that_overflows_names_its_group() -> None:
+    """Also where half of the group is in the cache already."""
+    key, value = tokens(40), tokens(40)
+    key[1, 0, 38, 7] = 3e38
+    cache = fed(made(small()), key, value, [40])
+    more = tokens(20)
+    more[1, 0, 3, 7] = -3e38
+    sentence = (
+        "staircase_cache_append: key of batch row 1, head 0, group 2 of channel 7, is between -3e+38 and 3e+38, whose "
+        "difference must be finite in float32"
+    )
+    refused(cache, ValueError, sentence, lambda: cache.append(more, tokens(20)))
+    more = tokens(2)
+    more[0, 1, 1, 16], more[0, 1, 1, 17] = 3e38, -3e38
+    sentence = (
+        "staircase_cache_append: value of batch row 0, head 1, group 1 of token 1, is between -3e+38 and 3e+38, whose "
+        "difference must be finite in float32"
+    )
+    refused(cache, ValueError, sentence, lambda: cache.append(tokens(2), more))
+
+
+def test_append_refuses() -> None:
+    cache = fed(made(small(), capacity=100), tokens(90), tokens(90), [90])
+    op = "StaircaseKVCache.append"
+    for kind, sentence, call in [
+        (ValueError, "row 0 would have 101 tokens, 11 of them new, and capacity is 100, which they must fit",
+         lambda: cache.append(tokens(11), tokens(11))),
+        (ValueError, "key has shape [2, 2, 3, 21] and must be [2, 2, tokens, 20]",
+         lambda: cache.append(tokens(3, dim=21), tokens(3))),
+        (ValueError, "value has 2 tokens and key has 3; they must be equal",
+         lambda: cache.append(tokens(3), tokens(2))),
+        (ValueError, "key is torch.float16 on cpu and must be torch.float32 on cpu",
+         lambda: cache.append(tokens(3).half(), tokens(3))),
+        (ValueError, "starts[1] is 4 and must be between 0 and key's 3 tokens",
+         lambda: cache.append(tokens(3), tokens(3), starts=torch.tensor([0, 4]))),
+        (TypeError, "key is a list and must be a Tensor", lambda: cache.append([], tokens(3))),  # type: ignore[arg-type]
+    ]:  # fmt: skip
+        refused(cache, kind, f"{op}: {sentence}", call)
+    cache.append(tokens(11), tokens(11), starts=torch.tensor([1, 3]))
+    assert cache.lengths.tolist() == [100, 98]
+
+
+def test_crop_and_choice_refuse() -> None:
+    cache = fed(made(small()), tokens(90), tokens(90), [90])
+    refused(cache, ValueError, "StaircaseKVCache.crop: tokens is 21 and must be at most rollback, 20",
+            lambda: cache.crop(21))  # fmt: skip
+    cache.crop(15)
+    sentence = "StaircaseKVCache.crop: tokens is 6 with 15 taken back before and must be at most rollback, 20"
+    refused(cache, ValueError, sentence, lambda: cache.crop(6))
+    refused(cache, ValueError, "StaircaseKVCache.crop: tokens is -1 and must be at least 0", lambda: cache.crop(-1))
+    refused(cache, TypeError, "StaircaseKVCache.crop: tokens is a float and must be an int",
+            lambda: cache.crop(1.0))  # type: ignore[arg-type] # fmt: skip
+    short = fed(made(small()), tokens(3), tokens(3), [3])
+    refused(short, ValueError, "StaircaseKVCache.crop: tokens is 4 and must be at most 3, the length of row 0",
+            lambda: short.crop(4))  # fmt: skip
+    refused(cache, IndexError, "StaircaseKVCache.reorder: index must be between 0 and 1",
+            lambda: cache.reorder(torch.tensor([0, 2])))  # fmt: skip
+
+
+def test_attend_refuses() -> None:
+    cache = fed(made(small()), tokens(100), tokens(100), [100])
+    op = "StaircaseKVCache.attend"
+    for sentence, call in [
+        ("query has 3 heads and must have a multiple of the cache's 2", lambda: cache.attend(tokens(1, heads=3))),
+        ("query has shape [2, 4, 1, 21] and must be [2, heads, n, 20]", lambda: cache.attend(tokens(1, 2, 4, 21))),
+        ("prefill is 'half' and must be 'staircase' or 'full'", lambda: cache.attend(tokens(1), prefill="half")),
+        ("query has 99 rows and must have 100, one for each token appended last, or few enough for the rings",
+         lambda: cache.attend(tokens(99, heads=4))),
+    ]:  # fmt: skip
+        refused(cache, ValueError, f"{op}: {sentence}", call)
+    with pytest.raises(ValueError, match="sink_logits"):  # in the midst of going back, which leaves no trace
+        before = [x.clone() for x in stored(cache)]
+        cache.attend(tokens(100, heads=4), sink_logits=torch.zeros(3))
+    assert all(torch.equal(a, b) for a, b in zip(before, stored(cache), strict=True))
+    cache.attend(tokens(100, heads=4))
+    with pytest.raises(
+        ValueError, match="the first of which reads tokens that have left the rings, and must have fewer"
+    ):
+        cache.attend(tokens(100, heads=4))
+
+
+@pytest.mark.parametrize(
+    "how, kind, sentence",
+    [
+        ({"bits": ()}, ValueError, "bits has 0 entries and must have between 1 and 32"),
+        ({"bits": (8, 4)}, ValueError, "bits[0] is 8 and must be 16: the newest tokens are always full"),
+        ({"bits": (16, 3)}, ValueError, "bits[1] is 3 and must be 16, 8, 4 or 2"),
+        ({"bits": (16, 4, 8)}, ValueError, "bits[2] is 8 and must be at most 4, the step before"),
+        ({"bits": 16}, TypeError, "bits is a int and must be a sequence of ints"),
+        ({"key_bits": (16, 4.0)}, TypeError, "key_bits[1] is a float and must be an int"),
+        ({"step": 100}, ValueError, "step is 100 and must be a multiple of group_size, 64"),
+        ({"step": 1.5}, ValueError, "step is 1.5 and must be above 0 and below 1, or a whole number of tokens"),
+        ({"group_size": 0}, ValueError, "group_size is 0 and must be at least 1"),
+        ({"group_size": 300}, ValueError, "group_size is 300 and must be at most 256"),
+        ({"sink_size": -1}, ValueError, "sink_size is -1 and must be at least 0"),
+        ({"rollback": True}, TypeError, "rollback is a bool and must be an int"),
+        ({"grid": "minmax"}, ValueError, "bits is (16, 8, 4) and must have one quantized width with grid='minmax'"),
+        ({"key_rotation": "pca"}, ValueError, "key_rotation is 'pca' and must be 'hadamard', a Tensor or None"),
+        ({"key_rotation": 2 * torch.eye(4)[None]}, ValueError,
+         "key_rotation is off by 3 and must be orthogonal to within 0.001"),
+        ({"value_rotation": torch.eye(4)}, ValueError,
+         "value_rotation is float32 [4, 4] and must be floating point [kv_heads, head_dim, head_dim]"),
+    ],
+)  # fmt: skip
+def test_staircase_refuses(how: dict[str, Any], kind: type[Exception], sentence: str) -> None:
+    with pytest.raises(kind) as error:
+        Staircase(**how)
+    assert str(error.value) == f"Staircase: {sentence}"
+
+
+@pytest.mark.parametrize(
+    "how, kind, sentence",
+    [
+        ({"staircase": 4}, TypeError, "staircase is a int and must be a Staircase"),
+        ({"batch": -1}, ValueError, "batch is -1 and must be at least 0"),
+        ({"capacity": 0}, ValueError, "capacity is 0 and must be at least 1"),
+        ({"dtype": torch.float64}, ValueError, "dtype is float64 and must be float32, float16 or bfloat16"),
+        ({"dtype": "float32"}, TypeError, "dtype is a str and must be a torch.dtype"),
+        ({"device": "meta"}, ValueError, "device is meta and must be the CPU, which is where this cache has kernels"),
+        ({"staircase": Staircase(step=0.5)}, ValueError, "step is 0.5, a fraction of capacity, which must be given"),
+        ({"staircase": Staircase(key_rotation=torch.eye(8)[None])}, ValueError,
+         "key_rotation has shape [1, 8, 8] and must be [2, 20, 20]"),
+    ],
+)  # fmt: skip
+def test_cache_refuses(how: dict[str, Any], kind: type[Exception], sentence: str) -> None:
+    with pytest.raises(kind) as error:
+        StaircaseKVCache(**({"staircase": Staircase(), "batch": 1, "kv_heads": 2, "head_dim": 20} | how))
+    assert str(error.value) == f"StaircaseKVCache: {sentence}"
+
+
+def test_load_refuses() -> None:
+    cache = fed(made(small(), capacity=100), tokens(90), tokens(90), [90])
+    good = cache.state_dict()
+    op = "StaircaseKVCache.load_state_dict"
+    for change, sentence in [
+        ({"step": 64}, "step is 64 and must be 32"),
+        ({"key_bits": (16, 8)}, "key_bits is (16, 8) and must be (16, 8, 4, 2)"),
+        ({"peak": torch.tensor([80, 90])}, "peak is [80, 90] and must be at least lengths, [90, 90]"),
+        ({"peak": torch.tensor([999, 90])}, "peak is [999, 90], more than rollback, 20, past lengths"),
+        ({"key": good["key"][:7]}, "key must be a list of 8 tensors"),
+        ({"value": [x.double() if x.is_floating_point() else x for x in good["value"]]},
+         f"value[0] is float64 {list(good['value'][0].shape)} and must be float32 {list(good['value'][0].shape)}"),
+    ]:  # fmt: skip
+        refused(cache, ValueError, f"{op}: {sentence}", lambda change=change: cache.load_state_dict(good | change))
+    del good["lengths"]
+    refused(cache, ValueError, f"{op}: lengths is missing", lambda: cache.load_state_dict(good))
