@@ -73,9 +73,9 @@ class StaircaseKVCache:
     """Keys and values of all tokens, with fewer bits the older they are.
 
     The codes are on a grid on which dropping low bits is quantizing coarsely, and stored as bit planes: the top two
-    bits of every token, the next two and the low four in rings that cover the steps which read them, and full precision in a
-    ring of its own. Tokens age as the rings move on: nothing is copied, quantized anew or kept twice, and appending a
-    token takes the same time at every length. What lies in the cache does not depend on the chunks tokens came in.
+    bits of every token, the next two and the low four in rings that cover the steps which read them, and full precision
+    in a ring of its own. Tokens age as the rings move on: nothing is copied, quantized anew or kept twice, and
+    appending a token takes the same time at every length. What lies in the cache does not depend on the chunks tokens came in.
 
     Rows keep their own lengths and are stored without padding. On the CPU; it carries no gradient.
 
