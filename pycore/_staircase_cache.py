@@ -73,11 +73,12 @@ class StaircaseKVCache:
     """Keys and values of all tokens, with fewer bits the older they are.
 
     The codes are on a grid on which dropping low bits is quantizing coarsely, and stored as bit planes: the top two
-    bits of every token, the next two and the low four in rings that cover the steps which read them, and full precision in a
-    ring of its own. Tokens age as the rings move on: nothing is copied, quantized anew or kept twice, and appending a
-    token takes the same time at every length. What lies in the cache does not depend on the chunks tokens came in.
+    bits of every token, the next two and the low four in rings that cover the steps which read them, and full precision
+    in a ring of its own. Tokens age as the rings move on: nothing is copied, quantized anew or kept twice, and
+    appending a token takes the same time at every length. What lies in the cache does not depend on the chunks tokens came in.
 
-    Rows keep their own lengths and are stored without padding. On the CPU; it carries no gradient.
+    Rows keep their own lengths and are stored without padding. On the CPU. What is appended gets no gradient; a query
+    does.
 
     Args:
         staircase: the ladder.
@@ -401,7 +402,7 @@ class StaircaseKVCache:
         }  # fmt: skip
         queries, chunk = query.shape[2], self._chunk
         first = (self._lengths - queries).clamp(min=0)
-        rotated = query.detach().float()
+        rotated = query.float()
         if self._sides[0].rotation is not None:
             rotated = rotate(rotated, self._sides[0].rotation)
         if self._served(first, self._peak):

@@ -52,7 +52,8 @@ def staircase_quantize(
             average, in 256ths. 128 is the middle. They make lo + (code + center / 256) (hi - lo) / 2^bits right on
             average, where an outlier leaves most elements at one end of their cells.
 
-    A group whose elements are all equal has codes 0 and is kept exactly. A minus zero comes back as zero.
+    A group whose elements are all equal has codes 0 and is kept exactly. A minus zero comes back as zero. No gradient
+    passes through.
 
     Raises:
         ValueError: an element is NaN or infinite, or hi - lo is infinite in float32; the sentence names the group. Or

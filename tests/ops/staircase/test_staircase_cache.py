@@ -296,6 +296,27 @@ def test_full_ladder_is_plain_attention_and_lambda_composes() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_query_learns_and_inference_mode_is_no_trap() -> None:
+    key, value = tokens(100), tokens(100)
+    query = tokens(100, heads=4).requires_grad_()
+    with torch.inference_mode():
+        cache = fed(made(small((16,))), key, value, [60, 40])
+        cache.crop(0)
+    (got,) = torch.autograd.grad(cache.attend(query).sum(), query)  # type: ignore[union-attr]
+    (expected,) = torch.autograd.grad(ops.attention(query, key, value).sum(), query)  # type: ignore[union-attr]
+    assert torch.equal(got, expected)
+    cache.append(tokens(1), tokens(1))
+    assert cache.lengths.tolist() == [101, 101]
+
+
+def test_rows_shorter_than_the_queries_give_zeros() -> None:
+    cache = made(small())
+    cache.append(tokens(5), tokens(5), starts=torch.tensor([0, 2]))
+    out, lse = cache.attend(tokens(5, heads=4), return_lse=True)
+    assert not out[1, :, :2].any() and out[1, :, 2:].all() and out[0].all()
+    assert (lse[1, :, :2] == -math.inf).all() and lse[1, :, 2:].isfinite().all()
+
+
 def test_rotations_leave_attention_as_it_is() -> None:
     """Without quantization a rotated cache gives plain attention within rounding, and tokens come back as they were."""
     key, value, query = tokens(100), tokens(100), tokens(100, heads=4)
