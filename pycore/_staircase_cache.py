@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pycore.cache.checks import check_index, check_starts, check_tokens
 from pycore._checks import check_int, check_str, is_bool
 from pycore._staircase import DTYPES, Staircase
 from pycore._staircase_unpacked import Chunk, attend_full, attend_steps, replay, rotate
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_devices, check_tensor
+from pycore.cache.checks import check_index, check_starts, check_tokens
 from pycore.ops.staircase import hadamard
 from pycore.schedules import Causal, Lambda, Schedule
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pycore._limits import KEY_TILE
 from pycore.ops.attention import attention
 from pycore.ops.linear import invariant_linear
+from pycore.ops.staircase_attention import attend_packed
 
 if TYPE_CHECKING:
     from pycore._staircase_cache import StaircaseKVCache
@@ -33,8 +35,12 @@ class Chunk(NamedTuple):
 
 
 def attend_steps(cache: StaircaseKVCache, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Queries that the rings serve: those between two steps read alike, and are attended to together."""
+    """Queries that the rings serve: those between two steps read alike, and are attended to together.
+
+    On the packed cache, where its groups are the kernels' tiles of keys.
+    """
     queries = query.shape[2]
+    packed = cache.staircase.group_size == KEY_TILE
     cuts = {0, queries}
     for length in cache._lengths.tolist():
         cuts.update(range((queries - length) % cache._step, queries, cache._step))
@@ -42,12 +48,25 @@ def attend_steps(cache: StaircaseKVCache, query: Tensor, options: dict[str, Any]
     parts = []
     for begin, end in zip(ordered[:-1], ordered[1:], strict=True):
         newest = (cache._lengths - (queries - end)).clamp(min=0)
+        if packed:
+            parts.append(_attend_packed(cache, query[:, :, begin:end], newest, options))
+            continue
         key, value = (cache._read(which, newest - 1, newest, True) for which in (0, 1))
         parts.append(_call(query[:, :, begin:end], key, value, newest, options))
     if not parts:
         key, value = (cache._read(which, cache._lengths - 1, cache._lengths, True) for which in (0, 1))
         parts = [_call(query, key, value, cache._lengths, options)]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _attend_packed(
+    cache: StaircaseKVCache, query: Tensor, ends: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    stairs, rest = cache.staircase, dict(options)
+    schedule = rest.pop("schedule")
+    ladders = [side.bits for side in cache._sides]
+    sizes = (stairs.sink_size, cache._step, stairs.group_size, stairs.grid)
+    return attend_packed(query, cache._storage, ends, ladders, sizes, (schedule.kind, schedule.args), **rest)
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -234,6 +234,27 @@ def staircase_dequantize(
     out: Any = None,
     threads: int | None = None,
 ) -> Any: ...
+def staircase_attention(
+    query: Any,
+    key_storage: Sequence[Any],
+    value_storage: Sequence[Any],
+    ends: Any,
+    *,
+    distance_bias: Any = None,
+    sink_logits: Any = None,
+    key_bits: Sequence[int],
+    value_bits: Sequence[int],
+    sink_size: int,
+    step: int,
+    group_size: int = 64,
+    grid: str = "embedded",
+    schedule: str = "causal",
+    schedule_args: Sequence[int] = ...,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    out: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any]: ...
 def staircase_cache_append(
     key_storage: Sequence[Any],
     value_storage: Sequence[Any],

@@ -33,6 +33,7 @@ KERNELS = [
     "quantize_cdf",
     "rms_norm",
     "rms_norm_backward",
+    "staircase_attention",
     "staircase_cache_append",
     "staircase_cache_read",
     "staircase_dequantize",

@@ -36,6 +36,8 @@ struct StaircaseAttentionMemory {
 inline AttentionParams staircase_attention_params(const StaircaseAttentionArgs& given,
                                                   StaircaseAttentionMemory* memory) {
   constexpr const char* kOp = "staircase_attention";
+  check_value(given.ladder.group_size == kPackedGroup, kOp, "group_size is ", given.ladder.group_size, " and must be ",
+              kPackedGroup, ", a tile of keys");
   StaircaseLadder value_ladder = given.ladder;
   value_ladder.bits = given.value_bits;
   StaircasePlanes& planes = memory->planes;
@@ -49,8 +51,6 @@ inline AttentionParams staircase_attention_params(const StaircaseAttentionArgs& 
   planes.kv_heads = full.shape[1];
   planes.sinks = given.ladder.sink_size;
   planes.step = given.ladder.step;
-  check_value(given.ladder.group_size == kPackedGroup, kOp, "group_size is ", given.ladder.group_size, " and must be ",
-              kPackedGroup, ", a tile of keys");
   check_value(given.query.dtype == DType::kFloat32, kOp, "query is ", dtype_name(given.query.dtype),
               " and must be float32");
   check_value(given.schedule == "causal" || given.schedule == "lambda", kOp, "schedule is \"", given.schedule,

@@ -15,6 +15,7 @@ from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import invariant_linear, rms_norm
 from pycore.ops.staircase import staircase_dequantize, staircase_quantize, staircase_rotation
+from pycore.ops.staircase_attention import staircase_attention
 
 __all__ = [
     "ac_decode",
@@ -30,6 +31,7 @@ __all__ = [
     "pr_flash_attention",
     "quantize_cdf",
     "rms_norm",
+    "staircase_attention",
     "staircase_dequantize",
     "staircase_quantize",
     "staircase_rotation",

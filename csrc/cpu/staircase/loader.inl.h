@@ -200,7 +200,7 @@ class StaircaseLoader {
 
   // The 64 codes that begin `offset` bytes into the first plane.
   static PYCORE_INLINE void unpack(const StaircaseTile& tile, int64_t offset, float* out) {
-    alignas(64) uint8_t codes[kPackedGroup];
+    alignas(64) int8_t codes[kPackedGroup];
     unpack_codes(tile.planes, offset, tile.depth, codes);
     for (int64_t c = 0; c < kPackedGroup; c += Vec::kWidth) Vec::load_bytes(codes + c).store(out + c);
   }

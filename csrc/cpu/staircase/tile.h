@@ -54,24 +54,27 @@ struct StaircaseTile {
                                                    : nullptr;
   }
 
-  // Of group g: the width of a cell, and what code 0 stands for.
-  [[gnu::always_inline]] inline void grid(int64_t g, float* step, float* base) const {
+  // Of group g: the width of a cell, and what a code in the middle stands for. Codes count from there: from lo, sums of
+  // codes and sums of lo would be large numbers that cancel.
+  [[gnu::always_inline]] inline void grid(int64_t g, float* step, float* middle) const {
     const float low = staircase_element(all.dtype, lo, g);
     *step = staircase_step(side.grid, low, staircase_element(all.dtype, hi, g), bits);
     const float centre = side.grid == StaircaseGrid::kMinMax
                              ? 0.0f
                              : static_cast<float>(centers ? centers[g] : static_cast<uint8_t>(kMiddle)) * 0x1p-8f;
-    *base = low + centre * *step;
+    *middle = low + (static_cast<float>(half()) + centre) * *step;
   }
 
-  // Code `at` of the `count` that begin `offset` bytes into the first plane; a plane of 4 bits has twice the bytes.
+  [[gnu::always_inline]] inline int32_t half() const { return 1 << (bits - 1); }
+
+  // Code `at`, from the middle, of the `count` that begin `offset` bytes into the first plane; a plane of 4 bits has twice the bytes.
   [[gnu::always_inline]] inline int32_t code(int64_t offset, int64_t count, int64_t at) const {
     int32_t code = 0;
     for (int32_t k = 0; k < depth; ++k) {
       const int32_t width = static_cast<int32_t>(plane_width(k));
       code = code << width | plane_code(planes[k] + (width / 2) * offset, count, at, width);
     }
-    return code;
+    return code - half();
   }
 
   // Where the codes of token t's group g begin, and how many they are; of channel g, for keys.

@@ -3,9 +3,10 @@
 // (attention/attention.h) whose `planes` points here; its query is float32, and all queries of a batch row stand in one
 // step of the ladder, so that they read every token at one width.
 //
-// A tile of 64 keys at one width is, with code c of token t and channel d, lo_d + (c + centre_d) step_d. So
-//   score(m, t) = sum_d (q_md step_d) c_dt  +  sum_d q_md (lo_d + centre_d step_d)
-//   out(m, d)  += sum_t (w_mt step_t) c_td  +  sum_t w_mt (lo_t + centre_t step_t)      (lo, step of t's group of d)
+// A tile of 64 keys at one width of b bits is, with code c of token t and channel d counted from the middle, 2^(b - 1),
+// middle_d + c step_d with middle_d = lo_d + (2^(b - 1) + centre_d) step_d. So
+//   score(m, t) = sum_d (q_md step_d) c_dt  +  sum_d q_md middle_d
+//   out(m, d)  += sum_t (w_mt step_t) c_td  +  sum_t w_mt middle_t      (middle, step of t's group of d)
 // Every first sum is one chain of FMAs, channels or kept tokens ascending; every second one is sixteen lanes (channel
 // d, or token t, in lane d mod 16), then halved, and added to the chain when it is done. The chain of a value starts
 // from what earlier tiles of the segment gave. Tokens in full precision (sinks, and what the ladder gives 16 bits) are
