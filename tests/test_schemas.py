@@ -6,12 +6,14 @@ A change shows up in review as a changed line. `python tests/test_schemas.py --u
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import torch
 
 from pycore import _load
+from pycore._schema import Schema
 
 GOLDEN = Path(__file__).parent / "schemas.txt"
 
@@ -37,6 +39,30 @@ def test_ops_are_pure_or_marked() -> None:
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("pycore::"):
             assert all(value.alias_info is None for value in schema.returns), str(schema)
+
+
+def test_places_by_name() -> None:
+    """pycore._schema, by which the rules of an op find its arguments, against the list's text."""
+    for line in GOLDEN.read_text().splitlines():
+        name, arguments = re.fullmatch(r"pycore::(\w+)\((.*)\) -> .*", line).groups()  # type: ignore[union-attr]
+        schema = Schema(name)
+        parts = [part.split("=")[0].split() for part in arguments.split(", ")]
+        assert list(schema.names) == [argument for _, argument in parts]
+        assert list(schema.tensors) == [argument for kind, argument in parts if kind.startswith("Tensor")]
+        args = [f"argument {place}" for place in range(len(parts))]
+        given = args[: len(parts) - line.count("=")]  # the dispatcher leaves defaults out
+        named = schema.named(given)
+        assert list(named) == list(schema.names) and list(named.values())[: len(given)] == given
+        assert all(schema.get(args, argument) == args[place] for argument, place in schema.places.items())
+        assert [schema.get(given, argument) for argument in schema.names] == schema.full(given)
+
+
+def test_a_default_by_name() -> None:
+    schema = Schema("rms_norm")
+    x, weight, eps = torch.ones(2, 3), torch.ones(3), 0.0
+    assert schema.named([x, weight, eps]) == {"x": x, "weight": weight, "eps": eps, "numbers": None}
+    assert torch.equal(schema.call({"numbers": None, "eps": eps, "weight": weight, "x": x, "more": 1}), x)
+    assert Schema("attention").get([], "symmetric_bias") is False
 
 
 if __name__ == "__main__":

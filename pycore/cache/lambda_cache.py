@@ -129,8 +129,7 @@ class LambdaKVCache(LambdaTokens):
             nodes = 0
             if tree is not None:
                 schedule, nodes = self._tree(tree)
-            # A chunk's own queries see what the ring has, whatever was taken back before it: rows of padding mean
-            # nothing.
+            # A chunk's own queries see what the ring has, whatever was taken back before it: padding means nothing.
             most = self._servable - self._cropped
             if max(queries, nodes) > most and (queries != self._own or tree is not None):
                 chunk = self._chunk
