@@ -17,8 +17,8 @@ from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
     from pycore import compat, integrations, models, native, nn, ops, positions, reference, schedules
-    from pycore._staircase_cache import Staircase, StaircaseKVCache
     from pycore.cache import LambdaKVCache
+    from pycore.cache.staircase_cache import Staircase, StaircaseKVCache
     from pycore.coding.arithmetic_coding_table import EqualInfoTable
     from pycore.coding.arithmetic_coding_windows import EqualInfoWindows
     from pycore.coding.bitstreams import Bitstreams
@@ -59,8 +59,8 @@ _HOMES = {
     "EqualInfoTable": "coding.arithmetic_coding_table",
     "EqualInfoWindows": "coding.arithmetic_coding_windows",
     "LambdaKVCache": "cache",
-    "Staircase": "_staircase_cache",
-    "StaircaseKVCache": "_staircase_cache",
+    "Staircase": "cache.staircase",
+    "StaircaseKVCache": "cache.staircase_cache",
 }
 
 

@@ -76,14 +76,7 @@ inline StaircaseSide staircase_side(const char* op, const std::string& name, con
     narrow |= side.bits[i] == 2;
     four |= side.bits[i] == 4;
   }
-  const auto contiguous = [&](int64_t i) {
-    const TensorView& view = storage[i];
-    int64_t row_major = 1;
-    for (int d = view.dims - 1; d >= 0 && view.count() > 0; --d) {
-      check_value(view.shape[d] == 1 || view.strides[d] == row_major, op, named(i), " must be contiguous");
-      row_major *= view.shape[d];
-    }
-  };
+  const auto contiguous = [&](int64_t i) { check_value(storage[i].contiguous(), op, named(i), " must be contiguous"); };
   contiguous(0);
   // Tokens that tensor i holds, `tile` elements for each tile of them.
   const auto rows_of = [&](int64_t i, bool wanted, int64_t tile, DType dtype) -> int64_t {
@@ -179,8 +172,7 @@ inline StaircaseCacheParams staircase_append_params(const StaircaseAppendArgs& a
     check_value(view.dtype == full.dtype, kOp, name, " has dtype ", dtype_name(view.dtype), " and must have ",
                 dtype_name(full.dtype));
     check_value(view.device == Device::kCpu, kOp, name, " is not on the CPU, where the storage is");
-    check_value(view.shape[3] <= 1 || view.strides[3] == 1 || view.count() == 0, kOp, name,
-                "'s last dimension must be contiguous");
+    check_last_contiguous(kOp, name, view);
   }
   const NamedView indices[] = {{"lengths", args.lengths}, {"starts", args.starts}};
   for (const auto& [name, view] : indices) {
@@ -188,7 +180,7 @@ inline StaircaseCacheParams staircase_append_params(const StaircaseAppendArgs& a
     check_value(view.dtype == DType::kInt64 && view.dims == 1 && view.shape[0] == params.batch, kOp, name, " is ",
                 dtype_name(view.dtype), " ", shape_text(view), " and must be int64 [", params.batch, "]");
     check_value(view.device == Device::kCpu, kOp, name, " is not on the CPU, where the storage is");
-    check_value(view.strides[0] == 1 || params.batch <= 1, kOp, name, " must be contiguous");
+    check_contiguous(kOp, name, view);
   }
   params.lengths = args.lengths.as<int64_t>();
   params.seen = args.copies.keep(kOp, params.lengths, params.batch);

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention on a staircase cache that stays packed.
 
-csrc/include/pycore/staircase/attention.h has the sums and their order; csrc/cpu/staircase/loader.inl.h reads the planes.
+csrc/include/pycore/staircase/attention.h has the sums and their order, csrc/cpu/staircase/loader.inl.h the code.
 """
 
 from __future__ import annotations

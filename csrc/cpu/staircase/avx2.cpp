@@ -1,20 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The staircase's kernels on AVX2. Nothing is included inside the target region but code without linkage.
-#include <cstring>
-
+// The staircase's kernels on AVX2.
+#define PYCORE_LANES 8
 #include "kernels.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt")
 
 namespace pycore::avx2 {
-namespace {
-#include "groups.inl.h"
-}  // namespace
-
-const StaircaseKernels staircase = {column_fault, row_fault,          quantize_columns,
-                                    quantize_row, dequantize_columns, dequantize_row};
-
+#include "kernels.inl.h"
 }  // namespace pycore::avx2
 
 #pragma GCC pop_options

@@ -8,17 +8,13 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../for_isa.h"
 #include "kernels.h"
 
 namespace pycore {
 
 const StaircaseKernels& staircase_kernels(CpuIsa isa) {
-  switch (isa) {
-    case CpuIsa::kAvx512: return avx512::staircase;
-    case CpuIsa::kAvx2: return avx2::staircase;
-    case CpuIsa::kScalar: break;
-  }
-  return scalar::staircase;
+  return for_isa(isa, scalar::staircase, avx2::staircase, avx512::staircase);
 }
 
 namespace {

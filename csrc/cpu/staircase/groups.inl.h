@@ -2,6 +2,15 @@
 // The grid of a group, a cell for every element, and back: plain loops over sixteen lanes, which the compiler turns
 // into the vectors of the target region that includes this. Every step is one IEEE operation or an integer one, and
 // sums are of integers, so the instruction sets agree bit for bit.
+#pragma once
+
+#include <pycore/dtype.h>
+#include <pycore/staircase/grid.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
 
 constexpr int kLanes = 16;
 constexpr int64_t kSumRows = 4096;  // whose sums fit 32 bits

@@ -8,6 +8,7 @@
 #include <pycore/tensor_view.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace pycore {
 

@@ -1,15 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The staircase's kernels for any x86-64.
-#include <cstring>
-
+#define PYCORE_LANES 1
 #include "kernels.h"
 
 namespace pycore::scalar {
-namespace {
-#include "groups.inl.h"
-}  // namespace
-
-const StaircaseKernels staircase = {column_fault, row_fault,          quantize_columns,
-                                    quantize_row, dequantize_columns, dequantize_row};
-
+#include "kernels.inl.h"
 }  // namespace pycore::scalar

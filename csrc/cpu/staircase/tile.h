@@ -67,7 +67,8 @@ struct StaircaseTile {
 
   [[gnu::always_inline]] inline int32_t half() const { return 1 << (bits - 1); }
 
-  // Code `at`, from the middle, of the `count` that begin `offset` bytes into the first plane; a plane of 4 bits has twice the bytes.
+  // Code `at`, from the middle, of the `count` that begin `offset` bytes into the first plane; a plane of 4 bits has
+  // twice the bytes.
   [[gnu::always_inline]] inline int32_t code(int64_t offset, int64_t count, int64_t at) const {
     int32_t code = 0;
     for (int32_t k = 0; k < depth; ++k) {

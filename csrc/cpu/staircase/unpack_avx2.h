@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sixty-four codes of one group as bytes, from the middle, on AVX2. A 32-bit shift moves bits from byte to byte, but none that a mask of
-// the low ones keeps.
+// Sixty-four codes of one group as bytes, from the middle, on AVX2. A 32-bit shift moves bits from byte to byte, but
+// none that a mask of the low ones keeps.
 
 PYCORE_INLINE void unpack_codes(const uint8_t* const* planes, int64_t offset, int32_t depth, int8_t* codes) {
   const __m256i low = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2), high = _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6);

@@ -12,6 +12,7 @@ from torch import Tensor
 import pycore
 from pycore import Staircase, StaircaseKVCache, _load, ops
 from pycore.reference import attention as reference
+from pycore.reference import staircase as reference_grid
 from pycore.schedules import Causal, Lambda
 from tests.support.tolerance import assert_as_accurate
 
@@ -24,73 +25,72 @@ def filled(
     tokens: int, bits: Any = (16, 8, 4), batch: int = 2, kv_heads: int = 2, head_dim: int = 64, value_dim: int = 64,
     dtype: torch.dtype = F32, chunk: int = 0, **options: Any,
 ) -> StaircaseKVCache:  # fmt: skip
-    generator = torch.Generator().manual_seed(tokens + head_dim)
-    key = torch.randn(batch, kv_heads, tokens, head_dim, generator=generator).add(0.5).to(dtype)
-    value = torch.randn(batch, kv_heads, tokens, value_dim, generator=generator).to(dtype)
     cache = StaircaseKVCache(
         Staircase(bits, **options), batch=batch, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, dtype=dtype
     )
+    key, value = tokens_of(cache, tokens)
     for begin in range(0, tokens, chunk or tokens):
         part = slice(begin, begin + (chunk or tokens))
         cache.append(key[:, :, part], value[:, :, part])
     return cache
 
 
-def queries(cache: StaircaseKVCache, n: int, heads: int = 8, seed: int = 0) -> Tensor:
+def queries(cache: StaircaseKVCache, n: int, heads: int = 32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(cache.batch, heads, n, cache.head_dim, generator=generator)
 
 
-def read(cache: StaircaseKVCache) -> tuple[Tensor, Tensor]:
-    """What the newest query reads, without rounding to the cache's dtype."""
-    sides = (cache._read(which, cache._lengths - 1, cache._lengths, True) for which in (0, 1))
-    key, value = sides
-    return key, value
+def tokens_of(cache: StaircaseKVCache, tokens: int) -> tuple[Tensor, Tensor]:
+    """What `filled` put into the cache."""
+    generator = torch.Generator().manual_seed(tokens + cache.head_dim)
+    shape = (cache.batch, cache.kv_heads, tokens)
+    key = torch.randn(*shape, cache.head_dim, generator=generator).to(cache.dtype)
+    return key, torch.randn(*shape, cache.value_dim, generator=generator).to(cache.dtype)
+
+
+def assert_attends(cache: StaircaseKVCache, tokens: int, query: Tensor, **options: Any) -> None:
+    """The newest token's query, against plain torch that dequantizes and attends in float64, and in float32."""
+    stairs, results = cache.staircase, []
+    for dtype in (torch.float64, F32):
+        sides = [
+            reference_grid.read(
+                x, tokens - 1, by_token=bool(which), bits=cache._sides[which].bits, step=cache._step,
+                sink_size=stairs.sink_size, group_size=stairs.group_size, grid=stairs.grid, dtype=dtype,
+            )
+            for which, x in enumerate(tokens_of(cache, tokens))
+        ]  # fmt: skip
+        given = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in options.items()}
+        results.append(reference.attention(query.to(dtype), *sides, **given))
+    actual = cache.attend(query, return_lse=True, **options)
+    for part, exact, plain in zip(actual, *results, strict=True):
+        assert_as_accurate(part, exact, plain)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("head_dim, value_dim", [(64, 64), (128, 128), (40, 96), (7, 33), (80, 200)])
+@pytest.mark.parametrize("head_dim, value_dim", [(64, 64), (128, 128), (40, 96), (111, 33), (80, 200)])
 @pytest.mark.parametrize("bits", LADDERS, ids=str)
 def test_as_accurate_as_unpacking(bits: Any, head_dim: int, value_dim: int, dtype: torch.dtype, isa: str) -> None:
     cache = filled(901, bits, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
-    key, value = read(cache)
     for schedule in (Causal(), Lambda(3, 500)):
-        query = queries(cache, 1)
-        out, lse = cache.attend(query, schedule=schedule, return_lse=True)
-        exact = reference.attention(query.double(), key.double(), value.double(), schedule=schedule)
-        plain = reference.attention(query, key, value, schedule=schedule)
-        assert_as_accurate(out, exact[0], plain[0])
-        assert_as_accurate(lse, exact[1], plain[1])
+        assert_attends(cache, 901, queries(cache, 1), schedule=schedule)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 63, 64, 65, 128, 300, 1500])
 def test_every_length(tokens: int, isa: str) -> None:
     """Sinks alone, tiles that are not finished, rings that have moved on."""
     cache = filled(tokens, (16, 8, 4, 2), chunk=50, sink_size=70)
-    key, value = read(cache)
-    query = queries(cache, 1)
-    exact = reference.attention(query.double(), key.double(), value.double())[0]
-    assert_as_accurate(cache.attend(query), exact, reference.attention(query, key, value)[0])
+    assert_attends(cache, tokens, queries(cache, 1))
 
 
 def test_options(isa: str) -> None:
-    cache = filled(700, (16, 4, 2), grid="embedded")
-    key, value = read(cache)
-    query = queries(cache, 1)
-    options = {"distance_bias": torch.randn(8, 90), "sink_logits": torch.randn(8), "softcap": 4.0, "scale": 0.3}
-    exact = reference.attention(
-        query.double(), key.double(), value.double(),
-        **{n: x.double() if isinstance(x, Tensor) else x for n, x in options.items()},
-    )  # fmt: skip
-    assert_as_accurate(cache.attend(query, **options), exact[0], reference.attention(query, key, value, **options)[0])
+    cache = filled(700, (16, 4, 2))
+    options = {"distance_bias": torch.randn(32, 90), "sink_logits": torch.randn(32), "softcap": 4.0, "scale": 0.3}
+    assert_attends(cache, 700, queries(cache, 1), **options)
 
 
 def test_minmax_grid(isa: str) -> None:
     cache = filled(700, (16, 4), grid="minmax")
-    key, value = read(cache)
-    query = queries(cache, 1)
-    exact = reference.attention(query.double(), key.double(), value.double())[0]
-    assert_as_accurate(cache.attend(query), exact, reference.attention(query, key, value)[0])
+    assert_attends(cache, 700, queries(cache, 1))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -117,7 +117,7 @@ def test_rows_alone_heads_alone_and_threads(isa: str, threads: None) -> None:
         alone = filled(1200, (16, 8, 4, 2), batch=3)
         alone.select(torch.tensor([b]))
         assert torch.equal(alone.attend(query[b : b + 1]), together[b : b + 1])
-    assert torch.equal(cache.attend(query[:, [0, 4]]), together[:, [0, 4]])
+    assert torch.equal(cache.attend(query[:, [0, 16]]), together[:, [0, 16]])
 
 
 def test_instruction_sets_agree() -> None:
@@ -136,10 +136,7 @@ def test_instruction_sets_agree() -> None:
 
 def test_other_groups_are_unpacked(isa: str) -> None:
     cache = filled(700, (16, 8, 4), group_size=32, step=64)
-    key, value = read(cache)
-    query = queries(cache, 1)
-    exact = reference.attention(query.double(), key.double(), value.double())[0]
-    assert_as_accurate(cache.attend(query), exact, reference.attention(query, key, value)[0])
+    assert_attends(cache, 700, queries(cache, 1))
 
 
 def arguments(cache: StaircaseKVCache, query: Tensor) -> list[Any]:
@@ -176,7 +173,7 @@ def test_the_function_is_the_method() -> None:
         (0, lambda x: x.double(), "query is float64 and must be float32"),
         (0, lambda x: x[..., :60], "key has head_dim 64 and query has 60; they must be equal"),
         (0, lambda x: x[:, :3], "key has 2 heads, which does not divide query's 3"),
-        (0, lambda x: x.expand(2, 8, 200, 64), "must stand in one step of 128 tokens"),
+        (0, lambda x: x.expand(2, 32, 200, 64), "must stand in one step of 128 tokens"),
         (3, lambda x: x + 10**6, "key_lengths[0] is 1000700 and must be between"),
         (10, lambda x: 32, "group_size is 32 and must be 64, a tile of keys"),
         (12, lambda x: "full", 'schedule is "full" and must be "causal" or "lambda"'),

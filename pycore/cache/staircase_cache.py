@@ -15,37 +15,16 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int, check_str, is_bool
-from pycore._staircase import DTYPES, Staircase
-from pycore._staircase_unpacked import Chunk, attend_full, attend_steps, replay, rotate
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_devices, check_tensor
 from pycore.cache.checks import check_index, check_starts, check_tokens
+from pycore.cache.staircase import DTYPES, Staircase
+from pycore.cache.staircase_attend import Chunk, attend_full, attend_steps, replay, rotate
+from pycore.ops import staircase_cache as _rules  # noqa: F401 - registers the rules of its ops
 from pycore.ops.staircase import hadamard
 from pycore.schedules import Causal, Lambda, Schedule
 
 __all__ = ["Staircase", "StaircaseKVCache"]
-
-
-@torch.library.register_fake("pycore::staircase_cache_append")
-def _append_fake(
-    key_storage: list[Tensor], value_storage: list[Tensor], lengths: Tensor, key: Tensor, value: Tensor,
-    starts: Tensor | None, key_bits: list[int], value_bits: list[int], sink_size: int, step: int, group_size: int,
-    grid: str,
-) -> None:  # fmt: skip
-    check_devices(
-        "staircase_cache_append", key=key, value=value, lengths=lengths, starts=starts, storage=key_storage[0]
-    )
-
-
-@torch.library.register_fake("pycore::staircase_cache_read")
-def _read_fake(
-    storage: list[Tensor], positions: Tensor, ends: Tensor, bits: list[int], by_token: bool, sink_size: int, step: int,
-    group_size: int, grid: str, tokens: int, wide: bool,
-) -> Tensor:  # fmt: skip
-    full = storage[0]
-    return full.new_empty(
-        (full.shape[0], full.shape[1], tokens, full.shape[3]), dtype=torch.float32 if wide else full.dtype
-    )
 
 
 class _Side(NamedTuple):
@@ -75,7 +54,8 @@ class StaircaseKVCache:
     The codes are on a grid on which dropping low bits is quantizing coarsely, and stored as bit planes: the top two
     bits of every token, the next two and the low four in rings that cover the steps which read them, and full precision
     in a ring of its own. Tokens age as the rings move on: nothing is copied, quantized anew or kept twice, and
-    appending a token takes the same time at every length. What lies in the cache does not depend on the chunks tokens came in.
+    appending a token takes the same time at every length. What lies in the cache does not depend on the chunks that
+    tokens came in.
 
     Rows keep their own lengths and are stored without padding. On the CPU. What is appended gets no gradient; a query
     does.
@@ -359,8 +339,8 @@ class StaircaseKVCache:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Causal attention of the newest tokens' queries over the cache; the last query belongs to the newest token.
 
-        For now it unpacks what each query reads and calls `pycore.ops.attention`, which takes time and memory as a
-        cache in float32 does.
+        The cache stays packed, where group_size is 64 and prefill "staircase"; otherwise what each query reads is
+        unpacked, which takes time and memory as a cache in float32 does.
 
         Args:
             query: [batch, heads, n, head_dim], after RoPE. n is at most the size of the last chunk, or what the rings

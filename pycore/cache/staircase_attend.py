@@ -1,26 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on a staircase cache by unpacking it: the slow path, which says what the bits of a faster one mean.
+"""How a `StaircaseKVCache` attends: on the packed cache, a step of the ladder at a time, or by unpacking it.
 
-What a query reads is unpacked into float32, for all queries between two steps at once, and handed to
-`pycore.ops.attention`: time and memory are those of a cache in float32.
+Unpacking says what the bits of the packed cache mean: what a query reads becomes float32, for all queries between two
+steps at once, and goes to `pycore.ops.attention`; time and memory are those of a cache in float32. It serves groups
+that are not the kernels' tiles of keys, and `prefill="full"`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pycore._limits import KEY_TILE
+from pycore.cache.staircase import Staircase
 from pycore.ops.attention import attention
 from pycore.ops.linear import invariant_linear
 from pycore.ops.staircase_attention import attend_packed
 
-if TYPE_CHECKING:
-    from pycore._staircase_cache import StaircaseKVCache
-
 __all__ = ["Chunk", "attend_full", "attend_steps", "replay", "rotate"]
+
+
+class Held(Protocol):
+    """What attention needs of a `StaircaseKVCache`."""
+
+    staircase: Staircase
+    kv_heads: int
+    _lengths: Tensor
+    _peak: Tensor
+    _storage: list[list[Tensor]]
+    _sides: Any
+
+    @property
+    def _step(self) -> int: ...
+    def _read(self, which: int, positions: Tensor, ends: Tensor, wide: bool) -> Tensor: ...
+    def _write(self, storage: list[list[Tensor]], key: Tensor, value: Tensor, starts: Tensor | None) -> None: ...
 
 
 class Chunk(NamedTuple):
@@ -34,7 +49,7 @@ class Chunk(NamedTuple):
     rings: tuple[dict[int, Tensor], dict[int, Tensor]]
 
 
-def attend_steps(cache: StaircaseKVCache, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def attend_steps(cache: Held, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Queries that the rings serve: those between two steps read alike, and are attended to together.
 
     On the packed cache, where its groups are the kernels' tiles of keys.
@@ -59,9 +74,7 @@ def attend_steps(cache: StaircaseKVCache, query: Tensor, options: dict[str, Any]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def _attend_packed(
-    cache: StaircaseKVCache, query: Tensor, ends: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _attend_packed(cache: Held, query: Tensor, ends: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     stairs, rest = cache.staircase, dict(options)
     schedule = rest.pop("schedule")
     ladders = [side.bits for side in cache._sides]
@@ -76,7 +89,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: d
 
 
 def attend_full(
-    cache: StaircaseKVCache, query: Tensor, options: dict[str, Any], chunk: Chunk | None = None
+    cache: Held, query: Tensor, options: dict[str, Any], chunk: Chunk | None = None
 ) -> tuple[Tensor, Tensor]:
     """All queries read what the first one does, and the newer tokens in full."""
     if chunk is None:
@@ -103,7 +116,7 @@ def attend_full(
     return _call(query, sides[0], sides[1], cache._lengths, options)
 
 
-def replay(cache: StaircaseKVCache, chunk: Chunk, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def replay(cache: Held, chunk: Chunk, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Goes back to before the chunk and takes it in again, from step to step, attending as it goes.
 
     What is not a ring is written over with what is there, and the cache ends as it was: its bytes do not depend on
