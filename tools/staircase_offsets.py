@@ -4,8 +4,8 @@
     python -m tools.staircase_offsets [--smollm FOLDER] [--text FILE] [--out bench/results/staircase_offsets_cpu.json]
     python -m tools.staircase_offsets --docs docs/ops/staircase.md     rewrites the table from the committed file
 
-Keys are quantized by channel in groups of 64 tokens, values by token in groups of 64 channels, all at one width, and
-attention of the newest 64 queries is computed in float64 from what the codes stand for. The figure is the relative
+Keys are quantized by channel in groups of 64 tokens, values by token in groups of 64 channels, all at one width but
+the first four tokens, which stay as they are and are in no group; or those too, where a name says "no sinks". Attention of the newest 64 queries is computed in float64 from what the codes stand for. The figure is the relative
 error of its output, the root of the mean square, against unquantized keys and values.
 """
 
@@ -28,11 +28,11 @@ from torch import Tensor
 from pycore import ops
 
 GROUP, WIDTHS = 64, (8, 4, 2)
-TOKENS, QUERIES, CHANNELS, HEADS = 1024, 64, 64, 4
+TOKENS, QUERIES, CHANNELS, HEADS, SINKS = 1024, 64, 64, 4, 4
 CANDIDATES = {
     "low": "lo: the low end of a cell",
     "middle": "lo + half a cell",
-    "mean": "lo + the group's mean error, in 256ths of a cell (what pycore keeps, below 8 bits)",
+    "mean": "lo + the group's mean error, in 256ths of a cell (what pycore keeps)",
     "mean_dtype": "lo + the group's mean error, rounded to bfloat16",
     "minmax": "KIVI's grid, ends on lo and hi",
 }
@@ -69,7 +69,14 @@ def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return logits.masked_fill(late, -math.inf).softmax(-1) @ value
 
 
-def errors(query: Tensor, key: Tensor, value: Tensor) -> dict[str, dict[str, float]]:
+def cached(x: Tensor, bits: int, dim: int, candidate: str, sinks: int) -> Tensor:
+    """What a cache without full tokens but its sinks would read."""
+    first = dequantized(x[:, sinks:GROUP], bits, dim, candidate)
+    rest = dequantized(x[:, GROUP:], bits, dim, candidate)
+    return torch.cat([x[:, :sinks].double(), first, rest], 1)
+
+
+def errors(query: Tensor, key: Tensor, value: Tensor, sinks: int = SINKS) -> dict[str, dict[str, float]]:
     """Relative error of the output by width and candidate."""
     key, value = key.bfloat16(), value.bfloat16()  # what a cache keeps
     exact = attended(query, key, value)
@@ -77,7 +84,8 @@ def errors(query: Tensor, key: Tensor, value: Tensor) -> dict[str, dict[str, flo
     for bits in WIDTHS:
         table[str(bits)] = {}
         for candidate in CANDIDATES:
-            got = attended(query, dequantized(key, bits, 1, candidate), dequantized(value, bits, 2, candidate))
+            held = (cached(key, bits, 1, candidate, sinks), cached(value, bits, 2, candidate, sinks))
+            got = attended(query, *held)
             table[str(bits)][candidate] = float(((got - exact).square().mean() / exact.square().mean()).sqrt())
     return table
 
@@ -126,15 +134,15 @@ def text_of(path: Path | None, length: int) -> bytes:
     return (path.read_bytes() if path else inspect.getsource(argparse).encode())[20000 : 20000 + length]
 
 
-def captured_bytelm(path: Path | None) -> dict[str, dict[str, float]]:
-    """Keys and values of a byte model after two minutes of training on the standard library."""
+def captured_bytelm(path: Path | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of a byte model after a minute of training on the standard library."""
     from pycore.models import bytelm
 
     torch.manual_seed(0)
     model = bytelm.Bytelm(bytelm.BytelmConfig(layers=4))
     data = torch.tensor(list(b"".join(p.read_bytes() for p in sorted(Path(os.__file__).parent.glob("*.py"))[:120])))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(400):
+    for _ in range(200):
         at = torch.randint(len(data) - 257, (16,))
         tokens = torch.stack([data[i : i + 257] for i in at.tolist()])
         logits = model(tokens[:, :-1])
@@ -148,7 +156,7 @@ def captured_bytelm(path: Path | None) -> dict[str, dict[str, float]]:
     with torch.no_grad(), _captured_attention(captured):
         model(torch.tensor(list(text_of(path, TOKENS)))[None])
     assert original is torch.ops.pycore.attention and captured, "the model attends through pycore.ops.attention"
-    return mean_of([errors(*each) for each in captured])
+    return captured
 
 
 class _captured_attention(torch.utils._python_dispatch.TorchDispatchMode):  # noqa: N801 - reads as a context
@@ -177,7 +185,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
-def captured_smollm(folder: Path, path: Path | None) -> dict[str, dict[str, float]]:
+def captured_smollm(folder: Path, path: Path | None) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Keys (after RoPE), values and queries of every layer of SmolLM2-135M over 1024 tokens of text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -194,7 +202,7 @@ def captured_smollm(folder: Path, path: Path | None) -> dict[str, dict[str, floa
     tokens = AutoTokenizer.from_pretrained(folder)(text_of(path, 8000).decode(), return_tensors="pt").input_ids
     with torch.no_grad():
         model(tokens[:, :TOKENS])
-    return mean_of([errors(*each) for each in captured])
+    return captured
 
 
 def machine() -> dict[str, Any]:
@@ -203,7 +211,7 @@ def machine() -> dict[str, Any]:
     return {
         "machine": models[0].partition(":")[2].strip() if models else platform.machine(),
         "processors": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit,
-        "group_size": GROUP, "tokens": TOKENS, "queries": QUERIES, "candidates": CANDIDATES,
+        "group_size": GROUP, "tokens": TOKENS, "queries": QUERIES, "sinks": SINKS, "candidates": CANDIDATES,
     }  # fmt: skip
 
 
@@ -232,9 +240,12 @@ def main() -> None:
         options.docs.write_text(f"{before}{BEGIN}\n{table(found['results'])}\n{END}{rest.split(END)[1]}")
         return
     results = {name: errors(*each) for name, *each in synthetic()}
-    results["bytelm, 4 layers"] = captured_bytelm(options.text)
+    models = {"bytelm, 4 layers": captured_bytelm(options.text)}
     if options.smollm:
-        results["SmolLM2-135M, 30 layers"] = captured_smollm(options.smollm, options.text)
+        models["SmolLM2-135M, 30 layers"] = captured_smollm(options.smollm, options.text)
+    for name, layers in models.items():
+        results[name] = mean_of([errors(*each) for each in layers])
+        results[f"{name}, no sinks"] = mean_of([errors(*each, sinks=0) for each in layers])
     options.out.write_text(json.dumps(machine() | {"results": results}, indent=1) + "\n")
     print(table(results))
 

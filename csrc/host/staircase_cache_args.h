@@ -16,9 +16,9 @@
 
 namespace pycore {
 
-inline constexpr int64_t kStorageTensors = 8;
-inline constexpr const char* kStorageNames[kStorageTensors] = {"full", "plane2", "plane4",   "plane8",
-                                                               "lo",   "hi",     "centers2", "centers4"};
+inline constexpr int64_t kStorageTensors = 9;
+inline constexpr const char* kStorageNames[kStorageTensors] = {"full", "plane2",   "plane4",   "plane8",  "lo",
+                                                               "hi",   "centers2", "centers4", "centers8"};
 inline constexpr int64_t kMostGroup = 256;
 
 struct StaircaseLadder {
@@ -70,11 +70,12 @@ inline StaircaseSide staircase_side(const char* op, const std::string& name, con
   side.full = full.as<char>();
   const int64_t pairs = size_product({full.shape[0], full.shape[1]});
   int64_t widest = 0;  // quantized
-  bool narrow = false, four = false;
+  bool narrow = false, four = false, eight = false;
   for (int32_t i = 0; i < side.steps; ++i) {
     if (side.bits[i] < 16) widest = std::max<int64_t>(widest, side.bits[i]);
     narrow |= side.bits[i] == 2;
     four |= side.bits[i] == 4;
+    eight |= side.bits[i] == 8;
   }
   const auto contiguous = [&](int64_t i) {
     const TensorView& view = storage[i];
@@ -116,8 +117,9 @@ inline StaircaseSide staircase_side(const char* op, const std::string& name, con
   }
   side.lo = widest > 0 ? storage[4].as<char>() : nullptr;
   side.hi = widest > 0 ? storage[5].as<char>() : nullptr;
-  const bool embedded = side.grid == StaircaseGrid::kEmbedded, centered[2] = {narrow && embedded, four && embedded};
-  for (int32_t k = 0; k < 2; ++k) {
+  const bool embedded = side.grid == StaircaseGrid::kEmbedded,
+             centered[kStaircasePlanes] = {narrow && embedded, four && embedded, eight && embedded};
+  for (int32_t k = 0; k < kStaircasePlanes; ++k) {
     side.center_rows[k] = rows_of(6 + k, centered[k], wide, DType::kUInt8);
     check_value(!centered[k] || side.center_rows[k] == side.plane_rows[k], op, named(6 + k), " has shape ",
                 shape_text(storage[6 + k]), " and must have ", kStorageNames[1 + k], "'s tiles");

@@ -9,6 +9,7 @@
 
 namespace pycore::avx2 {
 namespace {
+#define PYCORE_STAIRCASE_LANES 8
 #include "groups.inl.h"
 }  // namespace
 

@@ -9,6 +9,7 @@
 
 namespace pycore::avx512 {
 namespace {
+#define PYCORE_STAIRCASE_LANES 16
 #include "groups.inl.h"
 }  // namespace
 

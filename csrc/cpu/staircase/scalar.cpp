@@ -6,6 +6,7 @@
 
 namespace pycore::scalar {
 namespace {
+#define PYCORE_STAIRCASE_LANES 4
 #include "groups.inl.h"
 }  // namespace
 

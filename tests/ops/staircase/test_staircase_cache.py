@@ -374,7 +374,7 @@ def test_nbytes_and_bits() -> None:
     assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in tensors)
     assert math.isnan(cache.bits_per_value)
     cache.append(torch.randn(1, 1, 8192, 64).bfloat16(), torch.randn(1, 1, 8192, 64).bfloat16())
-    rings = ((192 + 4) * 16 + 320 * 4) / 8192
+    rings = ((192 + 4) * 16 + 320 * (4 + 8 / 64)) / 8192
     assert cache.bits_per_value == pytest.approx(4 + 2 * 16 / 64 + 8 / 64 + rings, abs=1e-9)
 
 
@@ -411,7 +411,7 @@ def test_native_face_gives_the_same() -> None:
         *sides, lengths, key.numpy(), value.numpy(), key_bits=stairs.bits, value_bits=stairs.bits, **how
     )
     assert all(
-        torch.equal(torch.from_numpy(x), y) for x, y in zip(sides[0] + sides[1], stored(cache)[:16], strict=True)
+        torch.equal(torch.from_numpy(x), y) for x, y in zip(sides[0] + sides[1], stored(cache)[:18], strict=True)
     )
     got = native.staircase_cache_read(
         sides[1], lengths - 1, lengths, bits=stairs.bits, by_token=True, tokens=100, **how
@@ -607,7 +607,7 @@ def test_load_refuses() -> None:
         ({"key_bits": (16, 8)}, "key_bits is (16, 8) and must be (16, 8, 4, 2)"),
         ({"peak": torch.tensor([80, 90])}, "peak is [80, 90] and must be at least lengths, [90, 90]"),
         ({"peak": torch.tensor([999, 90])}, "peak is [999, 90], more than rollback, 20, past lengths"),
-        ({"key": good["key"][:7]}, "key must be a list of 8 tensors"),
+        ({"key": good["key"][:8]}, "key must be a list of 9 tensors"),
         ({"value": [x.double() if x.is_floating_point() else x for x in good["value"]]},
          f"value[0] is float64 {list(good['value'][0].shape)} and must be float32 {list(good['value'][0].shape)}"),
     ]:  # fmt: skip
