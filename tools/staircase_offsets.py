@@ -5,7 +5,8 @@
     python -m tools.staircase_offsets --docs docs/ops/staircase.md     rewrites the table from the committed file
 
 Keys are quantized by channel in groups of 64 tokens, values by token in groups of 64 channels, all at one width but
-the first four tokens, which stay as they are and are in no group; or those too, where a name says "no sinks". Attention of the newest 64 queries is computed in float64 from what the codes stand for. The figure is the relative
+the first four tokens, which stay as they are and are in no group; or those too, where a name says "no sinks".
+Attention of the newest 64 queries is computed in float64 from what the codes stand for. The figure is the relative
 error of its output, the root of the mean square, against unquantized keys and values.
 """
 

@@ -22,20 +22,25 @@ PYCORE_LANES To bits_as(const From& x) {
   return out;
 }
 
+// Numbers below 256. In two steps, which gcc makes vectors of for every instruction set.
+PYCORE_LANES void to_bytes(const Ints& x, Bytes* out) {
+  const Halves half = __builtin_convertvector(x, Halves);
+  *out = __builtin_convertvector(half, Bytes);
+}
+
 // T: float, or uint16_t with kBrain saying which half. Past `count` the first again.
 template <class T, bool kBrain>
 PYCORE_LANES void load_lanes(const char* data, int64_t count, Floats* out) {
   T x[kLanes];
-  if (count >= kLanes) {
-    __builtin_memcpy(x, data, sizeof x);
-  } else {
+  if (count < kLanes) {
     for (int l = 0; l < kLanes; ++l) __builtin_memcpy(x + l, data + (l < count ? l : 0) * sizeof(T), sizeof(T));
+    data = reinterpret_cast<const char*>(x);
   }
   if constexpr (sizeof(T) == 4) {
-    __builtin_memcpy(out, x, sizeof x);
+    __builtin_memcpy(out, data, sizeof x);
   } else {
     Halves half;
-    __builtin_memcpy(&half, x, sizeof x);
+    __builtin_memcpy(&half, data, sizeof x);
     const Ints bits = __builtin_convertvector(half, Ints);
     if constexpr (kBrain) {
       *out = bits_as<Floats>(bits << 16);
@@ -52,8 +57,9 @@ PYCORE_LANES void load_lanes(const char* data, int64_t count, Floats* out) {
 template <class T, bool kBrain>
 PYCORE_LANES void store_lanes(char* data, int64_t count, const Floats& lanes) {
   T out[kLanes];
+  char* to = count < kLanes ? reinterpret_cast<char*>(out) : data;
   if constexpr (sizeof(T) == 4) {
-    __builtin_memcpy(out, &lanes, sizeof out);
+    __builtin_memcpy(to, &lanes, sizeof out);
   } else if constexpr (kBrain) {  // bfloat16_from_float, of numbers
     const Ints bits = bits_as<Ints>(lanes), round = bits + 0x7fff + (bits >> 16 & 1);
     const Halves half = __builtin_convertvector(round >> 16 & 0xffff, Halves);
@@ -61,11 +67,14 @@ PYCORE_LANES void store_lanes(char* data, int64_t count, const Floats& lanes) {
     const Halves quiet = __builtin_convertvector((bits >> 16 | 0x40) & 0xffff, Halves);
     const Halves chosen = __builtin_convertvector(nan & 0xffff, Halves);
     const Halves both = (quiet & chosen) | (half & ~chosen);
-    __builtin_memcpy(out, &both, sizeof out);
+    __builtin_memcpy(to, &both, sizeof out);
   } else {
-    for (int l = 0; l < kLanes; ++l) out[l] = float16_from_float(lanes[l]);
+    for (int l = 0; l < kLanes; ++l) {
+      const uint16_t half = float16_from_float(lanes[l]);
+      __builtin_memcpy(to + l * sizeof half, &half, sizeof half);
+    }
   }
-  __builtin_memcpy(data, out, static_cast<size_t>(count < kLanes ? count : kLanes) * sizeof(T));
+  if (count < kLanes) __builtin_memcpy(data, out, static_cast<size_t>(count) * sizeof(T));
 }
 
 struct LaneRange {
@@ -162,16 +171,16 @@ struct LaneGrid {
       code = code > zero ? code : zero;
       code = code < most ? code : most - zero;
       const Ints whole = __builtin_convertvector((code + 8388608.0f) - 8388608.0f, Ints);
-      *narrow = __builtin_convertvector(whole, Bytes);
-      *wide = __builtin_convertvector(whole << (8 - bits), Bytes);
+      to_bytes(whole, narrow);
+      to_bytes(whole << (8 - bits), wide);
       return;
     }
     Floats at = (x - lo) / span * 65536.0f;  // staircase_place, on every lane
     at = at > zero ? at : zero;
     at = at < 65535.0f ? at : 65535.0f - zero;
     const Ints place = __builtin_convertvector(at, Ints);
-    *narrow = __builtin_convertvector(place >> (16 - bits), Bytes);
-    *wide = __builtin_convertvector(place >> 8, Bytes);
+    to_bytes(place >> (16 - bits), narrow);
+    to_bytes(place >> 8, wide);
     for (int k = 0; k < kPlanes; ++k) {
       if (wanted[k]) sums[k] += place & masks[k] & counted;
     }
@@ -195,7 +204,8 @@ PYCORE_LANES Ints first_lanes(int64_t count) {
 PYCORE_LANES void pack_columns(const uint8_t (*kept)[kLanes], int width, int64_t count, int32_t plane, uint8_t* out) {
   const int32_t bits = plane_bits(plane), shift = plane_shift(plane);
   const int64_t bytes = plane_bytes(count, bits);
-  const Bytes mask = static_cast<uint8_t>((1 << bits) - 1) | Bytes{};
+  Bytes mask = {};
+  for (int l = 0; l < kLanes; ++l) mask[l] = static_cast<uint8_t>((1 << bits) - 1);
   for (int64_t i = 0; i < bytes; ++i) {
     Bytes byte = {};
     for (int64_t part = 0, t = i; t < count; ++part, t += bytes) {
