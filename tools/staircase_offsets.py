@@ -8,6 +8,8 @@ Keys are quantized by channel in groups of 64 tokens, values by token in groups 
 the first four tokens, which stay as they are and are in no group; or those too, where a name says "no sinks".
 Attention of the newest 64 queries is computed in float64 from what the codes stand for. The figure is the relative
 error of its output, the root of the mean square, against unquantized keys and values.
+
+Rotations are learned from the first half of the tokens, and one side alone is quantized, rotated and not.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ CANDIDATES = {
     "mean_dtype": "lo + the group's mean error, rounded to bfloat16",
     "minmax": "KIVI's grid, ends on lo and hi",
 }
+ROTATIONS = ("none", "hadamard", "pca", "pca_hadamard")
 BEGIN, END = "<!-- offsets -->", "<!-- /offsets -->"
+ROTATIONS_BEGIN, ROTATIONS_END = "<!-- rotations -->", "<!-- /rotations -->"
 
 
 def dequantized(x: Tensor, bits: int, dim: int, candidate: str) -> Tensor:
@@ -126,9 +130,27 @@ def synthetic() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
 def mean_of(layers: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """The root of the mean square over layers."""
     return {
-        bits: {c: math.sqrt(sum(each[bits][c] ** 2 for each in layers) / len(layers)) for c in CANDIDATES}
-        for bits in layers[0]
+        name: {c: math.sqrt(sum(each[name][c] ** 2 for each in layers) / len(layers)) for c in row}
+        for name, row in layers[0].items()
     }
+
+
+def rotated_errors(query: Tensor, key: Tensor, value: Tensor) -> dict[str, dict[str, float]]:
+    """Relative error of the output by side and width, and by rotation."""
+    key, value = key.bfloat16(), value.bfloat16()
+    exact = attended(query, key, value)
+    found: dict[str, dict[str, float]] = {}
+    for side, x, dim in (("keys", key, 1), ("values", value, 2)):
+        for bits in WIDTHS[1:]:
+            row = found[f"{side}, {bits} bits"] = {}
+            for method in ROTATIONS:
+                turn = torch.eye(x.shape[2]).expand(len(x), -1, -1)
+                if method != "none":
+                    turn = ops.staircase_rotation(x[None, :, : TOKENS // 2].float(), method=method)
+                held = cached((x.float() @ turn).bfloat16(), bits, dim, "mean", SINKS) @ turn.mT.double()
+                got = attended(query, held, value) if side == "keys" else attended(query, key, held)
+                row[method] = float(((got - exact).square().mean() / exact.square().mean()).sqrt())
+    return found
 
 
 def text_of(path: Path | None, length: int) -> bytes:
@@ -227,6 +249,25 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def rotation_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The same of rotations."""
+    lines = [
+        "| keys and values of | quantized | " + " | ".join(ROTATIONS) + " |",
+        "|---|---|" + "---|" * len(ROTATIONS),
+    ]
+    for name, sides in results.items():
+        for side, row in sides.items():
+            best = min(row.values())
+            cells = [f"**{100 * x:.3g}**" if x == best else f"{100 * x:.3g}" for x in row.values()]
+            lines.append(f"| {name} | {side} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm", type=Path, help="folder of SmolLM2-135M as safetensors")
@@ -235,10 +276,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="only write the table of --out into this page")
     options = parser.parse_args()
     if options.docs:
-        page = options.docs.read_text()
-        before, rest = page.split(BEGIN)
         found = json.loads(options.out.read_text())
-        options.docs.write_text(f"{before}{BEGIN}\n{table(found['results'])}\n{END}{rest.split(END)[1]}")
+        write_between(options.docs, BEGIN, END, table(found["results"]))
+        write_between(options.docs, ROTATIONS_BEGIN, ROTATIONS_END, rotation_table(found["rotations"]))
         return
     results = {name: errors(*each) for name, *each in synthetic()}
     models = {"bytelm, 4 layers": captured_bytelm(options.text)}
@@ -247,8 +287,9 @@ def main() -> None:
     for name, layers in models.items():
         results[name] = mean_of([errors(*each) for each in layers])
         results[f"{name}, no sinks"] = mean_of([errors(*each, sinks=0) for each in layers])
-    options.out.write_text(json.dumps(machine() | {"results": results}, indent=1) + "\n")
-    print(table(results))
+    turned = {name: mean_of([rotated_errors(*each) for each in layers[::4]]) for name, layers in models.items()}
+    options.out.write_text(json.dumps(machine() | {"results": results, "rotations": turned}, indent=1) + "\n")
+    print(table(results), rotation_table(turned), sep="\n\n")
 
 
 if __name__ == "__main__":

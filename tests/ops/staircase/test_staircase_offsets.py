@@ -17,6 +17,8 @@ FOUND = json.loads((ROOT / "bench" / "results" / "staircase_offsets_cpu.json").r
 def test_the_page_shows_the_file() -> None:
     page = (ROOT / "docs" / "ops" / "staircase.md").read_text()
     assert f"{tool.BEGIN}\n{tool.table(FOUND['results'])}\n{tool.END}" in page
+    shown = f"{tool.ROTATIONS_BEGIN}\n{tool.rotation_table(FOUND['rotations'])}\n{tool.ROTATIONS_END}"
+    assert shown in page
     assert {"machine", "threads", "torch", "commit"} <= FOUND.keys()
 
 
