@@ -25,10 +25,12 @@ struct StaircaseLadder {
   std::vector<int64_t> bits;
   int64_t sink_size = 0, step = 0, group_size = 0;
   std::string grid = "embedded";
+  const char* name = "bits";  // of the argument
 };
 
-inline void check_ladder(const char* op, const StaircaseLadder& ladder, const char* name,
-                         const std::vector<int64_t>& bits) {
+inline void check_ladder(const char* op, const StaircaseLadder& ladder) {
+  const char* name = ladder.name;
+  const std::vector<int64_t>& bits = ladder.bits;
   check_value(ladder.group_size >= 1 && ladder.group_size <= kMostGroup, op, "group_size is ", ladder.group_size,
               " and must be between 1 and ", kMostGroup);
   check_value(ladder.step >= ladder.group_size && ladder.step % ladder.group_size == 0, op, "step is ", ladder.step,
@@ -51,7 +53,7 @@ inline void check_ladder(const char* op, const StaircaseLadder& ladder, const ch
 // A side, from the tensors of its storage: what each must be follows from `full` and the ladder.
 inline StaircaseSide staircase_side(const char* op, const std::string& name, const TensorView* storage, bool by_token,
                                     const StaircaseLadder& ladder) {
-  check_ladder(op, ladder, by_token ? "value_bits" : "key_bits", ladder.bits);
+  check_ladder(op, ladder);
   const TensorView& full = storage[0];
   const auto named = [&](int64_t i) { return name + "[" + std::to_string(i) + "], " + kStorageNames[i] + ","; };
   check_staircase_float(op, named(0).c_str(), full);
@@ -152,9 +154,11 @@ struct StaircaseAppendArgs {
 inline StaircaseCacheParams staircase_append_params(const StaircaseAppendArgs& args) {
   constexpr const char* kOp = "staircase_cache_append";
   StaircaseCacheParams params;
-  StaircaseLadder value_ladder = args.ladder;
+  StaircaseLadder key_ladder = args.ladder, value_ladder = args.ladder;
+  key_ladder.name = "key_bits";
+  value_ladder.name = "value_bits";
   value_ladder.bits = args.value_bits;
-  params.key = staircase_side(kOp, "key_storage", args.key_storage, false, args.ladder);
+  params.key = staircase_side(kOp, "key_storage", args.key_storage, false, key_ladder);
   params.value = staircase_side(kOp, "value_storage", args.value_storage, true, value_ladder);
   const TensorView& full = args.key_storage[0];
   params.dtype = full.dtype;
