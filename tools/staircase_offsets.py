@@ -4,9 +4,12 @@
     python -m tools.staircase_offsets [--smollm FOLDER] [--text FILE] [--out bench/results/staircase_offsets_cpu.json]
     python -m tools.staircase_offsets --docs docs/ops/staircase.md     rewrites the table from the committed file
 
-Keys are quantized by channel in groups of 64 tokens, values by token in groups of 64 channels, all at one width, and
-attention of the newest 64 queries is computed in float64 from what the codes stand for. The figure is the relative
+Keys are quantized by channel in groups of 64 tokens, values by token in groups of 64 channels, all at one width but
+the first four tokens, which stay as they are and are in no group; or those too, where a name says "no sinks".
+Attention of the newest 64 queries is computed in float64 from what the codes stand for. The figure is the relative
 error of its output, the root of the mean square, against unquantized keys and values.
+
+Rotations are learned from the first half of the tokens, and one side alone is quantized, rotated and not.
 """
 
 from __future__ import annotations
@@ -28,15 +31,17 @@ from torch import Tensor
 from pycore import ops
 
 GROUP, WIDTHS = 64, (8, 4, 2)
-TOKENS, QUERIES, CHANNELS, HEADS = 1024, 64, 64, 4
+TOKENS, QUERIES, CHANNELS, HEADS, SINKS = 1024, 64, 64, 4, 4
 CANDIDATES = {
     "low": "lo: the low end of a cell",
     "middle": "lo + half a cell",
-    "mean": "lo + the group's mean error, in 256ths of a cell (what pycore keeps, below 8 bits)",
+    "mean": "lo + the group's mean error, in 256ths of a cell (what pycore keeps)",
     "mean_dtype": "lo + the group's mean error, rounded to bfloat16",
     "minmax": "KIVI's grid, ends on lo and hi",
 }
+ROTATIONS = ("none", "hadamard", "pca", "pca_hadamard")
 BEGIN, END = "<!-- offsets -->", "<!-- /offsets -->"
+ROTATIONS_BEGIN, ROTATIONS_END = "<!-- rotations -->", "<!-- /rotations -->"
 
 
 def dequantized(x: Tensor, bits: int, dim: int, candidate: str) -> Tensor:
@@ -69,7 +74,14 @@ def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return logits.masked_fill(late, -math.inf).softmax(-1) @ value
 
 
-def errors(query: Tensor, key: Tensor, value: Tensor) -> dict[str, dict[str, float]]:
+def cached(x: Tensor, bits: int, dim: int, candidate: str, sinks: int) -> Tensor:
+    """What a cache without full tokens but its sinks would read."""
+    first = dequantized(x[:, sinks:GROUP], bits, dim, candidate)
+    rest = dequantized(x[:, GROUP:], bits, dim, candidate)
+    return torch.cat([x[:, :sinks].double(), first, rest], 1)
+
+
+def errors(query: Tensor, key: Tensor, value: Tensor, sinks: int = SINKS) -> dict[str, dict[str, float]]:
     """Relative error of the output by width and candidate."""
     key, value = key.bfloat16(), value.bfloat16()  # what a cache keeps
     exact = attended(query, key, value)
@@ -77,7 +89,8 @@ def errors(query: Tensor, key: Tensor, value: Tensor) -> dict[str, dict[str, flo
     for bits in WIDTHS:
         table[str(bits)] = {}
         for candidate in CANDIDATES:
-            got = attended(query, dequantized(key, bits, 1, candidate), dequantized(value, bits, 2, candidate))
+            held = (cached(key, bits, 1, candidate, sinks), cached(value, bits, 2, candidate, sinks))
+            got = attended(query, *held)
             table[str(bits)][candidate] = float(((got - exact).square().mean() / exact.square().mean()).sqrt())
     return table
 
@@ -117,24 +130,42 @@ def synthetic() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
 def mean_of(layers: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """The root of the mean square over layers."""
     return {
-        bits: {c: math.sqrt(sum(each[bits][c] ** 2 for each in layers) / len(layers)) for c in CANDIDATES}
-        for bits in layers[0]
+        name: {c: math.sqrt(sum(each[name][c] ** 2 for each in layers) / len(layers)) for c in row}
+        for name, row in layers[0].items()
     }
+
+
+def rotated_errors(query: Tensor, key: Tensor, value: Tensor) -> dict[str, dict[str, float]]:
+    """Relative error of the output by side and width, and by rotation."""
+    key, value = key.bfloat16(), value.bfloat16()
+    exact = attended(query, key, value)
+    found: dict[str, dict[str, float]] = {}
+    for side, x, dim in (("keys", key, 1), ("values", value, 2)):
+        for bits in WIDTHS[1:]:
+            row = found[f"{side}, {bits} bits"] = {}
+            for method in ROTATIONS:
+                turn = torch.eye(x.shape[2]).expand(len(x), -1, -1)
+                if method != "none":
+                    turn = ops.staircase_rotation(x[None, :, : TOKENS // 2].float(), method=method)
+                held = cached((x.float() @ turn).bfloat16(), bits, dim, "mean", SINKS) @ turn.mT.double()
+                got = attended(query, held, value) if side == "keys" else attended(query, key, held)
+                row[method] = float(((got - exact).square().mean() / exact.square().mean()).sqrt())
+    return found
 
 
 def text_of(path: Path | None, length: int) -> bytes:
     return (path.read_bytes() if path else inspect.getsource(argparse).encode())[20000 : 20000 + length]
 
 
-def captured_bytelm(path: Path | None) -> dict[str, dict[str, float]]:
-    """Keys and values of a byte model after two minutes of training on the standard library."""
+def captured_bytelm(path: Path | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of a byte model after a minute of training on the standard library."""
     from pycore.models import bytelm
 
     torch.manual_seed(0)
     model = bytelm.Bytelm(bytelm.BytelmConfig(layers=4))
     data = torch.tensor(list(b"".join(p.read_bytes() for p in sorted(Path(os.__file__).parent.glob("*.py"))[:120])))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(400):
+    for _ in range(200):
         at = torch.randint(len(data) - 257, (16,))
         tokens = torch.stack([data[i : i + 257] for i in at.tolist()])
         logits = model(tokens[:, :-1])
@@ -148,7 +179,7 @@ def captured_bytelm(path: Path | None) -> dict[str, dict[str, float]]:
     with torch.no_grad(), _captured_attention(captured):
         model(torch.tensor(list(text_of(path, TOKENS)))[None])
     assert original is torch.ops.pycore.attention and captured, "the model attends through pycore.ops.attention"
-    return mean_of([errors(*each) for each in captured])
+    return captured
 
 
 class _captured_attention(torch.utils._python_dispatch.TorchDispatchMode):  # noqa: N801 - reads as a context
@@ -177,7 +208,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
-def captured_smollm(folder: Path, path: Path | None) -> dict[str, dict[str, float]]:
+def captured_smollm(folder: Path, path: Path | None) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Keys (after RoPE), values and queries of every layer of SmolLM2-135M over 1024 tokens of text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -194,7 +225,7 @@ def captured_smollm(folder: Path, path: Path | None) -> dict[str, dict[str, floa
     tokens = AutoTokenizer.from_pretrained(folder)(text_of(path, 8000).decode(), return_tensors="pt").input_ids
     with torch.no_grad():
         model(tokens[:, :TOKENS])
-    return mean_of([errors(*each) for each in captured])
+    return captured
 
 
 def machine() -> dict[str, Any]:
@@ -203,7 +234,7 @@ def machine() -> dict[str, Any]:
     return {
         "machine": models[0].partition(":")[2].strip() if models else platform.machine(),
         "processors": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit,
-        "group_size": GROUP, "tokens": TOKENS, "queries": QUERIES, "candidates": CANDIDATES,
+        "group_size": GROUP, "tokens": TOKENS, "queries": QUERIES, "sinks": SINKS, "candidates": CANDIDATES,
     }  # fmt: skip
 
 
@@ -218,6 +249,25 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def rotation_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The same of rotations."""
+    lines = [
+        "| keys and values of | quantized | " + " | ".join(ROTATIONS) + " |",
+        "|---|---|" + "---|" * len(ROTATIONS),
+    ]
+    for name, sides in results.items():
+        for side, row in sides.items():
+            best = min(row.values())
+            cells = [f"**{100 * x:.3g}**" if x == best else f"{100 * x:.3g}" for x in row.values()]
+            lines.append(f"| {name} | {side} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm", type=Path, help="folder of SmolLM2-135M as safetensors")
@@ -226,17 +276,20 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="only write the table of --out into this page")
     options = parser.parse_args()
     if options.docs:
-        page = options.docs.read_text()
-        before, rest = page.split(BEGIN)
         found = json.loads(options.out.read_text())
-        options.docs.write_text(f"{before}{BEGIN}\n{table(found['results'])}\n{END}{rest.split(END)[1]}")
+        write_between(options.docs, BEGIN, END, table(found["results"]))
+        write_between(options.docs, ROTATIONS_BEGIN, ROTATIONS_END, rotation_table(found["rotations"]))
         return
     results = {name: errors(*each) for name, *each in synthetic()}
-    results["bytelm, 4 layers"] = captured_bytelm(options.text)
+    models = {"bytelm, 4 layers": captured_bytelm(options.text)}
     if options.smollm:
-        results["SmolLM2-135M, 30 layers"] = captured_smollm(options.smollm, options.text)
-    options.out.write_text(json.dumps(machine() | {"results": results}, indent=1) + "\n")
-    print(table(results))
+        models["SmolLM2-135M, 30 layers"] = captured_smollm(options.smollm, options.text)
+    for name, layers in models.items():
+        results[name] = mean_of([errors(*each) for each in layers])
+        results[f"{name}, no sinks"] = mean_of([errors(*each, sinks=0) for each in layers])
+    turned = {name: mean_of([rotated_errors(*each) for each in layers[::4]]) for name, layers in models.items()}
+    options.out.write_text(json.dumps(machine() | {"results": results, "rotations": turned}, indent=1) + "\n")
+    print(table(results), rotation_table(turned), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -16,19 +16,21 @@
 
 namespace pycore {
 
-inline constexpr int64_t kStorageTensors = 8;
-inline constexpr const char* kStorageNames[kStorageTensors] = {"full", "plane2", "plane4",   "plane8",
-                                                               "lo",   "hi",     "centers2", "centers4"};
+inline constexpr int64_t kStorageTensors = 9;
+inline constexpr const char* kStorageNames[kStorageTensors] = {"full", "plane2",   "plane4",   "plane8",  "lo",
+                                                               "hi",   "centers2", "centers4", "centers8"};
 inline constexpr int64_t kMostGroup = 256;
 
 struct StaircaseLadder {
   std::vector<int64_t> bits;
   int64_t sink_size = 0, step = 0, group_size = 0;
   std::string grid = "embedded";
+  const char* name = "bits";  // of the argument
 };
 
-inline void check_ladder(const char* op, const StaircaseLadder& ladder, const char* name,
-                         const std::vector<int64_t>& bits) {
+inline void check_ladder(const char* op, const StaircaseLadder& ladder) {
+  const char* name = ladder.name;
+  const std::vector<int64_t>& bits = ladder.bits;
   check_value(ladder.group_size >= 1 && ladder.group_size <= kMostGroup, op, "group_size is ", ladder.group_size,
               " and must be between 1 and ", kMostGroup);
   check_value(ladder.step >= ladder.group_size && ladder.step % ladder.group_size == 0, op, "step is ", ladder.step,
@@ -51,7 +53,7 @@ inline void check_ladder(const char* op, const StaircaseLadder& ladder, const ch
 // A side, from the tensors of its storage: what each must be follows from `full` and the ladder.
 inline StaircaseSide staircase_side(const char* op, const std::string& name, const TensorView* storage, bool by_token,
                                     const StaircaseLadder& ladder) {
-  check_ladder(op, ladder, by_token ? "value_bits" : "key_bits", ladder.bits);
+  check_ladder(op, ladder);
   const TensorView& full = storage[0];
   const auto named = [&](int64_t i) { return name + "[" + std::to_string(i) + "], " + kStorageNames[i] + ","; };
   check_staircase_float(op, named(0).c_str(), full);
@@ -70,11 +72,12 @@ inline StaircaseSide staircase_side(const char* op, const std::string& name, con
   side.full = full.as<char>();
   const int64_t pairs = size_product({full.shape[0], full.shape[1]});
   int64_t widest = 0;  // quantized
-  bool narrow = false, four = false;
+  bool narrow = false, four = false, eight = false;
   for (int32_t i = 0; i < side.steps; ++i) {
     if (side.bits[i] < 16) widest = std::max<int64_t>(widest, side.bits[i]);
     narrow |= side.bits[i] == 2;
     four |= side.bits[i] == 4;
+    eight |= side.bits[i] == 8;
   }
   const auto contiguous = [&](int64_t i) { check_value(storage[i].contiguous(), op, named(i), " must be contiguous"); };
   contiguous(0);
@@ -109,8 +112,9 @@ inline StaircaseSide staircase_side(const char* op, const std::string& name, con
   }
   side.lo = widest > 0 ? storage[4].as<char>() : nullptr;
   side.hi = widest > 0 ? storage[5].as<char>() : nullptr;
-  const bool embedded = side.grid == StaircaseGrid::kEmbedded, centered[2] = {narrow && embedded, four && embedded};
-  for (int32_t k = 0; k < 2; ++k) {
+  const bool embedded = side.grid == StaircaseGrid::kEmbedded,
+             centered[kStaircasePlanes] = {narrow && embedded, four && embedded, eight && embedded};
+  for (int32_t k = 0; k < kStaircasePlanes; ++k) {
     side.center_rows[k] = rows_of(6 + k, centered[k], wide, DType::kUInt8);
     check_value(!centered[k] || side.center_rows[k] == side.plane_rows[k], op, named(6 + k), " has shape ",
                 shape_text(storage[6 + k]), " and must have ", kStorageNames[1 + k], "'s tiles");
@@ -143,9 +147,11 @@ struct StaircaseAppendArgs {
 inline StaircaseCacheParams staircase_append_params(const StaircaseAppendArgs& args) {
   constexpr const char* kOp = "staircase_cache_append";
   StaircaseCacheParams params;
-  StaircaseLadder value_ladder = args.ladder;
+  StaircaseLadder key_ladder = args.ladder, value_ladder = args.ladder;
+  key_ladder.name = "key_bits";
+  value_ladder.name = "value_bits";
   value_ladder.bits = args.value_bits;
-  params.key = staircase_side(kOp, "key_storage", args.key_storage, false, args.ladder);
+  params.key = staircase_side(kOp, "key_storage", args.key_storage, false, key_ladder);
   params.value = staircase_side(kOp, "value_storage", args.value_storage, true, value_ladder);
   const TensorView& full = args.key_storage[0];
   params.dtype = full.dtype;

@@ -75,7 +75,7 @@ py::object read(py::sequence storage, py::object positions, py::object ends, py:
 constexpr const char* kAppendDoc =
     R"(Writes new tokens into a staircase cache, in place, and quantizes the groups they finish.
 
-key_storage, value_storage: full, plane2, plane4, plane8, lo, hi, centers2 and centers4 of a side, as in docs/ops/staircase.md;
+key_storage, value_storage: full, plane2, plane4, plane8, lo, hi, centers2, centers4 and centers8 of a side, as in docs/ops/staircase.md;
 without elements what the ladder does not need. lengths int64 [B]: tokens seen, moved on. key [B, Hkv, n, D], value
 [B, Hkv, n, Dv]; starts int64 [B]: so many tokens at the front are padding and left out.)";
 

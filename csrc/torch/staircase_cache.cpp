@@ -64,7 +64,8 @@ Tensor read(std::vector<Tensor> storage, Tensor positions, Tensor ends, std::vec
 }  // namespace pycore
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
-  // Storage: full, plane2, plane4, plane8, lo, hi, centers2, centers4; without elements what the ladder does not need.
+  // Storage: full, plane2, plane4, plane8, lo, hi, centers2, centers4, centers8; without elements what the ladder does
+  // not need.
   m.def(
       "staircase_cache_append(Tensor(a!)[] key_storage, Tensor(b!)[] value_storage, Tensor(c!) lengths, Tensor key, "
       "Tensor value, Tensor? starts, SymInt[] key_bits, SymInt[] value_bits, SymInt sink_size, SymInt step, "

@@ -36,11 +36,11 @@ class _Side(NamedTuple):
     rotation: Tensor | None
     full_rows: int | None
     plane_rows: tuple[int | None, int | None, int | None]  # 0: no such plane
-    centers: tuple[bool, bool]
+    centers: tuple[bool, bool, bool]
 
     def rings(self) -> list[int]:
         """Which tensors of the storage tokens leave."""
-        rows = [self.full_rows, *self.plane_rows, None, None, self.plane_rows[0], self.plane_rows[1]]
+        rows = [self.full_rows, *self.plane_rows, None, None, *self.plane_rows]
         return [i for i, count in enumerate(rows) if count]
 
     def served_from(self, query: int, step: int, age: int) -> int:
@@ -144,7 +144,7 @@ class StaircaseKVCache:
         embedded = stairs.grid == "embedded"
         return _Side(
             bits, by_token, channels, rotation, rows(16), (rows(2), rows(4), rows(8)),
-            (embedded and 2 in bits, embedded and 4 in bits),
+            (embedded and 2 in bits, embedded and 4 in bits, embedded and 8 in bits),
         )  # fmt: skip
 
     def _up(self, tokens: int) -> int:
@@ -173,7 +173,7 @@ class StaircaseKVCache:
         self._chunk: Chunk | None = None
 
     def _allocate(self, side: _Side, rows: int) -> list[Tensor]:
-        """Storage for `rows` tokens: full, three planes, lo, hi, and the centers of the widths 2 and 4."""
+        """Storage for `rows` tokens: full, three planes, lo, hi, and the centers of the widths 2, 4 and 8."""
         stairs, group = self.staircase, self.staircase.group_size
         groups = group * -(-side.channels // group) if side.by_token else side.channels
         quarters = -(-group // 4) * (side.channels // group) + -(-(side.channels % group) // 4)
@@ -196,6 +196,7 @@ class StaircaseKVCache:
             make(two, groups, self.dtype),
             make(two if side.centers[0] else 0, groups, torch.uint8),
             make(four if side.centers[1] else 0, groups, torch.uint8),
+            make(eight if side.centers[2] else 0, groups, torch.uint8),
         ]
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
@@ -532,7 +533,7 @@ class StaircaseKVCache:
             # What the state has room for, which may be more than it has tokens.
             for name, side in zip(("key", "value"), fresh._sides, strict=True):
                 given = state[name]
-                if isinstance(given, Sequence) and len(given) == 8 and all(isinstance(x, Tensor) for x in given):
+                if isinstance(given, Sequence) and len(given) == 9 and all(isinstance(x, Tensor) for x in given):
                     if side.full_rows is None and given[0].dim() == 4:
                         rows = max(rows, given[0].shape[2] - self.staircase.sink_size)
                     elif given[1].dim() == 4 and given[1].shape[2] > 1:
@@ -544,8 +545,8 @@ class StaircaseKVCache:
         storage = []
         for name, side in zip(("key", "value"), fresh._sides, strict=True):
             given = state[name]
-            if not isinstance(given, Sequence) or len(given) != 8:
-                raise ValueError(f"{op}: {name} must be a list of 8 tensors")
+            if not isinstance(given, Sequence) or len(given) != 9:
+                raise ValueError(f"{op}: {name} must be a list of 9 tensors")
             wanted = fresh._allocate(side, rows)
             for i, (x, like) in enumerate(zip(given, wanted, strict=True)):
                 check_tensor(op, f"{name}[{i}]", x)

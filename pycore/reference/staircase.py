@@ -96,7 +96,7 @@ def read(
         how = {"bits": width, "dim": -1 if by_token else -2, "grid": grid}
         size = group_size if by_token else group.shape[-2]
         codes, lo, hi, centers = quantize(group, group_size=size, **how)  # type: ignore[arg-type]
-        value = dequantize(codes, lo, hi, centers if width < 8 else None, group_size=size, dtype=dtype, **how)  # type: ignore[arg-type]
+        value = dequantize(codes, lo, hi, centers, group_size=size, dtype=dtype, **how)  # type: ignore[arg-type]
         out[..., start : first + group_size, :] = value
     return out
 

@@ -109,7 +109,7 @@ void check_grid() {
 
 struct Side {
   std::vector<char> full, lo, hi;
-  std::vector<uint8_t> planes[3], centers[2];
+  std::vector<uint8_t> planes[3], centers[3];
 };
 
 int64_t up(int64_t tokens, int64_t group) { return (tokens + group - 1) / group * group; }
@@ -139,7 +139,7 @@ StaircaseSide make_side(Side* side, bool by_token, int64_t channels, const std::
   side->hi.assign(groups * 4, 0);
   out.lo = side->lo.data();
   out.hi = side->hi.data();
-  for (int32_t k = 0; k < 2; ++k) {
+  for (int32_t k = 0; k < 3; ++k) {
     out.center_rows[k] = out.plane_rows[k];
     side->centers[k].assign(static_cast<size_t>(pairs * (out.center_rows[k] / group) * tile_groups(out, group)), 0);
     out.centers[k] = side->centers[k].data();
@@ -211,8 +211,8 @@ void check_cache() {
             std::vector<float> expected(x.begin() + (h * capacity + std::min(begin, end)) * channels,
                                         x.begin() + (h * capacity + end) * channels);
             if (bits < 16 && begin < end) {
-              expected = by_token ? Quantized(expected, end - begin, channels, 0, group, bits, bits < 8).back
-                                  : Quantized(expected, 1, end - begin, channels, end - begin, bits, bits < 8).back;
+              expected = by_token ? Quantized(expected, end - begin, channels, 0, group, bits, true).back
+                                  : Quantized(expected, 1, end - begin, channels, end - begin, bits, true).back;
             }
             const float* got = out.data() + (h * read.tokens + begin) * channels;
             expect(begin >= end || std::memcmp(got, expected.data(), expected.size() * 4) == 0,

@@ -120,14 +120,14 @@ struct TilePlaces {
       const int64_t at = side.planes[k] ? slot(side.plane_rows[k]) : -1;
       planes[k] = at < 0 ? nullptr : side.planes[k] + at * tile_plane_bytes(side, group, k);
     }
-    for (int32_t k = 0; k < 2; ++k) {
+    for (int32_t k = 0; k < kPlanes; ++k) {
       const int64_t at = side.centers[k] ? slot(side.center_rows[k]) : -1;
       centers[k] = at < 0 ? nullptr : side.centers[k] + at * wide;
     }
   }
   char *lo, *hi;
   uint8_t* planes[kPlanes];
-  uint8_t* centers[2];
+  uint8_t* centers[kPlanes];
 };
 
 void quantize_tile(const StaircaseKernels& kernels, const Head& head, int64_t i, int64_t last) {
@@ -139,11 +139,12 @@ void quantize_tile(const StaircaseKernels& kernels, const Head& head, int64_t i,
   result.bits = side.grid == StaircaseGrid::kMinMax ? side.bits[side.steps - 1] : 8;
   result.widths[0] = 2;
   result.widths[1] = 4;
+  result.widths[2] = 8;
   if (!side.by_token) {
     result.lo = places.lo;
     result.hi = places.hi;
     for (int32_t k = 0; k < kPlanes; ++k) result.planes[k] = places.planes[k];
-    for (int32_t k = 0; k < 2; ++k) result.centers[k] = places.centers[k];
+    for (int32_t k = 0; k < kPlanes; ++k) result.centers[k] = places.centers[k];
     kernels.quantize_columns(head.tile(i, 0), result);
     return;
   }
@@ -155,7 +156,7 @@ void quantize_tile(const StaircaseKernels& kernels, const Head& head, int64_t i,
       const GroupSource source = head.channels(i * group + t, g);
       result.lo = places.lo + (t * groups + g) * size;
       result.hi = places.hi + (t * groups + g) * size;
-      for (int32_t k = 0; k < 2; ++k)
+      for (int32_t k = 0; k < kPlanes; ++k)
         result.centers[k] = places.centers[k] ? places.centers[k] + t * groups + g : nullptr;
       for (int32_t k = 0; k < kPlanes; ++k) {
         result.planes[k] = places.planes[k] ? places.planes[k] + offset[k] : nullptr;
@@ -215,9 +216,8 @@ void read_token(const StaircaseReadParams& params, int64_t pair, int64_t j, int3
   const auto slot = [&](int64_t rows) { return pair * (rows / group) + tile % (rows / group); };
   const int32_t depth = bits <= 2 ? 1 : bits <= 4 ? 2 : 3;
   const int64_t bases = slot(side.plane_rows[0]) * wide;
-  const uint8_t* centers = depth < 3 && side.centers[depth - 1]
-                               ? side.centers[depth - 1] + slot(side.center_rows[depth - 1]) * wide
-                               : nullptr;
+  const int32_t last = depth - 1;
+  const uint8_t* centers = side.centers[last] ? side.centers[last] + slot(side.center_rows[last]) * wide : nullptr;
   for (int64_t c = 0; c < side.channels; ++c) {
     const int64_t g = side.by_token ? t * groups + c / group : c;
     int32_t code = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The staircase's kernels for any x86-64.
-#define PYCORE_LANES 1
+#define PYCORE_LANES 4  // of the baseline vectors
 #include "kernels.h"
 
 namespace pycore::scalar {

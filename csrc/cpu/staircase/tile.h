@@ -50,8 +50,8 @@ struct StaircaseTile {
     }
     lo = side.lo + slot(side.plane_rows[0]) * wide * size;
     hi = side.hi + slot(side.plane_rows[0]) * wide * size;
-    centers = depth < 3 && side.centers[depth - 1] ? side.centers[depth - 1] + slot(side.center_rows[depth - 1]) * wide
-                                                   : nullptr;
+    const int32_t last = depth - 1;
+    centers = side.centers[last] ? side.centers[last] + slot(side.center_rows[last]) * wide : nullptr;
   }
 
   // Of group g: the width of a cell, and what a code in the middle stands for. Codes count from there: from lo, sums of

@@ -4,7 +4,7 @@
 // A side (keys or values) of a row's KV head has
 //   full    [sinks + full_rows, channels]: the sinks, then a ring in which position j lies at sinks + j % full_rows
 //   planes  2, 2 and 4 bits of each code of eight, from the top, in rings of plane_rows tokens
-//   lo, hi  of every group ever finished, and centers of the widths 2 and 4
+//   lo, hi  of every group ever finished, and centers of the widths 2, 4 and 8
 // in tiles of `group` tokens: position j is token j % group of tile j / group, and a ring of r tokens holds tile i at
 // i % (r / group). Where a ring is as long as the cache, nothing leaves it. docs/ops/staircase.md has the bytes.
 //
@@ -39,8 +39,8 @@ struct StaircaseSide {
   int64_t plane_rows[kStaircasePlanes] = {};  // tokens, of which there are whole tiles
   char* lo = nullptr;                         // [batch, kv_heads, …], of the cache's dtype, null in a full ladder
   char* hi = nullptr;
-  uint8_t* centers[2] = {};     // of the widths 2 and 4, or null
-  int64_t center_rows[2] = {};  // tokens; lo and hi have plane_rows[0]
+  uint8_t* centers[kStaircasePlanes] = {};     // of the widths 2, 4 and 8, or null
+  int64_t center_rows[kStaircasePlanes] = {};  // tokens; lo and hi have plane_rows[0]
 };
 
 struct StaircaseCacheParams {
