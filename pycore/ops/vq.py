@@ -279,7 +279,9 @@ def _one_by_one(op: Callable[..., Any], batch: int, in_dims: tuple[Any, ...], ar
     """Samples run one after another. Where there are none, one of zeros says what their results' shapes would be."""
     given = list(zip(args, in_dims, strict=True))
     if batch == 0:
-        shapes = [arg if not isinstance(dim, int) else arg.new_zeros(arg.movedim(dim, 0).shape[1:]) for arg, dim in given]
+        shapes = [
+            arg if not isinstance(dim, int) else arg.new_zeros(arg.movedim(dim, 0).shape[1:]) for arg, dim in given
+        ]
         result = op(*shapes)
         if isinstance(result, Tensor):
             return result.new_empty(0, *result.shape), 0
