@@ -150,7 +150,7 @@ Status vq_encode(const VqEncodeParams& params, const Parallel& parallel, void* s
       stage.given_stride = params.code_stride;
       stage.rows = stage.copy ? stage.copy : static_cast<const float*>(stage.given);
       stage.row_stride = stage.copy ? params.dim : params.code_stride;
-      stage.large = 0;
+      stage.largest = 0;
     }
     if (prepares) {
       if (plan.prune) {

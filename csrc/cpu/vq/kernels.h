@@ -23,7 +23,7 @@ struct VqBook {
   float* shift = nullptr;   // [dim], about the mean: scores are of what is left of codes and rows
   float* bias = nullptr;    // [panels * panel]: where a score starts; -inf for padding
   float* panels = nullptr;  // [panels, depth, panel]: the codes less the shift, transposed
-  int32_t large = 0;        // set if a code is so large that scores may overflow: then nothing is pruned
+  uint32_t largest = 0;     // the bits of the largest |c|^2 of a shifted code, which is not negative
 };
 
 // How a call is cut and where its scratch lies. Equal for every thread.

@@ -9,7 +9,9 @@
 // score of a code d from x, the codes that may be nearer than d, or seem so by their own rounded distance (a factor of
 // 1 + eta), have a score of at least
 //     t - e (5 |x'|^2 + 4 d^2) - 3/2 eta d^2,   as |c'|^2 <= 2 |x'|^2 + 2 d^2,
-// and d^2 is |x'|^2 - 2 t within a little. Products that underflow add dim * 2^-126 at most.
+// and d^2 is |x'|^2 - 2 t within a little. With C the length of the longest code, they also have at least
+//     t - 2 e (|x'| C + C^2) - 3/2 eta d^2,
+// and the better of the two counts. Products that underflow add dim * 2^-126 at most.
 //
 // Of kProductColumns columns that meet in a lane, only the largest score is kept: it costs a maximum where an argument
 // would cost three instructions, and a lane that holds a candidate gives all of them for one.
@@ -17,7 +19,7 @@
 constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
 constexpr int64_t kLanes = Vec::kWidth;
 constexpr int64_t kGroup = kProductRows;
-constexpr double kUnit = 0x1p-24, kMostSquares = 1e30;
+constexpr double kUnit = 0x1p-24;
 
 PYCORE_INLINE double score_error(int64_t dim) {
   return (static_cast<double>(dim) + static_cast<double>(dim) / 8 + 64) * kUnit;
@@ -51,6 +53,15 @@ PYCORE_INLINE void load_square(const float* rows, int64_t row_stride, const floa
   transpose(square);
 }
 
+// Bits of numbers that are not negative are in the order of the numbers; a NaN is above all.
+inline void raise_largest(VqBook* stage, float squares) {
+  const uint32_t bits = bits_of_float(squares) & 0x7fffffffu;
+  uint32_t seen = __atomic_load_n(&stage->largest, __ATOMIC_RELAXED);
+  while (bits > seen &&
+         !__atomic_compare_exchange_n(&stage->largest, &seen, bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
 void prepare_codes(const VqEncodeParams& params, const VqPlan& plan, int64_t book, VqBook* stage, Range codes) {
   const int64_t dim = params.dim;
   if (stage->copy) {
@@ -58,6 +69,7 @@ void prepare_codes(const VqEncodeParams& params, const VqPlan& plan, int64_t boo
   }
   if (!plan.prune) return;
   const float keep_half = static_cast<float>(score_error(dim) - 0.5);
+  float largest = 0.0f;
   for (int64_t first = codes.begin; first < codes.end; first += kLanes) {
     const int64_t count = smaller(kLanes, codes.end - first);
     float* panel = stage->panels + first / kPanel * plan.depth * kPanel + first % kPanel;
@@ -80,12 +92,12 @@ void prepare_codes(const VqEncodeParams& params, const VqPlan& plan, int64_t boo
     squares.store(lanes);
     (squares * Vec::broadcast(keep_half)).store(stage->bias + first);
     for (int64_t i = 0; i < count; ++i) {
-      if (lanes[i] < static_cast<float>(kMostSquares)) continue;
-      check_code(params, book, *stage, first + i);
-      __atomic_store_n(&stage->large, 1, __ATOMIC_RELAXED);
+      if (!(lanes[i] < kMostSquares)) check_code(params, book, *stage, first + i);
+      largest = lanes[i] <= largest ? largest : lanes[i];
     }
     for (int64_t i = count; i < kLanes; ++i) stage->bias[first + i] = -__builtin_inff();
   }
+  raise_largest(stage, largest);
   if (codes.end < stage->codes) return;
   const int64_t end = (stage->codes + kPanel - 1) / kPanel * kPanel;
   for (int64_t first = (stage->codes + kLanes - 1) / kLanes * kLanes; first < end; first += kLanes) {
@@ -148,7 +160,7 @@ inline void take_candidates(const VqEncodeParams& params, const VqPlan& plan, in
   VqCandidate* best = tile.best + row * plan.keep;
   double most = 0;
   for (int64_t beam = 0; beam < beams; ++beam) {
-    const double squares = tile.squares[row * beams + beam];
+    const double squares = tile.squares[row * beams + beam] * 1.01;
     most = squares > most || !(squares == squares) ? squares : most;
   }
   if (!(most < kMostSquares)) {
@@ -189,8 +201,12 @@ inline void take_candidates(const VqEncodeParams& params, const VqPlan& plan, in
   }
   const double top = tops[keep - 1], error = score_error(dim);
   const double room = (beams == 1 ? 1.2 : 0.2) * most - 2 * top, squared = room > 0 ? 2 * room : 0;
-  const double margin =
-      error * (5 * most + 4 * squared) + 1.5 * distance_error(dim) * squared + static_cast<double>(dim) * 0x1p-126;
+  // Where codes are much shorter than x, the lengths themselves say more.
+  const double code = static_cast<double>(float_from_bits(stage.largest)) * 1.01;
+  const double by_length = 2 * error * (__builtin_sqrt(most * code) + code) + (beams == 1 ? 0 : 4 * kUnit * most);
+  const double by_squares = error * (5 * most + 4 * squared);
+  const double margin = (by_length < by_squares ? by_length : by_squares) + 1.5 * distance_error(dim) * squared +
+                        static_cast<double>(dim) * 0x1p-126;
   const float limit = static_cast<float>(top - margin);
   for (int64_t beam = 0; beam < beams; ++beam) {
     const float* scores = maxima(beam);

@@ -125,6 +125,8 @@ inline void search_directly(const VqEncodeParams& params, int64_t book, const Vq
 }
 
 #ifdef PYCORE_VQ_PRUNES
+constexpr float kMostSquares = 1e30f;  // of a length, for scores not to overflow
+
 void search_pruned(const VqEncodeParams& params, const VqPlan& plan, int64_t book, const VqBook& stage,
                    const float* query, int64_t rows, int64_t beams, int64_t keep, const VqTile& tile);
 #endif
@@ -134,7 +136,7 @@ inline void search(const VqEncodeParams& params, const VqPlan& plan, int64_t boo
                    const float* query, int64_t rows, int64_t beams, int64_t keep, const VqTile& tile) {
   for (int64_t row = 0; row < rows; ++row) tile.counts[row] = 0;
 #ifdef PYCORE_VQ_PRUNES
-  if (plan.prune && !__atomic_load_n(&stage.large, __ATOMIC_RELAXED)) {
+  if (plan.prune && float_from_bits(stage.largest) < kMostSquares) {
     return search_pruned(params, plan, book, stage, query, rows, beams, keep, tile);
   }
 #endif
