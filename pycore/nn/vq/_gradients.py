@@ -49,10 +49,15 @@ class _RotateTo(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, code = (saved.detach() for saved in ctx.saved_tensors)
         x_norm, code_norm = (t.norm(dim=-1, keepdim=True) for t in (x, code))
-        u, q = x / x_norm.clamp(min=_LEAST), code / code_norm.clamp(min=_LEAST)
-        w = F.normalize(u + q, dim=-1, eps=_LEAST)
-        turned = grad - 2 * (grad * w).sum(-1, keepdim=True) * w + 2 * (grad * q).sum(-1, keepdim=True) * u
-        return turned * (code_norm / x_norm.clamp(min=_LEAST)), None
+        # With u and q of length one along x and the code and w halfway between, g - 2 (g w) w + 2 (g q) u, as sums of
+        # whole rows times numbers.
+        x_scale, code_scale = x_norm.clamp(min=_LEAST).reciprocal(), code_norm.clamp(min=_LEAST).reciprocal()
+        halfway = torch.addcmul(x * x_scale, code, code_scale)
+        square = halfway.norm(dim=-1, keepdim=True).clamp(min=_LEAST).square()
+        ratio = code_norm * x_scale
+        along_half = (grad * halfway).sum(-1, keepdim=True) * (-2 * ratio) / square
+        along_x = (grad * code).sum(-1, keepdim=True) * (2 * ratio) * code_scale * x_scale
+        return torch.addcmul(torch.addcmul(grad * ratio, halfway, along_half), x, along_x), None
 
 
 def straight_through(x: Tensor, code: Tensor) -> Tensor:
