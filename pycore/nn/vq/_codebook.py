@@ -123,7 +123,10 @@ class Codebook(nn.Module):
         for rows, of_rows in self._per_book(x, codes):
             assert of_rows is not None
             each.append(ops.vq_statistics(rows, of_rows, self.codebook_size))
-        counts, sums = torch.stack([c for c, _ in each]), torch.stack([s for _, s in each])
+        if len(each) == 1:
+            counts, sums = (t.unsqueeze(0) for t in each[0])
+        else:
+            counts, sums = torch.stack([c for c, _ in each]), torch.stack([s for _, s in each])
         if sync:
             counts, sums = all_reduce_statistics(counts, sums)
         return counts, sums
@@ -190,8 +193,9 @@ class Codebook(nn.Module):
         """The codes from the moving averages, with Laplace smoothing of their sizes."""
         total = self.cluster_size.sum(-1, keepdim=True)
         smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
-        embed = self.embed_avg / smoothed.unsqueeze(-1)
-        self.embed.copy_(normalize(embed) if self.cosine else embed)
+        torch.div(self.embed_avg, smoothed.unsqueeze(-1), out=self.embed.data)
+        if self.cosine:
+            self.embed.copy_(normalize(self.embed))
 
     @torch.no_grad()
     def update(

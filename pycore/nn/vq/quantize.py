@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycore._tensors import check_tensor
@@ -246,10 +247,9 @@ class VectorQuantize(nn.Module):
         """The mean squared distance over positions [b, n] that count; zero where none do."""
         if not self.learnable_codebook or frozen:
             code = code.detach()
-        squares = (code - x).square()
         if mask is None:
-            return squares.mean() if squares.numel() else squares.sum()
-        per_position = squares.flatten(2).mean(-1)
+            return F.mse_loss(code, x) if x.numel() else (code - x).sum()
+        per_position = (code - x).square().flatten(2).mean(-1)
         return torch.where(mask, per_position, 0.0).sum() / mask.sum().clamp(min=1)
 
     def _orthogonal(self, codes: Tensor) -> Tensor:

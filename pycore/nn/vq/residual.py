@@ -68,8 +68,9 @@ class ResidualVQ(nn.Module):
 
     def __init__(
         self, *, dim: int, num_quantizers: int | None = None, codebook_size: int | tuple[int, ...],
-        codebook_dim: int | None = None, shared_codebook: bool = False, diveq: bool = False, quantize_dropout: bool = False,
-        quantize_dropout_cutoff_index: int = 0, quantize_dropout_multiple_of: int = 1, accept_image_fmap: bool = False,
+        codebook_dim: int | None = None, shared_codebook: bool = False, diveq: bool = False,
+        quantize_dropout: bool = False, quantize_dropout_cutoff_index: int = 0, quantize_dropout_multiple_of: int = 1,
+        accept_image_fmap: bool = False,
         beam_size: int | None = None, eval_beam_size: int | None = None, quant_grad_frac: float = 0.0,
         return_zeros_for_masked_padding: bool = True, **vq: Any,
     ) -> None:  # fmt: skip
