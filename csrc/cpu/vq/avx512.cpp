@@ -26,7 +26,7 @@ void prepare(const VqEncodeParams& params, const VqPlan& plan, int64_t book, VqB
 }
 }  // namespace
 
-const VqKernels vq_float = {kPanel, kLanes, 1024 / kPanel, prepare, encode_rows};
+const VqKernels vq_float = {kPanel, kLanes, kChunk, prepare, encode_rows};
 
 }  // namespace pycore::avx512
 

@@ -15,7 +15,9 @@ PYCORE_INLINE float distance(const float* x, const float* c, int64_t count) {
   }
   for (int v = 0; v < kDistanceVectors && i < count; ++v, i += Vec::kWidth) {
     const int64_t left = count - i < Vec::kWidth ? count - i : Vec::kWidth;
-    const Vec d = Vec::load_first(x + i, left) - Vec::load_first(c + i, left);
+    const bool whole = left == Vec::kWidth;
+    const Vec d =
+        whole ? Vec::load(x + i) - Vec::load(c + i) : Vec::load_first(x + i, left) - Vec::load_first(c + i, left);
     sums[v] = Vec::fma(d, d, sums[v]);
   }
   for (int v = 1; v < kDistanceVectors; ++v) sums[0] = sums[0] + sums[v];

@@ -19,6 +19,8 @@
 constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
 constexpr int64_t kLanes = Vec::kWidth;
 constexpr int64_t kGroup = kProductRows;
+constexpr int64_t kChunk = 1024 / kPanel;                                  // panels scored before candidates are taken
+constexpr int64_t kBundle = 64 / kLanes, kMostBundles = kChunk / kBundle;  // panels that are looked at as one first
 constexpr double kUnit = 0x1p-24;
 
 PYCORE_INLINE double score_error(int64_t dim) {
@@ -177,12 +179,19 @@ inline void take_candidates(const VqEncodeParams& params, const VqPlan& plan, in
   };
   const auto maxima = [&](int64_t beam) { return tile.maxima + (row * beams + beam) * plan.chunk * kLanes; };
   float* tops = tile.tops + row * plan.keep;
+  float bundles[kMostBundles * kLanes];
   for (int64_t beam = 0; beam < beams; ++beam) {
     const float* scores = maxima(beam);
     const Vec less = Vec::broadcast(half(beam));
     if (keep == 1) {
       Vec top = Vec::load(scores);
-      for (int64_t p = 1; p < count; ++p) top = Vec::max(top, Vec::load(scores + p * kLanes));
+      for (int64_t first = 0; first < count; first += kBundle) {
+        const int64_t end = smaller(first + kBundle, count);
+        Vec most_of = Vec::load(scores + first * kLanes);
+        for (int64_t p = first + 1; p < end; ++p) most_of = Vec::max(most_of, Vec::load(scores + p * kLanes));
+        if (beams == 1) most_of.store(bundles + first / kBundle * kLanes);
+        top = Vec::max(top, most_of);
+      }
       const float score = (top - less).reduce_max();
       if (score > tops[0]) tops[0] = score;
       continue;
@@ -212,15 +221,22 @@ inline void take_candidates(const VqEncodeParams& params, const VqPlan& plan, in
     const float* scores = maxima(beam);
     const float* line = query + (row * beams + beam) * dim;
     const Vec less = Vec::broadcast(half(beam)), least = Vec::broadcast(limit);
-    for (int64_t p = 0; p < count; ++p) {
-      uint64_t in = ~(Vec::load(scores + p * kLanes) - less).below(least) & ((uint64_t{1} << kLanes) - 1);
-      for (; in; in &= in - 1) {
-        const int64_t lane = __builtin_ctzll(in);
-        for (int v = 0; v < Vec::kProductColumns; ++v) {
-          const int64_t code = (panels.begin + p) * kPanel + v * kLanes + lane;
-          if (code >= stage.codes) continue;
-          const float r = distance(line, stage.rows + code * stage.row_stride, dim);
-          insert(best, tile.counts + row, keep, r, beam * stage.codes + code);
+    for (int64_t first = 0; first < count; first += kBundle) {
+      if (keep == 1 && beams == 1) {
+        const uint64_t out = Vec::load(bundles + first / kBundle * kLanes).below(least);
+        if (out == (uint64_t{1} << kLanes) - 1) continue;
+      }
+      const int64_t end = smaller(first + kBundle, count);
+      for (int64_t p = first; p < end; ++p) {
+        uint64_t in = ~(Vec::load(scores + p * kLanes) - less).below(least) & ((uint64_t{1} << kLanes) - 1);
+        for (; in; in &= in - 1) {
+          const int64_t lane = __builtin_ctzll(in);
+          for (int v = 0; v < Vec::kProductColumns; ++v) {
+            const int64_t code = (panels.begin + p) * kPanel + v * kLanes + lane;
+            if (code >= stage.codes) continue;
+            const float r = distance(line, stage.rows + code * stage.row_stride, dim);
+            insert(best, tile.counts + row, keep, r, beam * stage.codes + code);
+          }
         }
       }
     }
