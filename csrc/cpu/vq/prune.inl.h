@@ -154,6 +154,18 @@ PYCORE_INLINE void raise_tops(float* tops, int64_t keep, float score) {
   tops[at] = score;
 }
 
+// The distances of the codes that share a lane: first, first + kLanes, ... A function of its own, for its registers.
+__attribute__((noinline)) void take_lane(const VqBook& stage, const float* line, int64_t dim, int64_t first,
+                                         int64_t of_beam, int64_t keep, VqCandidate* best, int64_t* count) {
+  float r[Vec::kProductColumns];
+  const float* rows = stage.rows + first * stage.row_stride;
+  const int64_t step = kLanes * stage.row_stride;
+  const int64_t left = (stage.codes - first + kLanes - 1) / kLanes;
+  const int columns = static_cast<int>(smaller(left, Vec::kProductColumns));
+  for (int v = 0; v < columns; ++v) r[v] = distance(line, rows + v * step, dim);
+  for (int v = 0; v < columns; ++v) insert(best, count, keep, r[v], of_beam + first + v * kLanes);
+}
+
 // A chunk's candidates of one row.
 inline void take_candidates(const VqEncodeParams& params, const VqPlan& plan, int64_t book, const VqBook& stage,
                             const float* query, int64_t row, int64_t beams, int64_t keep, Range panels,
@@ -231,12 +243,8 @@ inline void take_candidates(const VqEncodeParams& params, const VqPlan& plan, in
         uint64_t in = ~(Vec::load(scores + p * kLanes) - less).below(least) & ((uint64_t{1} << kLanes) - 1);
         for (; in; in &= in - 1) {
           const int64_t lane = __builtin_ctzll(in);
-          for (int v = 0; v < Vec::kProductColumns; ++v) {
-            const int64_t code = (panels.begin + p) * kPanel + v * kLanes + lane;
-            if (code >= stage.codes) continue;
-            const float r = distance(line, stage.rows + code * stage.row_stride, dim);
-            insert(best, tile.counts + row, keep, r, beam * stage.codes + code);
-          }
+          take_lane(stage, line, dim, (panels.begin + p) * kPanel + lane, beam * stage.codes, keep, best,
+                    tile.counts + row);
         }
       }
     }
