@@ -327,3 +327,34 @@ def test_errors() -> None:
         ValueError, match=r"^MaskedChannelRVQ: channel_masks has shape \[1, 3\] and must have \[at most 8, 16\]$"
     ):
         MaskedChannelRVQ(dim=16, channel_masks=torch.ones(1, 3))
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make_one",
+    [
+        lambda: make(), lambda: make(rotation_trick=False), lambda: make(use_cosine_sim=True),
+        lambda: make(codebook_dim=5), lambda: make(MaskedChannelRVQ, sizes=(20,) * 4),
+    ],
+    ids=["default", "straight_through", "cosine", "projected", "masked"],
+)  # fmt: skip
+def test_compiled_training(make_one) -> None:  # noqa: ANN001
+    """One graph, whatever the length, with the results, gradients and averages of the module itself."""
+    torch._dynamo.reset()
+    one = make_one()
+    other = copy.deepcopy(one)
+    compiled = torch.compile(one, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 12, 30):
+        x = torch.randn(2, length, 16)
+        grads = []
+        for module in (compiled, other):
+            leaf = x.clone().requires_grad_()
+            quantized, codes, losses = module(leaf)
+            (quantized.square().sum() + losses.sum()).backward()
+            grads.append((leaf.grad, quantized.detach(), losses.detach(), codes))
+        for mine, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs)

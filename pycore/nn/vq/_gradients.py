@@ -68,8 +68,21 @@ def straight_through(x: Tensor, code: Tensor) -> Tensor:
 
 def rotate_to(x: Tensor, code: Tensor) -> Tensor:
     """The code, with the gradient of x turned and scaled onto it (Fifty et al., arXiv 2410.06424, section 4.2)."""
-    result: Tensor = _RotateTo.apply(x, code.detach())
+    code = code.detach()
+    if torch.compiler.is_compiling():  # which does not follow the function's saved tensors everywhere
+        rotated = _rotated(x, code)
+        return code + (rotated - rotated.detach())
+    result: Tensor = _RotateTo.apply(x, code)
     return result
+
+
+def _rotated(x: Tensor, code: Tensor) -> Tensor:
+    """The code within rounding, as a linear map of x whose numbers are fixed."""
+    x_norm, code_norm = (t.detach().norm(dim=-1, keepdim=True) for t in (x, code))
+    u, q = x.detach() / x_norm.clamp(min=_LEAST), code / code_norm.clamp(min=_LEAST)
+    w = F.normalize(u + q, dim=-1, eps=_LEAST)
+    turned = x - 2 * (x * w).sum(-1, keepdim=True) * w + 2 * (x * u).sum(-1, keepdim=True) * q
+    return turned * (code_norm / x_norm.clamp(min=_LEAST))
 
 
 def directional(x: Tensor, code: Tensor, variance: float) -> Tensor:

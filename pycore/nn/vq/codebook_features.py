@@ -56,7 +56,7 @@ class CodebookFeatures(nn.Module):
         self.loss, self.beta, self.metric = loss, beta, metric
         self.norm: nn.Module = nn.LayerNorm(dim) if layer_norm else nn.Identity()
         self.codebook = nn.Parameter(torch.randn(heads, num_codes, dim // heads))
-        self.register_buffer("enabled", torch.ones(heads, num_codes, dtype=torch.bool), persistent=False)
+        self._off: list[set[int]] = [set() for _ in range(heads)]
         self._forced: list[list[int]] = [[] for _ in range(heads)]
 
     # ---- switching codes ---------------------------------------------------------------------------------------------
@@ -71,11 +71,13 @@ class CodebookFeatures(nn.Module):
 
     def switch_off(self, codes: int | list[int], head: int = 0) -> None:
         """These codes are chosen no more; positions with too few left get fewer."""
-        self.get_buffer("enabled")[head, self._codes_of(codes, head)] = False
+        chosen = self._codes_of(codes, head)
+        self._off[head].update(chosen)
 
     def switch_on(self, codes: int | list[int], head: int = 0) -> None:
         """These codes may be chosen again."""
-        self.get_buffer("enabled")[head, self._codes_of(codes, head)] = True
+        chosen = self._codes_of(codes, head)
+        self._off[head].difference_update(chosen)
 
     def force(self, codes: int | list[int], head: int = 0) -> None:
         """At every position these codes take the places of the last chosen ones."""
@@ -86,7 +88,7 @@ class CodebookFeatures(nn.Module):
 
     def reset(self) -> None:
         """All codes may be chosen and none has to be."""
-        self.get_buffer("enabled").fill_(True)
+        self._off = [set() for _ in range(self.heads)]
         self._forced = [[] for _ in range(self.heads)]
 
     # ---- public ------------------------------------------------------------------------------------------------------
@@ -98,8 +100,7 @@ class CodebookFeatures(nn.Module):
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"CodebookFeatures: x has shape {list(x.shape)} and must have {self.dim} channels")
         parts = self.norm(x).float().unflatten(-1, (self.heads, -1))
-        enabled = self.get_buffer("enabled")
-        if bool(enabled.all()):
+        if not any(self._off):
             codes = ops.vq_encode(parts, self.codebook.detach().float(), metric=self.metric, topk=self.k)
         else:
             codes = torch.stack([self._encode_enabled(parts[..., h, :], h) for h in range(self.heads)], dim=-2)
@@ -109,7 +110,8 @@ class CodebookFeatures(nn.Module):
         return codes
 
     def _encode_enabled(self, part: Tensor, head: int) -> Tensor:
-        left = self.get_buffer("enabled")[head].nonzero()[:, 0]
+        on = [code for code in range(self.num_codes) if code not in self._off[head]]
+        left = torch.tensor(on, dtype=torch.int64, device=part.device)
         count = min(self.k, len(left))
         if count == 0:
             return torch.full((*part.shape[:-1], self.k), -1, dtype=torch.int64, device=part.device)
