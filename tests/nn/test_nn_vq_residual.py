@@ -131,6 +131,18 @@ def test_masked_positions_change_nothing(keywords: dict) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_lengths() -> None:
+    for module in (make(), GroupedResidualVQ(dim=16, groups=2, num_quantizers=3, codebook_size=20)):
+        x, lens = torch.randn(3, 9, 16), torch.tensor([9, 0, 4])
+        other = copy.deepcopy(module)
+        for mine, theirs in zip(module(x, lens=lens), other(x, mask=torch.arange(9) < lens[:, None]), strict=True):
+            assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match=r"^ResidualVQ: lens has shape \[2\] and must have \[3\]$"):
+        make()(x, lens=lens[1:])
+    with pytest.raises(ValueError, match="^ResidualVQ: lens is given beside mask, and must be None then$"):
+        make()(x, lens=lens, mask=torch.ones(3, 9, dtype=torch.bool))
+
+
 def test_quantizer_dropout() -> None:
     rvq, x = make(sizes=(30,) * 6, quantize_dropout=True, quantize_dropout_cutoff_index=1), torch.randn(1, 9, 16)
     seen = set()

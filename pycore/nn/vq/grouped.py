@@ -65,14 +65,14 @@ class GroupedResidualVQ(nn.Module):
 
     def forward(
         self, x: Tensor, indices: None = None, return_all_codes: bool = False, sample_codebook_temp: None = None,
-        freeze_codebook: bool | None = None, mask: Tensor | None = None,
+        freeze_codebook: bool | None = None, mask: Tensor | None = None, lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """As `ResidualVQ`: the quantized x, codes [groups, b, n, Q], losses [groups, Q]."""
         if x.shape[self.split_dim] != self.dim:
             raise ValueError(f"GroupedResidualVQ: x has {x.shape[self.split_dim]} channels and must have {self.dim}")
         seed = synchronized_seed(x.device) if self.training else None
         results = [
-            rvq(part, mask=mask, indices=indices, return_all_codes=return_all_codes, freeze_codebook=freeze_codebook,
+            rvq(part, mask=mask, lens=lens, indices=indices, return_all_codes=return_all_codes, freeze_codebook=freeze_codebook,
                 sample_codebook_temp=sample_codebook_temp, rand_quantize_dropout_fixed_seed=seed)
             for rvq, part in zip(self._groups, x.chunk(self.groups, dim=self.split_dim), strict=True)
         ]  # fmt: skip

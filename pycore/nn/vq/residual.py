@@ -206,6 +206,14 @@ class ResidualVQ(nn.Module):
                 f"torch.bool, for an x of [b, n, d]"
             )
 
+    def _from_lengths(self, x: Tensor, mask: Tensor | None, lens: Tensor) -> Tensor:
+        name = type(self).__name__
+        if mask is not None:
+            raise ValueError(f"{name}: lens is given beside mask, and must be None then")
+        if lens.shape != x.shape[:1]:
+            raise ValueError(f"{name}: lens has shape {list(lens.shape)} and must have {list(x.shape[:1])}")
+        return torch.arange(x.shape[1], device=lens.device) < lens.unsqueeze(-1)
+
     def _dropout_stages(self, seed: int | None, device: torch.device) -> int:
         """How many stages a training step keeps."""
         if not (self.training and self.quantize_dropout):
@@ -258,7 +266,7 @@ class ResidualVQ(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, indices: None = None, return_all_codes: bool = False,
         sample_codebook_temp: None = None, freeze_codebook: bool | None = None, beam_size: int | None = None,
-        rand_quantize_dropout_fixed_seed: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None, lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Quantizes x, and learns from it in training.
 
@@ -270,6 +278,7 @@ class ResidualVQ(nn.Module):
             freeze_codebook: learn nothing this time.
             beam_size: instead of the module's.
             rand_quantize_dropout_fixed_seed: draws the stages that are kept.
+            lens: [b], instead of a mask: how many positions count.
 
         Returns:
             The quantized x in its dtype; int64 codes [b, n, Q], -1 at masked positions and for dropped stages; and the
@@ -278,6 +287,9 @@ class ResidualVQ(nn.Module):
         name = type(self).__name__
         given = {"indices": indices, "sample_codebook_temp": sample_codebook_temp}
         refuse(name, given, {"indices": None, "sample_codebook_temp": None})
+        check_tensor(name, "lens", lens, optional=True)
+        if lens is not None:
+            mask = self._from_lengths(x, mask, lens)
         self._check(x, mask)
         beam = beam_size if beam_size is not None else self.beam_size if self.training else self.eval_beam_size
         stages = self._dropout_stages(rand_quantize_dropout_fixed_seed, x.device)
