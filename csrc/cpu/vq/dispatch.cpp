@@ -12,7 +12,6 @@
 namespace pycore {
 namespace {
 
-constexpr int64_t kFewLines = 4;          // fewer do not pay for packing a codebook
 constexpr int64_t kMostLines = 96;        // of a tile
 constexpr int64_t kTileFloats = 1 << 15;  // of its rows: they stay in the second cache
 constexpr int64_t kMostKept = 1 << 13;    // entries of a tile's lists, where its rows allow
@@ -28,6 +27,9 @@ const VqKernels* kernels_for(CpuIsa isa) {
   }
   return &scalar::vq_float;
 }
+
+// Fewer lines do not pay for packing a codebook, whose cost is that of its channels.
+int64_t few_lines(int64_t dim) { return std::clamp(dim / 16, int64_t{4}, int64_t{12}); }
 
 int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 Range part(int64_t index, int64_t size, int64_t total) { return {index * size, std::min((index + 1) * size, total)}; }
@@ -52,7 +54,8 @@ VqPlan plan_for(const VqEncodeParams& params, int64_t threads) {
   plan.panel = kernels->panel;
   plan.chunk = kernels->chunk;
   plan.depth = params.dim <= 2 ? 2 : params.dim <= 4 ? 4 : params.dim <= 8 ? 8 : params.dim;
-  plan.prune = plan.panel > 0 && size_product({params.x.rows, beams}) >= kFewLines && params.dim <= kMostDepth;
+  plan.prune =
+      plan.panel > 0 && size_product({params.x.rows, beams}) >= few_lines(params.dim) && params.dim <= kMostDepth;
   const int64_t lines = std::clamp(kTileFloats / plan.depth, int64_t{6}, kMostLines);
   int64_t rows = std::max<int64_t>(lines / beams, 1);
   rows = std::min(rows, std::max(kMostKept / plan.keep, int64_t{6}));

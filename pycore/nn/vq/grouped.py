@@ -72,8 +72,9 @@ class GroupedResidualVQ(nn.Module):
             raise ValueError(f"GroupedResidualVQ: x has {x.shape[self.split_dim]} channels and must have {self.dim}")
         seed = synchronized_seed(x.device) if self.training else None
         results = [
-            rvq(part, mask=mask, lens=lens, indices=indices, return_all_codes=return_all_codes, freeze_codebook=freeze_codebook,
-                sample_codebook_temp=sample_codebook_temp, rand_quantize_dropout_fixed_seed=seed)
+            rvq(part, mask=mask, lens=lens, indices=indices, return_all_codes=return_all_codes,
+                freeze_codebook=freeze_codebook, sample_codebook_temp=sample_codebook_temp,
+                rand_quantize_dropout_fixed_seed=seed)
             for rvq, part in zip(self._groups, x.chunk(self.groups, dim=self.split_dim), strict=True)
         ]  # fmt: skip
         quantized, *others = zip(*results, strict=True)
