@@ -58,6 +58,13 @@ def main(rank: int, store: str) -> None:
             assert_same(state(module), f"{number}: {case}")
             assert state(module).isfinite().all(), f"{number}: {case}"
 
+    # Ranks that began apart agree on nothing, and still do not wait for each other.
+    torch.manual_seed(rank)
+    apart = VectorQuantize(8, 20, kmeans_init=True, sync_kmeans=False, threshold_ema_dead_code=3)
+    for step in range(4):
+        apart(rows[:, : 5 + 20 * rank] * (step + rank))
+    assert state(apart).isfinite().all()
+
     # The two halves of a batch learn what one process learns from all of it.
     torch.manual_seed(0)
     apart, together = VectorQuantize(8, 20), VectorQuantize(8, 20, sync_codebook=False)

@@ -250,17 +250,21 @@ class Codebook(nn.Module):
         threshold = self.threshold_ema_dead_code
         if threshold <= 0:
             return
-        dead = self.cluster_size < threshold
+        dead, sync = self.cluster_size < threshold, self.synchronized
+        draws = dead.sum(-1)
+        if sync:
+            dist.all_reduce(draws, op=dist.ReduceOp.MAX)  # ranks whose sizes differ still draw together
+        to_draw: list[int] = draws.tolist()
         for book, (rows, of_rows) in enumerate(self._per_book(x, codes)):
+            if to_draw[book] == 0:
+                continue
             places = dead[book].nonzero()[:, 0]
-            if not len(places):
-                continue  # the same on every rank, as the sizes are
             rows = rows if of_rows is None else rows[of_rows >= 0]
-            drawn, have = self._sample(rows, len(places), self.synchronized)
+            drawn, have = self._sample(rows, to_draw[book], sync)
             if have == 0:
                 continue
-            if have < len(places):  # as many as there are rows; the others wait
-                places, drawn = places[:have], drawn[:have]
+            places = places[:have]  # as many as there are rows; the others wait
+            drawn = drawn[: len(places)]
             self.embed[book, places] = drawn
             self.cluster_size[book, places] = threshold
             self.embed_avg[book, places] = drawn * threshold
