@@ -22,7 +22,7 @@ def chosen(features: CodebookFeatures, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("k, heads", [(1, 1), (4, 1), (3, 4)])
 def test_codebook_features(k: int, heads: int) -> None:
-    features, x = CodebookFeatures(16, 50, k=k, heads=heads), torch.randn(2, 9, 16)
+    features, x = CodebookFeatures(16, 50, k=k, num_codebooks=heads), torch.randn(2, 9, 16)
     output, codes, loss = features(x)
     assert torch.equal(codes, chosen(features, x)) and codes.shape == (2, 9, heads, k)
     each = [features.codebook[h][codes[:, :, h]].sum(2) / k for h in range(heads)]
@@ -34,7 +34,7 @@ def test_codebook_features(k: int, heads: int) -> None:
 
 @pytest.mark.parametrize("loss", ["base", "aeloss", "fullaeloss", "vqvae"])
 def test_codebook_features_gradients(loss: str) -> None:
-    features = CodebookFeatures(16, 50, k=2, loss=loss, beta=0.5)
+    features = CodebookFeatures(16, 50, k=2, loss=f"{loss}-0.5" if loss == "vqvae" else loss, beta=0.5)
     x, upstream = torch.randn(1, 9, 16, requires_grad=True), torch.randn(1, 9, 16)
     output, codes, penalty = features(x)
     ((output * upstream).sum() + penalty).backward()
@@ -52,7 +52,10 @@ def test_codebook_features_gradients(loss: str) -> None:
 
 
 def test_switching_codes() -> None:
-    features, x = CodebookFeatures(16, 50, k=2, heads=2, metric="euclidean", layer_norm=False), torch.randn(1, 30, 16)
+    features, x = (
+        CodebookFeatures(16, 50, k=2, num_codebooks=2, metric="euclidean", layer_norm=False),
+        torch.randn(1, 30, 16),
+    )
     before = features.encode(x)
     off = before[0, 0, 1, 0].item()
     features.switch_off(off, head=1)
@@ -77,10 +80,11 @@ def test_switching_codes() -> None:
 
 
 def test_codebook_features_errors() -> None:
-    features = CodebookFeatures(16, 50, k=2, heads=2)
+    features = CodebookFeatures(16, 50, k=2, num_codebooks=2)
     for keywords, message in (
-        ({"heads": 3}, "heads is 3 and must divide dim, 16"),
+        ({"num_codebooks": 3}, "num_codebooks is 3 and must divide dim, 16"),
         ({"loss": "mse"}, "loss is 'mse' and must be one of base"),
+        ({"loss": "vqvae-x"}, "loss is 'vqvae-x' and must be one of base"),
         ({"k": 51}, "k is 51 and must be 1 to 50"),
         ({"metric": "dot"}, "metric is 'dot' and must be cosine or euclidean"),
     ):  # fmt: skip

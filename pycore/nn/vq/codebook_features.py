@@ -25,10 +25,10 @@ class CodebookFeatures(nn.Module):
         dim: channels of the input.
         num_codes: codes of each head.
         k: codes of a position and head.
-        heads: parts of the channels with a codebook each.
+        num_codebooks: parts of the channels with a codebook each; in a transformer, its heads.
         loss: what forward's loss is: "base" nothing; "aeloss" the mean over positions of |output - x|^2 for the codes;
             "fullaeloss" that and `beta` times the same for x; "vqvae" as "fullaeloss", and the output's own gradient
-            goes to x alone.
+            goes to x alone. "fullaeloss-0.5" says beta too, as the paper's code does.
         beta: see loss.
         layer_norm: normalize x for the search.
         metric: "cosine" (the paper's inner product with codes of length one), or "euclidean".
@@ -41,12 +41,19 @@ class CodebookFeatures(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_codes: int, *, k: int = 1, heads: int = 1, loss: str = "aeloss", beta: float = 0.25,
+        self, dim: int, num_codes: int, *, k: int = 1, num_codebooks: int = 1, loss: str = "aeloss", beta: float = 0.25,
         layer_norm: bool = True, metric: str = "cosine",
     ) -> None:  # fmt: skip
         super().__init__()
+        heads = num_codebooks
         if heads < 1 or dim % heads:
-            raise ValueError(f"CodebookFeatures: heads is {heads} and must divide dim, {dim}")
+            raise ValueError(f"CodebookFeatures: num_codebooks is {heads} and must divide dim, {dim}")
+        loss, dash, number = loss.partition("-")
+        if dash:
+            try:
+                beta = float(number)
+            except ValueError:
+                loss = f"{loss}-{number}"
         if loss not in LOSSES:
             raise ValueError(f"CodebookFeatures: loss is {loss!r} and must be one of {', '.join(LOSSES)}")
         if metric not in ("cosine", "euclidean"):
