@@ -3,5 +3,24 @@
 
 from pycore.nn.attention import LambdaAttention
 from pycore.nn.probabilistic import ProbabilisticAttention
+from pycore.nn.vq import (
+    CodebookFeatures,
+    DiscreteKeyValueBottleneck,
+    GroupedResidualVQ,
+    GumbelVectorQuantizer,
+    MaskedChannelRVQ,
+    ResidualVQ,
+    VectorQuantize,
+)
 
-__all__ = ["LambdaAttention", "ProbabilisticAttention"]
+__all__ = [
+    "CodebookFeatures",
+    "DiscreteKeyValueBottleneck",
+    "GroupedResidualVQ",
+    "GumbelVectorQuantizer",
+    "LambdaAttention",
+    "MaskedChannelRVQ",
+    "ProbabilisticAttention",
+    "ResidualVQ",
+    "VectorQuantize",
+]

@@ -16,6 +16,7 @@ from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import invariant_linear, rms_norm
 from pycore.ops.staircase import staircase_dequantize, staircase_quantize, staircase_rotation
 from pycore.ops.staircase_attention import staircase_attention
+from pycore.ops.vq import rvq_decode, rvq_encode, vq_encode, vq_statistics
 
 __all__ = [
     "ac_decode",
@@ -35,4 +36,8 @@ __all__ = [
     "staircase_dequantize",
     "staircase_quantize",
     "staircase_rotation",
+    "rvq_decode",
+    "rvq_encode",
+    "vq_encode",
+    "vq_statistics",
 ]

@@ -8,12 +8,9 @@
 
 #include <cstdint>
 
-namespace pycore {
+#include "../range.h"
 
-struct Range {
-  int64_t begin = 0, end = 0;
-  int64_t count() const { return end - begin; }
-};
+namespace pycore {
 
 struct LinearKernels {
   int64_t forward_scratch, backward_scratch;  // bytes a thread
