@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,35 @@ def test_instruction_sets_agree(metric: str, channels: int) -> None:
     for beam in (1, 4):
         one, *others = per_isa(lambda: ops.rvq_encode(x, books, metric=metric, beam_size=beam))  # noqa: B023
         assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_instruction_sets_agree_on_hostile_data(seed: int) -> None:
+    """Random sizes, offsets, scales, spreads and near ties; scores prune on two of the three, and must never decide."""
+    draw = random.Random(seed)
+    rows, codes = draw.choice([1, 5, 13, 40, 97]), draw.choice([1, 16, 63, 130, 700, 1025])
+    channels, stages = draw.choice([1, 2, 5, 8, 9, 17, 33, 100]), draw.choice([1, 2, 3])
+    x, books = torch.randn(rows, channels), torch.randn(stages, codes, channels)
+    kind = seed % 8
+    if kind == 1:
+        books = torch.randn(stages, 1, channels) + books * 10 ** draw.uniform(-8, -3)
+    elif kind == 2:
+        x, books = torch.randint(-2, 3, x.shape).float(), torch.randint(-2, 3, books.shape).float()
+    elif kind == 3:
+        books = books * 10.0 ** torch.randint(-6, 6, (stages, codes, 1)).float()
+    elif kind == 4:
+        books[:, draw.randrange(codes)] = 1e8
+    elif kind == 5:
+        x = books[0, torch.randint(0, codes, (rows,))] * (1 + 1e-6 * x)
+    elif kind == 6:
+        x = x * 10.0 ** torch.randint(-6, 6, (rows, 1)).float()
+    offset, scale = draw.choice([0.0, 100.0, 1e6]), 10.0 ** draw.choice([-20, -5, 0, 0, 5])
+    x, books = (x + offset * draw.choice([0, 1])) * scale, (books + offset) * scale
+    metric, beam, topk = draw.choice(["euclidean", "cosine"]), draw.choice([1, 3, 16]), draw.choice([1, min(codes, 7)])
+    one, *others = per_isa(lambda: ops.rvq_encode(x, books, metric=metric, beam_size=beam))
+    assert all(torch.equal(one, other) for other in others)
+    one, *others = per_isa(lambda: ops.vq_encode(x, books[0], metric=metric, topk=topk))
+    assert all(torch.equal(one, other) for other in others)
 
 
 @pytest.mark.parametrize("beam_size", [1, 5])
