@@ -13,7 +13,7 @@ from pycore.ops.arithmetic_coding import (
 from pycore.ops.attention import attention, lambda_attention
 from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
-from pycore.ops.linear import invariant_linear, rms_norm
+from pycore.ops.linear import gelu_mul, invariant_linear, layer_norm, rms_norm, silu_mul
 
 __all__ = [
     "ac_decode",
@@ -23,10 +23,13 @@ __all__ = [
     "ac_encode_bytes",
     "ac_encode_logits",
     "attention",
+    "gelu_mul",
     "invariant_linear",
     "lambda_attention",
+    "layer_norm",
     "pr_block_mask",
     "pr_flash_attention",
     "quantize_cdf",
     "rms_norm",
+    "silu_mul",
 ]
