@@ -124,10 +124,7 @@ void for_elements(Params* params, std::initializer_list<RowView*> views, const P
 
 int64_t linear_forward_scratch(const LinearParams& params, int64_t threads) {
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
-  if (!kernels) return 0;
-  if (params.x.rows > kFewRows) return size_product({threads, kernels->forward_scratch});
-  const bool in_place = params.dtype == DType::kFloat32 && params.x.uniform();
-  return in_place ? 0 : size_product({threads, kernels->few_scratch});
+  return kernels && params.x.rows > kFewRows ? size_product({threads, kernels->forward_scratch}) : 0;
 }
 
 Status linear_forward(const LinearParams& params, const Parallel& parallel, void* scratch) {
@@ -136,12 +133,11 @@ Status linear_forward(const LinearParams& params, const Parallel& parallel, void
   const int64_t rows = params.x.rows, columns = params.out_features;
   const int64_t column_items = parts(columns, kLinearColumns);
   const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
-  const int64_t slot_bytes = rows > kFewRows ? kernels->forward_scratch : kernels->few_scratch;
   const Parallel pool = limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
     kernels->forward(params, part(item / column_items, height, rows),
                      part(item % column_items, kLinearColumns, columns),
-                     static_cast<char*>(scratch) + slot * slot_bytes);
+                     static_cast<char*>(scratch) + slot * kernels->forward_scratch);
   });
   return {};
 }

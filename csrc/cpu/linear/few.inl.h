@@ -17,9 +17,10 @@
 #include "kernels.h"
 #include "rows.inl.h"
 
-constexpr int64_t kFewDepth = 4096;  // rows of 16 bits that are no longer become float32 once an item
+constexpr int64_t kFewDepth = 2048;  // rows of 16 bits that are no longer become float32 once an item
 constexpr int64_t kLineBytes = 64, kAheadBytes = 8 * kLineBytes;
 
+// What a thread has on its stack.
 struct FewScratch {
   float rows[kFewRows * kFewDepth];  // x in float32, if it is not; [rows][kFewDepth]
 };
@@ -76,63 +77,76 @@ inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t
   }
 }
 
-// The chains of M rows go on by the first `channels` channels of a square; x[m] begins where it does.
-template <DType kType, int M>
-PYCORE_INLINE void follow_square(const Vec (&square)[Vec::kWidth], int64_t channels, const float* x, int64_t x_row,
-                                 Vec (&chain)[M]) {
+// The chains of M rows by kGroups vectors of columns go on by the first `channels` channels of the groups' squares;
+// x[m] begins where they do. Group by group within a channel: a chain's next FMA waits for its last, and the others
+// fill the gap. Unrolled, or the squares would go through memory.
+template <DType kType, int M, int kGroups>
+PYCORE_INLINE void follow_squares(const Vec (&squares)[kGroups][Vec::kWidth], int64_t channels, const float* x,
+                                  int64_t x_row, Vec (&chain)[kGroups][M]) {
   constexpr int kPer = kType == DType::kFloat32 ? 1 : 2;
-  for (int j = 0; j < Vec::kWidth && kPer * j < channels; ++j) {
-    const Vec first = channel_of<kType, 0>(square[j]);
-    for (int m = 0; m < M; ++m) chain[m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * j]), first, chain[m]);
+#pragma GCC unroll 16
+  for (int j = 0; j < Vec::kWidth; ++j) {
+    if (kPer * j >= channels) return;
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
+      const Vec first = channel_of<kType, 0>(squares[g][j]);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) chain[g][m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * j]), first, chain[g][m]);
+    }
     if (kPer == 1 || kPer * j + 1 >= channels) continue;
-    const Vec second = channel_of<kType, 1>(square[j]);
-    for (int m = 0; m < M; ++m) chain[m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * j + 1]), second, chain[m]);
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
+      const Vec second = channel_of<kType, 1>(squares[g][j]);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        chain[g][m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * j + 1]), second, chain[g][m]);
+      }
+    }
   }
 }
 
-// One block of the chains of M rows by kGroups * kWidth columns. `next` is how far the weight rows of the next columns
-// are: their beginnings are fetched where these rows end.
+// One block of the chains. `next` is how far the weight rows of the next columns are: their beginnings are fetched
+// where these rows end.
 template <DType kType, int M, int kGroups>
 PYCORE_INLINE void few_block(const char* const* rows, int64_t begin, int64_t end, int64_t depth, int64_t next,
                              const float* x, int64_t x_row, Vec (&chain)[kGroups][M]) {
   constexpr int64_t kBytes = kElementBytes<kType>, kLine = kLineBytes / kBytes;
-  Vec square[Vec::kWidth];
+  Vec squares[kGroups][Vec::kWidth];
   int64_t k = begin;
   for (; k + kLine <= end; k += kLine) {
     const int64_t at = k * kBytes, ahead = at + kAheadBytes;
     const int64_t fetched = ahead < depth * kBytes ? ahead : ahead - depth * kBytes + next;
-    for (int g = 0; g < kGroups; ++g) {
-      const char* const* row = rows + g * Vec::kWidth;
-      for (int i = 0; i < Vec::kWidth; ++i) __builtin_prefetch(row[i] + fetched, 0, 2);
-      for (int64_t s = 0; s < kLine; s += kSquare<kType>) {
-        load_square(row, at + s * kBytes, square);
-        follow_square<kType, M>(square, kSquare<kType>, x + (k + s - begin), x_row, chain[g]);
-      }
+    for (int i = 0; i < kGroups * Vec::kWidth; ++i) __builtin_prefetch(rows[i] + fetched, 0, 2);
+    for (int64_t s = 0; s < kLine; s += kSquare<kType>) {
+      // x is read again for every square: kept in registers for all of them, it would crowd out the rest.
+      __asm__ volatile("" : : : "memory");
+      for (int g = 0; g < kGroups; ++g) load_square(rows + g * Vec::kWidth, at + s * kBytes, squares[g]);
+      follow_squares<kType, M>(squares, kSquare<kType>, x + (k + s - begin), x_row, chain);
     }
   }
   for (; k < end; k += kSquare<kType>) {
     const int64_t channels = smaller(kSquare<kType>, end - k);
     for (int g = 0; g < kGroups; ++g) {
-      load_square_first(rows + g * Vec::kWidth, k * kBytes, channels * kBytes, square);
-      follow_square<kType, M>(square, channels, x + (k - begin), x_row, chain[g]);
+      load_square_first(rows + g * Vec::kWidth, k * kBytes, channels * kBytes, squares[g]);
     }
+    follow_squares<kType, M>(squares, channels, x + (k - begin), x_row, chain);
   }
 }
 
 template <DType kType, int M>
-__attribute__((noinline)) void few_rows_forward(const LinearParams& params, int64_t first_row, Range columns,
-                                                FewScratch* scratch) {
+__attribute__((noinline)) void few_rows_forward(const LinearParams& params, int64_t first_row, Range columns) {
   constexpr int64_t kWidth = Vec::kWidth, kBytes = kElementBytes<kType>;
-  constexpr int kGroups = M == 1 ? 2 : 1;
+  constexpr int kGroups = M <= 2 ? 2 : 1;
   constexpr int64_t kColumns = kGroups * kWidth;
   const int64_t depth = params.in_features, stride = params.weight_stride * kBytes;
   // float32 rows with one stride stay where they are; others come into scratch, whole or by the block.
   const bool in_place = kType == DType::kFloat32 && params.x.uniform(), whole = depth <= kFewDepth;
-  const float* x = scratch->rows;
+  FewScratch scratch;
+  const float* x = scratch.rows;
   int64_t x_row = kFewDepth;
   const auto convert = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
     for (int m = 0; m < M; ++m) {
-      convert_row<kType>(row_bytes<kType>(params.x, first_row + m) + k * kBytes, count, scratch->rows + m * kFewDepth);
+      convert_row<kType>(row_bytes<kType>(params.x, first_row + m) + k * kBytes, count, scratch.rows + m * kFewDepth);
     }
   };
   if (in_place) {
@@ -176,14 +190,14 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
 }
 
 template <DType kType>
-PYCORE_INLINE void few_forward(const LinearParams& params, Range rows, Range columns, FewScratch* scratch) {
+PYCORE_INLINE void few_forward(const LinearParams& params, Range rows, Range columns) {
   switch (rows.count()) {
-    case 1: return few_rows_forward<kType, 1>(params, rows.begin, columns, scratch);
-    case 2: return few_rows_forward<kType, 2>(params, rows.begin, columns, scratch);
-    case 3: return few_rows_forward<kType, 3>(params, rows.begin, columns, scratch);
-    case 4: return few_rows_forward<kType, 4>(params, rows.begin, columns, scratch);
-    case 5: return few_rows_forward<kType, 5>(params, rows.begin, columns, scratch);
-    case 6: return few_rows_forward<kType, 6>(params, rows.begin, columns, scratch);
+    case 1: return few_rows_forward<kType, 1>(params, rows.begin, columns);
+    case 2: return few_rows_forward<kType, 2>(params, rows.begin, columns);
+    case 3: return few_rows_forward<kType, 3>(params, rows.begin, columns);
+    case 4: return few_rows_forward<kType, 4>(params, rows.begin, columns);
+    case 5: return few_rows_forward<kType, 5>(params, rows.begin, columns);
+    case 6: return few_rows_forward<kType, 6>(params, rows.begin, columns);
     default: return;
   }
 }

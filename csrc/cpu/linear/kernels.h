@@ -16,9 +16,9 @@ struct Range {
 };
 
 struct LinearKernels {
-  int64_t forward_scratch, few_scratch, backward_scratch;  // bytes a thread; few_scratch is for up to kFewRows rows
+  int64_t forward_scratch, backward_scratch;  // bytes a thread
 
-  // out[rows][columns]; columns are output features.
+  // out[rows][columns]; columns are output features. Up to kFewRows rows need no scratch.
   void (*forward)(const LinearParams& params, Range rows, Range columns, void* scratch);
   // grad_x[rows][columns]; columns are input features.
   void (*grad_x)(const LinearBackwardParams& params, Range rows, Range columns, void* scratch);

@@ -12,9 +12,7 @@ namespace {
 template <DType kType>
 constexpr LinearKernels linear_table() {
   constexpr bool kFloat = kType == DType::kFloat32;
-  constexpr size_t kForward = kFloat ? sizeof(ForwardScratch) : sizeof(HalfScratch);
-  return {kForward > sizeof(FewScratch) ? kForward : sizeof(FewScratch),
-          sizeof(FewScratch),
+  return {kFloat ? sizeof(ForwardScratch) : sizeof(HalfScratch),
           kFloat ? sizeof(BackwardScratch) : sizeof(HalfScratch),
           linear_forward_item<kType>,
           linear_grad_x_item<kType>,

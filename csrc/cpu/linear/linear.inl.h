@@ -139,7 +139,7 @@ PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, 
 template <DType kType>
 void linear_forward_item(const LinearParams& params, Range rows, Range columns, void* memory) {
   if (rows.count() <= kFewRows) {
-    return few_forward<kType>(params, rows, columns, static_cast<FewScratch*>(memory));
+    return few_forward<kType>(params, rows, columns);
   }
   if constexpr (kType == DType::kFloat32) {
     linear_forward_float(params, rows, columns, static_cast<ForwardScratch*>(memory));

@@ -255,7 +255,6 @@ template <class T>
 constexpr LinearKernels table(decltype(LinearKernels::gated) gated, decltype(LinearKernels::gated_backward) backward) {
   return {0,
           0,
-          0,
           forward<T>,
           grad_x<T>,
           grad_weight<T>,
