@@ -237,9 +237,7 @@ def silu_mul_backward(
     grad_up: Any = None,
     threads: int | None = None,
 ) -> tuple[Any, Any]: ...
-def gelu_mul(
-    gate: Any, up: Any, approximate: str = "none", *, out: Any = None, threads: int | None = None
-) -> Any: ...
+def gelu_mul(gate: Any, up: Any, approximate: str = "none", *, out: Any = None, threads: int | None = None) -> Any: ...
 def gelu_mul_backward(
     grad_out: Any,
     gate: Any,

@@ -350,7 +350,10 @@ def _gated_rules(name: str) -> None:
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:2]
         grads = gradients(grad_out, *ctx.saved_tensors, *ctx.rest, *need)
-        return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *(None for _ in ctx.rest))
+        return (
+            *(grad if needed else None for grad, needed in zip(grads, need, strict=True)),
+            *(None for _ in ctx.rest),
+        )
 
     def jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
         """Element by element, what is a gradient of gate in one direction is a tangent in the other."""
