@@ -3,8 +3,8 @@
 
 `torch.nn.functional.linear` picks a summation order by the shape of the whole product, so the same row gives other bits
 alone than in a batch. Here every sum has one order (csrc/include/pycore/linear/linear.h writes it down) and every
-function one formula, which extends what `pycore.ops.attention` promises to a whole model. `torch.ops.pycore` has the ops (csrc/torch/linear.cpp), which run
-csrc/cpu/linear/dispatch.cpp.
+function one formula, which extends what `pycore.ops.attention` promises to a whole model. `torch.ops.pycore` has the
+ops (csrc/torch/linear.cpp), which run csrc/cpu/linear/dispatch.cpp.
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """Multiplies gelu(gate) by up, element by element: the middle of a GeGLU layer.
 
-    gelu(x) is x times the normal distribution up to x, x (1 + erf(x / sqrt 2)) / 2, or with approximate="tanh"
-    x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, each to a few units in the last place of the result even where it
-    is tiny. An element has the same bits in any company, at any place in a row and on AVX2 and AVX-512.
+    gelu(x) is x times the normal distribution up to x, x (1 + erf(x / sqrt 2)) / 2, to a few units in the last place of
+    the result even where it is tiny, or with approximate="tanh" x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2. An
+    element has the same bits in any company, at any place in a row and on AVX2 and AVX-512.
 
     Args:
         gate: [..., C], float32, bfloat16, float16 or float64, on the CPU. Any strides; a contiguous last dimension is
