@@ -6,7 +6,8 @@
 
 struct Vec {
   static constexpr int kWidth = 8;
-  static constexpr int kProductColumns = 2;  // vectors per tile-product block: 6 x 2 accumulators of 16 registers
+  static constexpr bool kMultipliesPairs = false;  // of bfloat16
+  static constexpr int kProductColumns = 2;        // vectors per tile-product block: 6 x 2 accumulators of 16 registers
   __m256 v;
 
   static PYCORE_INLINE Vec zero() { return {_mm256_setzero_ps()}; }

@@ -5,6 +5,23 @@
 
 struct Vec {
   static constexpr int kWidth = 16;
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+  static constexpr bool kMultipliesPairs = true;
+  // A lane of a and b holds two bfloat16, the first in its high half: c + a.first b.first, then + a.second b.second,
+  // each rounded once, subnormal numbers as zero: two FMAs under FlushedFloats.
+  static PYCORE_INLINE Vec fma_pairs(Vec a, Vec b, Vec c) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+  }
+  // The halves of every lane exchanged.
+  PYCORE_INLINE Vec turned() const { return {_mm512_castsi512_ps(_mm512_rol_epi32(_mm512_castps_si512(v), 16))}; }
+  // Of two vectors of bfloat16 in float32.
+  static PYCORE_INLINE Vec pairs(Vec first, Vec second) {
+    return {_mm512_castsi512_ps(
+        _mm512_or_si512(_mm512_castps_si512(first.v), _mm512_srli_epi32(_mm512_castps_si512(second.v), 16)))};
+  }
+#else
+  static constexpr bool kMultipliesPairs = false;
+#endif
   static constexpr int kProductColumns = 4;  // vectors per tile-product block: 6 x 4 accumulators of 32 registers
   __m512 v;
 

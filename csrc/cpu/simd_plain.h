@@ -6,6 +6,7 @@
 
 struct Vec {
   static constexpr int kWidth = 1;
+  static constexpr bool kMultipliesPairs = false;  // of bfloat16
   static constexpr int kProductColumns = 1;
   float v;
 

@@ -47,7 +47,18 @@ void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range co
                           float* panel) __attribute__((always_inline)) {
       const int64_t stride = params.weight_stride * kElementBytes<kType>;
       const char* weight = static_cast<const char*>(params.weight) + n * stride + column * kElementBytes<kType>;
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+      for (int64_t i = 0; i < depth; i += 2) {
+        for (int64_t c = 0; c < width; c += Vec::kWidth) {
+          const int64_t count = smaller(Vec::kWidth, width - c);
+          const Vec first = load_some<kType>(weight + i * stride, c, count);
+          const Vec second = i + 1 < depth ? load_some<kType>(weight + (i + 1) * stride, c, count) : Vec::zero();
+          Vec::pairs(first, second).store(panel + i / 2 * kPanel + c);
+        }
+      }
+#else
       for (int64_t i = 0; i < depth; ++i) convert_row<kType>(weight + i * stride, width, panel + i * kPanel);
+#endif
     };
     half_product<kType>(params.grad_out, rows, columns, params.out_features, pack, nullptr, params.grad_x,
                         params.in_features, static_cast<HalfScratch*>(memory));

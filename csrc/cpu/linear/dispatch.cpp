@@ -21,6 +21,7 @@ const LinearKernels* kernels_for(DType dtype, CpuIsa isa) {
     case DType::kFloat64: return &scalar::linear_double;
     case DType::kFloat32: return &for_isa(isa, scalar::linear_float, avx2::linear_float, avx512::linear_float);
     case DType::kBFloat16:
+      if (isa == CpuIsa::kAvx512 && cpu_has_bfloat16_products()) return &avx512_bf16::linear_bfloat16;
       return &for_isa(isa, scalar::linear_bfloat16, avx2::linear_bfloat16, avx512::linear_bfloat16);
     case DType::kFloat16: return &for_isa(isa, scalar::linear_float16, avx2::linear_float16, avx512::linear_float16);
     default: return nullptr;
@@ -135,6 +136,7 @@ Status linear_forward(const LinearParams& params, const Parallel& parallel, void
   const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
   const Parallel pool = limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
+    const FlushedFloats flushed(params.dtype == DType::kBFloat16);
     kernels->forward(params, part(item / column_items, height, rows),
                      part(item % column_items, kLinearColumns, columns),
                      static_cast<char*>(scratch) + slot * kernels->forward_scratch);
@@ -160,6 +162,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const Parallel pool = limited(parallel, size_product({rows, ins, outs}), kSerialWork);
   // One list, the largest items first, so that no thread waits between the three gradients.
   for_each_item(pool, weight_items + x_items + bias_items, [&](int64_t slot, int64_t item) {
+    const FlushedFloats flushed(params.dtype == DType::kBFloat16);
     void* slot_scratch = static_cast<char*>(scratch) + slot * kernels->backward_scratch;
     if (item < weight_items) {
       kernels->grad_weight(params, part(item / weight_columns, kWeightRows, outs),

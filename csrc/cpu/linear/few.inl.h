@@ -52,6 +52,43 @@ PYCORE_INLINE Vec channel_of(Vec lanes) {
   return kWhich == 0 ? lanes.low_float16() : lanes.high_float16();
 }
 
+// Whether a lane's two numbers are multiplied where they are.
+template <DType kType>
+constexpr bool kPairs = kType == DType::kBFloat16 && Vec::kMultipliesPairs;
+
+// A row of 16 bits as lanes of two numbers, the first in the high half. Beside a last one stands -1: what it is
+// multiplied with is +0, and adding -0 changes nothing.
+PYCORE_INLINE void pair_row(const char* row, int64_t n, float* out) {
+  uint32_t* const lanes = reinterpret_cast<uint32_t*>(out);
+  for (int64_t j = 0; 2 * j + 1 < n; ++j) {
+    uint32_t lane;
+    __builtin_memcpy(&lane, row + 4 * j, 4);
+    lane = lane << 16 | lane >> 16;
+    __builtin_memcpy(lanes + j, &lane, 4);
+  }
+  if (n % 2 == 0) return;
+  uint16_t last;
+  __builtin_memcpy(&last, row + 2 * (n - 1), 2);
+  const uint32_t lane = static_cast<uint32_t>(last) << 16 | 0xbf80;
+  __builtin_memcpy(lanes + n / 2, &lane, 4);
+}
+
+// x as the products want it, from channel k on, an even number.
+template <DType kType>
+PYCORE_INLINE void prepare_row(const char* row, int64_t n, float* out) {
+  if constexpr (kPairs<kType>) {
+    pair_row(row, n, out);
+  } else {
+    convert_row<kType>(row, n, out);
+  }
+}
+
+// How many floats of a prepared row hold `channels` of them.
+template <DType kType>
+PYCORE_INLINE int64_t prepared(int64_t channels) {
+  return kPairs<kType> ? channels / 2 : channels;
+}
+
 // panel[k][i] = rows[i][k], rows of 16 bits `stride` bytes apart.
 template <DType kType>
 inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t depth, float* panel,
@@ -68,6 +105,12 @@ inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t
       } else {
         load_square_first(row, 2 * k, 2 * channels, square);
       }
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+      if constexpr (kPairs<kType>) {
+        for (int64_t j = 0; 2 * j < channels; ++j) square[j].turned().store(panel + (k / 2 + j) * panel_row + i);
+        continue;
+      }
+#endif
       float* const out = panel + k * panel_row + i;
       for (int64_t j = 0; 2 * j < channels; ++j) {
         channel_of<kType, 0>(square[j]).store(out + 2 * j * panel_row);
@@ -87,6 +130,17 @@ PYCORE_INLINE void follow_squares(const Vec (&squares)[kGroups][Vec::kWidth], in
 #pragma GCC unroll 16
   for (int j = 0; j < Vec::kWidth; ++j) {
     if (kPer * j >= channels) return;
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+    if constexpr (kPairs<kType>) {
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        const Vec pair = squares[g][j].turned();
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m) chain[g][m] = Vec::fma_pairs(Vec::broadcast(x[m * x_row + j]), pair, chain[g][m]);
+      }
+      continue;
+    }
+#endif
 #pragma GCC unroll 2
     for (int g = 0; g < kGroups; ++g) {
       const Vec first = channel_of<kType, 0>(squares[g][j]);
@@ -121,7 +175,7 @@ PYCORE_INLINE void few_block(const char* const* rows, int64_t begin, int64_t end
       // x is read again for every square: kept in registers for all of them, it would crowd out the rest.
       __asm__ volatile("" : : : "memory");
       for (int g = 0; g < kGroups; ++g) load_square(rows + g * Vec::kWidth, at + s * kBytes, squares[g]);
-      follow_squares<kType, M>(squares, kSquare<kType>, x + (k + s - begin), x_row, chain);
+      follow_squares<kType, M>(squares, kSquare<kType>, x + prepared<kType>(k + s - begin), x_row, chain);
     }
   }
   for (; k < end; k += kSquare<kType>) {
@@ -129,7 +183,7 @@ PYCORE_INLINE void few_block(const char* const* rows, int64_t begin, int64_t end
     for (int g = 0; g < kGroups; ++g) {
       load_square_first(rows + g * Vec::kWidth, k * kBytes, channels * kBytes, squares[g]);
     }
-    follow_squares<kType, M>(squares, channels, x + (k - begin), x_row, chain);
+    follow_squares<kType, M>(squares, channels, x + prepared<kType>(k - begin), x_row, chain);
   }
 }
 
@@ -146,7 +200,7 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
   int64_t x_row = kFewDepth;
   const auto convert = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
     for (int m = 0; m < M; ++m) {
-      convert_row<kType>(row_bytes<kType>(params.x, first_row + m) + k * kBytes, count, scratch.rows + m * kFewDepth);
+      prepare_row<kType>(row_bytes<kType>(params.x, first_row + m) + k * kBytes, count, scratch.rows + m * kFewDepth);
     }
   };
   if (in_place) {
@@ -171,7 +225,8 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
         for (int m = 0; m < M; ++m) chain[g][m] = Vec::zero();
       }
       if (!in_place && !whole) convert(block, end - block);
-      few_block<kType, M, kGroups>(rows, block, end, depth, next, in_place || whole ? x + block : x, x_row, chain);
+      few_block<kType, M, kGroups>(rows, block, end, depth, next, in_place || whole ? x + prepared<kType>(block) : x,
+                                   x_row, chain);
       for (int g = 0; g < kGroups; ++g) {
         for (int m = 0; m < M; ++m) total[g][m] = block == 0 ? chain[g][m] : total[g][m] + chain[g][m];
       }

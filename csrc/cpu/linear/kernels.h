@@ -55,5 +55,8 @@ extern const LinearKernels linear_float, linear_bfloat16, linear_float16;
 namespace avx512 {
 extern const LinearKernels linear_float, linear_bfloat16, linear_float16;
 }
+namespace avx512_bf16 {
+extern const LinearKernels linear_bfloat16;
+}
 
 }  // namespace pycore

@@ -27,6 +27,10 @@ constexpr LinearKernels linear_table() {
 }
 }  // namespace
 
+#ifndef PYCORE_BFLOAT16_PRODUCTS
 const LinearKernels linear_float = linear_table<DType::kFloat32>();
 const LinearKernels linear_bfloat16 = linear_table<DType::kBFloat16>();
 const LinearKernels linear_float16 = linear_table<DType::kFloat16>();
+#else
+const LinearKernels linear_bfloat16 = linear_table<DType::kBFloat16>();
+#endif

@@ -102,6 +102,41 @@ void linear_forward_float(const LinearParams& params, Range rows, Range columns,
   }
 }
 
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+// The tile product of a whole panel where lanes are pairs: A [rows][kLinearBlock], B [pairs][kPanel].
+template <int M>
+__attribute__((noinline)) void multiply_pair_rows(int64_t pairs, const float* a, const float* b, BlockSum sum) {
+  constexpr int V = Vec::kProductColumns;
+  Vec chain[M][V];
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) chain[m][v] = Vec::zero();
+  }
+  for (int64_t k = 0; k < pairs; ++k, b += kPanel) {
+    Vec columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = Vec::load(b + v * Vec::kWidth);
+    for (int m = 0; m < M; ++m) {
+      const Vec x = Vec::broadcast(a[m * kLinearBlock + k]);
+      for (int v = 0; v < V; ++v) chain[m][v] = Vec::fma_pairs(x, columns[v], chain[m][v]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) sum.finish(m, v * Vec::kWidth, chain[m][v]);
+  }
+}
+
+PYCORE_INLINE void multiply_pairs(int64_t rows, int64_t pairs, const float* a, const float* b, BlockSum sum) {
+  switch (rows) {
+    case 1: return multiply_pair_rows<1>(pairs, a, b, sum);
+    case 2: return multiply_pair_rows<2>(pairs, a, b, sum);
+    case 3: return multiply_pair_rows<3>(pairs, a, b, sum);
+    case 4: return multiply_pair_rows<4>(pairs, a, b, sum);
+    case 5: return multiply_pair_rows<5>(pairs, a, b, sum);
+    case 6: return multiply_pair_rows<6>(pairs, a, b, sum);
+    default: return;
+  }
+}
+#endif
+
 // out[rows][columns] = A B + bias in 16 bits. pack(k, depth, column, width, panel) fills a panel of B.
 template <DType kType, class Pack>
 PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, int64_t depth, const Pack& pack,
@@ -110,7 +145,7 @@ PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, 
   do {
     const int64_t end = smaller(k + kLinearBlock, depth);
     for (int64_t r = 0; r < rows.count(); ++r) {
-      convert_row<kType>(row_bytes<kType>(view, rows.begin + r) + k * kElementBytes<kType>, end - k,
+      prepare_row<kType>(row_bytes<kType>(view, rows.begin + r) + k * kElementBytes<kType>, end - k,
                          scratch->rows + r * kLinearBlock);
     }
     for (int64_t n = columns.begin; n < columns.end; n += kPanel) {
@@ -119,8 +154,13 @@ PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, 
       for (int64_t r = 0; r < rows.count(); r += kProductRows) {
         const BlockSum sum = {scratch->sums + r * kLinearColumns + (n - columns.begin), kLinearColumns, nullptr,
                               k == 0};
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+        multiply_pairs(smaller(kProductRows, rows.count() - r), (end - k + 1) / 2, scratch->rows + r * kLinearBlock,
+                       scratch->panels, sum);
+#else
         tile_product<false>(smaller(kProductRows, rows.count() - r), end - k, scratch->rows + r * kLinearBlock,
                             kLinearBlock, scratch->panels, kPanel, 0, width, sum);
+#endif
       }
     }
     k = end;
