@@ -53,11 +53,11 @@ void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range co
           const int64_t count = smaller(Vec::kWidth, width - c);
           const Vec first = load_some<kType>(weight + i * stride, c, count);
           const Vec second = i + 1 < depth ? load_some<kType>(weight + (i + 1) * stride, c, count) : Vec::zero();
-          Vec::pairs(first, second).store(panel + i / 2 * kPanel + c);
+          Vec::pairs(first, second).store(panel + i / 2 * kHalfPanel + c);
         }
       }
 #else
-      for (int64_t i = 0; i < depth; ++i) convert_row<kType>(weight + i * stride, width, panel + i * kPanel);
+      for (int64_t i = 0; i < depth; ++i) convert_row<kType>(weight + i * stride, width, panel + i * kHalfPanel);
 #endif
     };
     half_product<kType>(params.grad_out, rows, columns, params.out_features, pack, nullptr, params.grad_x,

@@ -42,6 +42,12 @@ int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, DType dty
   return std::clamp(parts(wanted, 12) * 12, kMinItemRows, dtype_size(dtype) == 2 ? kMaxHalfRows : kMaxItemRows);
 }
 
+// Columns of an item. In 16 bits an item's rows are converted, which more columns share, if there are items enough.
+int64_t item_columns(int64_t rows, int64_t columns, int64_t threads, DType dtype) {
+  const int64_t wide = size_product({parts(rows, kMaxHalfRows), parts(columns, kHalfColumns)});
+  return dtype_size(dtype) == 2 && rows > kFewRows && wide >= 8 * threads ? kHalfColumns : kLinearColumns;
+}
+
 int64_t norm_chunk_rows(int64_t rows) {
   return parts(std::max<int64_t>(parts(rows, kNormChunks), 1), kNormRowBlock) * kNormRowBlock;
 }
@@ -132,13 +138,13 @@ Status linear_forward(const LinearParams& params, const Parallel& parallel, void
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, columns = params.out_features;
-  const int64_t column_items = parts(columns, kLinearColumns);
+  const int64_t width = item_columns(rows, columns, parallel.threads, params.dtype);
+  const int64_t column_items = parts(columns, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
   const Parallel pool = limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
     const FlushedFloats flushed(params.dtype == DType::kBFloat16);
-    kernels->forward(params, part(item / column_items, height, rows),
-                     part(item % column_items, kLinearColumns, columns),
+    kernels->forward(params, part(item / column_items, height, rows), part(item % column_items, width, columns),
                      static_cast<char*>(scratch) + slot * kernels->forward_scratch);
   });
   return {};
@@ -153,7 +159,8 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, ins = params.in_features, outs = params.out_features;
-  const int64_t column_items = parts(ins, kLinearColumns);
+  const int64_t width = item_columns(rows, ins, parallel.threads, params.dtype);
+  const int64_t column_items = parts(ins, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
   const int64_t weight_columns = parts(ins, kWeightColumns);
   const int64_t weight_items = params.grad_weight ? parts(outs, kWeightRows) * weight_columns : 0;
@@ -171,7 +178,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
     }
     item -= weight_items;
     if (item < x_items) {
-      kernels->grad_x(params, part(item / column_items, height, rows), part(item % column_items, kLinearColumns, ins),
+      kernels->grad_x(params, part(item / column_items, height, rows), part(item % column_items, width, ins),
                       slot_scratch);
       return;
     }

@@ -42,7 +42,7 @@ inline constexpr int64_t kFewRows = 6;  // rows that pass over the weight where 
 
 // The most an item may have.
 inline constexpr int64_t kLinearColumns = 64;                      // forward, grad_x
-inline constexpr int64_t kMaxHalfRows = 192;                       // forward, grad_x in 16 bits: rows become float32
+inline constexpr int64_t kMaxHalfRows = 192, kHalfColumns = 128;   // the same in 16 bits: an item's rows are converted
 inline constexpr int64_t kWeightRows = 192, kWeightColumns = 128;  // grad_weight: both its operands are copied
 inline constexpr int64_t kBiasColumns = 256;                       // grad_bias
 

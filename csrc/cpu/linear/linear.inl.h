@@ -27,9 +27,9 @@ struct ForwardScratch {
 struct HalfScratch {
   float panels[kLinearBlock * kWeightColumns];  // [depth][kPanel], kWeightColumns / kPanel of them where wanted
   float rows[kMaxHalfRows * kLinearBlock];      // [rows][kLinearBlock], or [depth][kWeightRows]
-  float sums[kWeightRows * kWeightColumns];     // [rows][kLinearColumns], or [kWeightRows][kWeightColumns]
+  float sums[kWeightRows * kWeightColumns];     // [rows][kHalfColumns], or [kWeightRows][kWeightColumns]
 };
-static_assert(kMaxHalfRows <= kWeightRows && kLinearColumns <= kWeightColumns);
+static_assert(kMaxHalfRows <= kWeightRows && kHalfColumns <= kWeightColumns);
 
 // Adds a block's chains to the sum.
 struct BlockSum {
@@ -102,20 +102,25 @@ void linear_forward_float(const LinearParams& params, Range rows, Range columns,
   }
 }
 
+// The product in 16 bits: columns of a panel, rows of a block, and how far the prepared rows lie apart.
 #ifdef PYCORE_BFLOAT16_PRODUCTS
-// The tile product of a whole panel where lanes are pairs: A [rows][kLinearBlock], B [pairs][kPanel].
+// Twice the multiplications want half the loads: squarer blocks, of panels that leave room in the first cache.
+constexpr int64_t kHalfPanel = 2 * Vec::kWidth, kHalfRows = 12, kHalfRow = kLinearBlock / 2;
+
+// The tile product of a whole panel where lanes are pairs: A [rows][kHalfRow], B [pairs][kHalfPanel].
 template <int M>
 __attribute__((noinline)) void multiply_pair_rows(int64_t pairs, const float* a, const float* b, BlockSum sum) {
-  constexpr int V = Vec::kProductColumns;
+  constexpr int V = kHalfPanel / Vec::kWidth;
   Vec chain[M][V];
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) chain[m][v] = Vec::zero();
   }
-  for (int64_t k = 0; k < pairs; ++k, b += kPanel) {
+  for (int64_t k = 0; k < pairs; ++k, b += kHalfPanel) {
     Vec columns[V];
     for (int v = 0; v < V; ++v) columns[v] = Vec::load(b + v * Vec::kWidth);
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const Vec x = Vec::broadcast(a[m * kLinearBlock + k]);
+      const Vec x = Vec::broadcast(a[m * kHalfRow + k]);
       for (int v = 0; v < V; ++v) chain[m][v] = Vec::fma_pairs(x, columns[v], chain[m][v]);
     }
   }
@@ -124,7 +129,8 @@ __attribute__((noinline)) void multiply_pair_rows(int64_t pairs, const float* a,
   }
 }
 
-PYCORE_INLINE void multiply_pairs(int64_t rows, int64_t pairs, const float* a, const float* b, BlockSum sum) {
+PYCORE_INLINE void multiply_half(int64_t rows, int64_t depth, const float* a, const float* b, int64_t, BlockSum sum) {
+  const int64_t pairs = (depth + 1) / 2;
   switch (rows) {
     case 1: return multiply_pair_rows<1>(pairs, a, b, sum);
     case 2: return multiply_pair_rows<2>(pairs, a, b, sum);
@@ -132,8 +138,21 @@ PYCORE_INLINE void multiply_pairs(int64_t rows, int64_t pairs, const float* a, c
     case 4: return multiply_pair_rows<4>(pairs, a, b, sum);
     case 5: return multiply_pair_rows<5>(pairs, a, b, sum);
     case 6: return multiply_pair_rows<6>(pairs, a, b, sum);
+    case 7: return multiply_pair_rows<7>(pairs, a, b, sum);
+    case 8: return multiply_pair_rows<8>(pairs, a, b, sum);
+    case 9: return multiply_pair_rows<9>(pairs, a, b, sum);
+    case 10: return multiply_pair_rows<10>(pairs, a, b, sum);
+    case 11: return multiply_pair_rows<11>(pairs, a, b, sum);
+    case 12: return multiply_pair_rows<12>(pairs, a, b, sum);
     default: return;
   }
+}
+#else
+constexpr int64_t kHalfPanel = kPanel, kHalfRows = kProductRows, kHalfRow = kLinearBlock;
+
+PYCORE_INLINE void multiply_half(int64_t rows, int64_t depth, const float* a, const float* b, int64_t width,
+                                 BlockSum sum) {
+  tile_product<false>(rows, depth, a, kHalfRow, b, kHalfPanel, 0, width, sum);
 }
 #endif
 
@@ -146,21 +165,15 @@ PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, 
     const int64_t end = smaller(k + kLinearBlock, depth);
     for (int64_t r = 0; r < rows.count(); ++r) {
       prepare_row<kType>(row_bytes<kType>(view, rows.begin + r) + k * kElementBytes<kType>, end - k,
-                         scratch->rows + r * kLinearBlock);
+                         scratch->rows + r * kHalfRow);
     }
-    for (int64_t n = columns.begin; n < columns.end; n += kPanel) {
-      const int64_t width = smaller(kPanel, columns.end - n);
+    for (int64_t n = columns.begin; n < columns.end; n += kHalfPanel) {
+      const int64_t width = smaller(kHalfPanel, columns.end - n);
       pack(k, end - k, n, width, scratch->panels);
-      for (int64_t r = 0; r < rows.count(); r += kProductRows) {
-        const BlockSum sum = {scratch->sums + r * kLinearColumns + (n - columns.begin), kLinearColumns, nullptr,
-                              k == 0};
-#ifdef PYCORE_BFLOAT16_PRODUCTS
-        multiply_pairs(smaller(kProductRows, rows.count() - r), (end - k + 1) / 2, scratch->rows + r * kLinearBlock,
-                       scratch->panels, sum);
-#else
-        tile_product<false>(smaller(kProductRows, rows.count() - r), end - k, scratch->rows + r * kLinearBlock,
-                            kLinearBlock, scratch->panels, kPanel, 0, width, sum);
-#endif
+      for (int64_t r = 0; r < rows.count(); r += kHalfRows) {
+        const BlockSum sum = {scratch->sums + r * kHalfColumns + (n - columns.begin), kHalfColumns, nullptr, k == 0};
+        multiply_half(smaller(kHalfRows, rows.count() - r), end - k, scratch->rows + r * kHalfRow, scratch->panels,
+                      width, sum);
       }
     }
     k = end;
@@ -169,7 +182,7 @@ PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, 
     char* const row = static_cast<char*>(out) + (rows.begin + r) * out_row * kElementBytes<kType>;
     for (int64_t n = columns.begin; n < columns.end; n += Vec::kWidth) {
       const int64_t count = smaller(Vec::kWidth, columns.end - n);
-      Vec x = load_lanes(scratch->sums + r * kLinearColumns + (n - columns.begin), count);
+      Vec x = load_lanes(scratch->sums + r * kHalfColumns + (n - columns.begin), count);
       if (bias) x = x + load_some<kType>(static_cast<const char*>(bias), n, count);
       store_some<kType>(x, row, n, count);
     }
@@ -188,7 +201,7 @@ void linear_forward_item(const LinearParams& params, Range rows, Range columns, 
                           float* panel) __attribute__((always_inline)) {
       const int64_t stride = params.weight_stride * kElementBytes<kType>;
       pack_halves<kType>(static_cast<const char*>(params.weight) + n * stride + k * kElementBytes<kType>, stride, width,
-                         depth, panel, kPanel);
+                         depth, panel, kHalfPanel);
     };
     half_product<kType>(params.x, rows, columns, params.in_features, pack, params.bias, params.out, params.out_features,
                         static_cast<HalfScratch*>(memory));
