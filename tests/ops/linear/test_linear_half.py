@@ -124,6 +124,30 @@ def test_nan_and_infinity_stay_in_their_row(isa: str, dtype: torch.dtype) -> Non
         assert torch.equal(result[3:], clean[3:]) and torch.equal(result[:1], clean[:1])
 
 
+def test_subnormal_numbers_are_zero_in_bfloat16(isa: str) -> None:
+    """On every instruction set and whatever torch's threads have set, as machines that multiply pairs do it."""
+    tiny = 2.0**-100
+    x = torch.tensor([[tiny, tiny, 1.0, 2.0**-130]]).bfloat16().expand(9, 4)
+    weight = torch.tensor([[2.0**-20, 2.0**-27, 0.0, 1.0], [-(2.0**-27), 0.0, 0.0, 0.0]]).bfloat16()
+    for rows in (1, 9):
+        out = ops.invariant_linear(x[:rows], weight)
+        assert out[0, 0] == 2.0**-120 + 2.0**-127 and out[0, 1] == 0  # a term is not rounded, its sum is
+        grad_x = kernels.invariant_linear_backward(x[:rows, :2], x[:rows], weight, True, False, False)[0]
+        assert grad_x[0, 0] == 2.0**-120 - 2.0**-127 and grad_x[0, 1] == 0
+
+
+@pytest.mark.parametrize("k", [1, 7, 255, 257, 333])
+def test_an_odd_number_of_channels_in_bfloat16(isa: str, k: int) -> None:
+    """Where pairs are multiplied, the last channel has no partner: not even the sign of a zero may change."""
+    x, weight = torch.zeros(9, k).bfloat16(), torch.zeros(5, k).bfloat16()
+    x[:, 0], weight[:, 0] = 2.0**-100, -(2.0**-100)  # their product underflows to -0
+    for rows in (1, 9):
+        assert ops.invariant_linear(x[:rows], weight).signbit().tolist() == [[k == 1] * 5] * rows
+    x[:, -1], weight[:, -1] = float("inf"), 1.0
+    for rows in (1, 9):
+        assert bool((ops.invariant_linear(x[:rows], weight) == float("inf")).all())
+
+
 def test_what_is_too_large_for_float16_becomes_infinity(isa: str) -> None:
     """Sums are float32: only their rounding overflows."""
     x = torch.tensor([[60000.0, 60000.0, -60000.0]]).half()

@@ -17,7 +17,9 @@
 // silu_mul and gelu_mul: out = f(gate) * up, element by element, each of one formula (cpu/linear/gated_functions.inl.h)
 // on every instruction set.
 //
-// bfloat16 and float16 are exact in float32, where everything is computed; a result is rounded once, at its end.
+// bfloat16 and float16 are exact in float32, where everything is computed; a result is rounded once, at its end. In the
+// linear layer in bfloat16 subnormal float32 numbers count as zero, operands and results of every step, on every
+// instruction set: so do the instructions that multiply pairs of bfloat16 where a machine has them.
 #pragma once
 
 #include <pycore/cpu_isa.h>
