@@ -42,10 +42,12 @@ int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, DType dty
   return std::clamp(parts(wanted, 12) * 12, kMinItemRows, dtype_size(dtype) == 2 ? kMaxHalfRows : kMaxItemRows);
 }
 
-// Columns of an item. In 16 bits an item's rows are converted, which more columns share, if there are items enough.
+// Columns of an item. Few rows read the weight from item to item, and what comes next is fetched within one. In 16 bits
+// an item's rows are converted, which more columns share. Both where there are items enough.
 int64_t item_columns(int64_t rows, int64_t columns, int64_t threads, DType dtype) {
+  if (rows <= kFewRows) return std::max<int64_t>(columns / (8 * threads * kLinearColumns), 1) * kLinearColumns;
   const int64_t wide = size_product({parts(rows, kMaxHalfRows), parts(columns, kHalfColumns)});
-  return dtype_size(dtype) == 2 && rows > kFewRows && wide >= 8 * threads ? kHalfColumns : kLinearColumns;
+  return dtype_size(dtype) == 2 && wide >= 8 * threads ? kHalfColumns : kLinearColumns;
 }
 
 int64_t norm_chunk_rows(int64_t rows) {
@@ -159,7 +161,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, ins = params.in_features, outs = params.out_features;
-  const int64_t width = item_columns(rows, ins, parallel.threads, params.dtype);
+  const int64_t width = rows > kFewRows ? item_columns(rows, ins, parallel.threads, params.dtype) : kLinearColumns;
   const int64_t column_items = parts(ins, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
   const int64_t weight_columns = parts(ins, kWeightColumns);
