@@ -40,8 +40,8 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Returns:
         [..., N], contiguous, of x's dtype. bfloat16 and float16 are summed in float32, in the same order, bias
         included, and rounded once. Differentiable once, in all three arguments; gradients are summed and rounded the
-        same way. float64 is for checking gradients: it runs plain loops. Under autocast the arguments are cast to
-        float32.
+        same way; bfloat16 takes float32 numbers below 2**-126 in its sums as zero. float64 is for checking gradients:
+        it runs plain loops. Under autocast the arguments are cast to float32.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit; the sentence names it.

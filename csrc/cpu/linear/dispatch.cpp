@@ -45,7 +45,8 @@ int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, DType dty
 // Columns of an item. Few rows read the weight from item to item, and what comes next is fetched within one. In 16 bits
 // an item's rows are converted, which more columns share. Both where there are items enough.
 int64_t item_columns(int64_t rows, int64_t columns, int64_t threads, DType dtype) {
-  if (rows <= kFewRows) return std::max<int64_t>(columns / (8 * threads * kLinearColumns), 1) * kLinearColumns;
+  if (rows <= kFewRows)
+    return std::max<int64_t>(columns / (8 * std::max<int64_t>(threads, 1) * kLinearColumns), 1) * kLinearColumns;
   const int64_t wide = size_product({parts(rows, kMaxHalfRows), parts(columns, kHalfColumns)});
   return dtype_size(dtype) == 2 && wide >= 8 * threads ? kHalfColumns : kLinearColumns;
 }
