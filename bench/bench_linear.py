@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row-invariant linear layers and RMS norm beside torch's, whose rows may depend on the batch they are in."""
+"""Row-invariant linear layers, norms and gated activations beside torch's, whose rows may depend on their batch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from bench import inputs
 from bench.case import Case, Options, Outputs, Prepare, largest_error
 
 FORWARD_TOLERANCE, BACKWARD_TOLERANCE = 1e-5, 5e-5
+FEW = 6  # rows that read the weight where it lies
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Layer = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Work:
-    """A layer for rows of x [rows, ins]; outs = 0 is a norm over ins channels, otherwise a linear layer."""
+    """A layer for rows of x [rows, ins]; outs = 0 is a norm over ins channels, otherwise a linear layer.
+
+    gated is a function of two tensors [rows, ins] instead, by name.
+    """
 
     rows: int
     ins: int
     outs: int = 0
     backward: bool = False
+    dtype: torch.dtype = torch.float32
+    gated: str = ""
 
     @property
     def flops(self) -> float:
@@ -35,9 +42,16 @@ class Work:
         """x, weight, bias (none for a norm), and the gradient of the output."""
         generator = torch.Generator().manual_seed(inputs.SEED)
         shapes = [(self.rows, self.ins)]
-        shapes += [(self.outs, self.ins), (self.outs,)] if self.outs else [(self.ins,)]
-        tensors = [torch.randn(shape, generator=generator).requires_grad_(self.backward) for shape in shapes]
-        return (*tensors, torch.randn(self.rows, self.outs or self.ins, generator=generator))
+        if self.gated:
+            shapes *= 2
+        else:
+            shapes += [(self.outs, self.ins), (self.outs,)] if self.outs else [(self.ins,)]
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.dtype)
+
+        tensors = [draw(*shape).requires_grad_(self.backward) for shape in shapes]
+        return (*tensors, draw(self.rows, self.outs or self.ins))
 
 
 def _run(work: Work, layer: Layer, tensors: tuple[Tensor, ...]) -> Outputs:
@@ -55,7 +69,16 @@ def _case(name: str, group: str, work: Work) -> Case:
     def torch_norm(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
 
-    subject, peer = (ops.invariant_linear, F.linear) if work.outs else (ops.rms_norm, torch_norm)
+    others: dict[str, tuple[Layer, Layer]] = {
+        "silu_mul": (ops.silu_mul, lambda gate, up: F.silu(gate) * up),
+        "gelu_mul": (ops.gelu_mul, lambda gate, up: F.gelu(gate) * up),
+        "layer_norm": (ops.layer_norm, lambda x, weight: F.layer_norm(x, x.shape[-1:], weight)),
+    }
+    linear = (ops.invariant_linear, F.linear) if work.outs else (ops.rms_norm, torch_norm)
+    subject, peer = others.get(name.split()[0], linear)
+    few = work.rows <= FEW and work.outs > 0
+    # One rounding of a result, which may be as large as the largest of some thousands.
+    rounding = 8 * torch.finfo(work.dtype).eps if work.dtype != torch.float32 else 0.0
 
     def contender(layer: Layer) -> Prepare:
         return lambda tensors: lambda: _run(work, layer, tensors)
@@ -71,14 +94,14 @@ def _case(name: str, group: str, work: Work) -> Case:
         inputs=work.inputs,
         contenders={"pycore": contender(subject), "torch": contender(peer)},
         check=check,
-        tolerance=BACKWARD_TOLERANCE if work.backward else FORWARD_TOLERANCE,
-        flops=work.flops if work.rows > 1 else 0.0,
-        bytes=4.0 * work.ins * work.outs if work.rows == 1 else 0.0,  # a single row is bound by reading the weights
+        tolerance=rounding or (BACKWARD_TOLERANCE if work.backward else FORWARD_TOLERANCE),
+        flops=0.0 if few else work.flops,
+        bytes=float(work.dtype.itemsize * work.ins * work.outs) if few else 0.0,  # few rows are bound by the weights
     )
 
 
 def cases(options: Options) -> Iterable[Case]:
-    """Training shapes, one row (decoding), and the norm. CPU only."""
+    """Training shapes, few rows (decoding), both in 16 bits, norms and activations. CPU only."""
     if options.device != "cpu":
         return
     group = "invariant_linear and rms_norm"
@@ -89,6 +112,19 @@ def cases(options: Options) -> Iterable[Case]:
         yield _case(f"linear forward and backward, {shape}", group, Work(2048, ins, outs, backward=True))
     for size in [2048] if options.quick else [512, 2048, 4096]:
         yield _case(f"linear forward, 1 row, {size} to {size}", group, Work(1, size, size))
+    for name, dtype in HALVES.items():
+        for rows in [1] if options.quick else [1, 6, 64, 1024]:
+            shape = f"{rows} row{'s' * (rows > 1)}, 2048 to 2048, {name}"
+            yield _case(f"linear forward, {shape}", group, Work(rows, 2048, 2048, dtype=dtype))
+    if not options.quick:
+        yield _case("linear forward, 6 rows, 2048 to 2048", group, Work(6, 2048, 2048))
+        yield _case("layer_norm forward, 2048 rows of 512", group, Work(2048, 512))
+        for name in ("silu_mul", "gelu_mul"):
+            yield _case(f"{name} forward, 512 rows of 1536", group, Work(512, 1536, gated=name))
+            yield _case(f"{name} forward and backward, 512 rows of 1536", group, Work(512, 1536, 0, True, gated=name))
+            yield _case(f"{name} forward, 512 rows of 1536, bfloat16", group,
+                        Work(512, 1536, dtype=torch.bfloat16, gated=name))  # fmt: skip
+    yield _case("layer_norm forward and backward, 2048 rows of 512", group, Work(2048, 512, backward=True))
     if not options.quick:
         yield _case("rms_norm forward, 2048 rows of 512", group, Work(2048, 512))
     yield _case("rms_norm forward and backward, 2048 rows of 512", group, Work(2048, 512, backward=True))

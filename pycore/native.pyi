@@ -308,3 +308,45 @@ def rvq_decode(
 def vq_statistics(
     x: Any, codes: Any, codebook_size: int, *, counts: Any = None, sums: Any = None, threads: int | None = None
 ) -> tuple[Any, Any]: ...
+def layer_norm(
+    x: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *, out: Any = None, threads: int | None = None
+) -> Any: ...
+def layer_norm_backward(
+    grad_out: Any,
+    x: Any,
+    weight: Any = None,
+    eps: float = 1e-5,
+    *,
+    need_x: bool = True,
+    need_weight: bool = True,
+    need_bias: bool = True,
+    grad_x: Any = None,
+    grad_weight: Any = None,
+    grad_bias: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any, Any]: ...
+def silu_mul(gate: Any, up: Any, *, out: Any = None, threads: int | None = None) -> Any: ...
+def silu_mul_backward(
+    grad_out: Any,
+    gate: Any,
+    up: Any,
+    *,
+    need_gate: bool = True,
+    need_up: bool = True,
+    grad_gate: Any = None,
+    grad_up: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any]: ...
+def gelu_mul(gate: Any, up: Any, approximate: str = "none", *, out: Any = None, threads: int | None = None) -> Any: ...
+def gelu_mul_backward(
+    grad_out: Any,
+    gate: Any,
+    up: Any,
+    approximate: str = "none",
+    *,
+    need_gate: bool = True,
+    need_up: bool = True,
+    grad_gate: Any = None,
+    grad_up: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any]: ...

@@ -139,6 +139,7 @@ NUMBERS: list[Call] = [
     *((lambda **o: compat.scaled_dot_product_attention(X, X, X, **o), "scaled_dot_product_attention|attention", name)
       for name in ("scale", "dropout_p")),
     (lambda eps: ops.rms_norm(ROWS, eps=eps), "rms_norm", "eps"),
+    (lambda eps: ops.layer_norm(ROWS, eps=eps), "layer_norm", "eps"),
     (lambda rho: Geometric(rho), "Geometric", "rho"),
     (lambda alpha: PowerLaw(alpha), "PowerLaw", "alpha"),
     (lambda c: Harmonic(c), "Harmonic", "c"),

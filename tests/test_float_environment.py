@@ -77,7 +77,12 @@ def linear_of(dtype: torch.dtype) -> Callable[[int], list[Tensor]]:
         results = [ops.invariant_linear(x, weight, bias), ops.rms_norm(x, scale, eps=0.0)]
         results += torch.ops.pycore.invariant_linear_backward(grad, x, weight, True, True, True)
         results += torch.ops.pycore.rms_norm_backward(grad[:, :70], x, scale, 1e-30, True, True)
-        return [*results, torch.from_numpy(native.invariant_linear(x, weight, bias, threads=threads))]
+        results.append(ops.layer_norm(x, scale, scale, eps=0.0))
+        results += torch.ops.pycore.layer_norm_backward(grad[:, :70], x, scale, 1e-30, True, True, True)
+        results += [ops.silu_mul(x, grad[:, :70]), ops.gelu_mul(x, grad[:, :70])]
+        out = torch.empty(300, 90, dtype=dtype)
+        native.invariant_linear(x, weight, bias, out=out, threads=threads)
+        return [*results, out]
 
     return call
 
@@ -140,6 +145,8 @@ CALLS: dict[str, Callable[[], Callable[[int], list[Tensor]]]] = {
     "backward float64": lambda: backward_of(torch.float64),
     "linear float32": lambda: linear_of(torch.float32),
     "linear float64": lambda: linear_of(torch.float64),
+    "linear float16": lambda: linear_of(torch.float16),
+    "linear bfloat16": lambda: linear_of(torch.bfloat16),
     "coder float16": lambda: coder_of(torch.float16),
     "coder bfloat16": lambda: coder_of(torch.bfloat16),
     "coder float32": lambda: coder_of(torch.float32),

@@ -46,6 +46,12 @@ WITH_THREADS: dict[str, Callable[[Any], Any]] = {
     "invariant_linear_backward": lambda n: native.invariant_linear_backward(X @ W.T, X, W, threads=n),
     "rms_norm": lambda n: native.rms_norm(X, W[0], threads=n),
     "rms_norm_backward": lambda n: native.rms_norm_backward(X, X, W[0], threads=n),
+    "layer_norm": lambda n: native.layer_norm(X, W[0], W[1], threads=n),
+    "layer_norm_backward": lambda n: native.layer_norm_backward(X, X, W[0], threads=n),
+    "silu_mul": lambda n: native.silu_mul(X, X, threads=n),
+    "silu_mul_backward": lambda n: native.silu_mul_backward(X, X, X, threads=n),
+    "gelu_mul": lambda n: native.gelu_mul(X, X, threads=n),
+    "gelu_mul_backward": lambda n: native.gelu_mul_backward(X, X, X, "tanh", threads=n),
     "quantize_cdf": lambda n: native.quantize_cdf(X, logits=True, threads=n),
     "ac_encode": lambda n: native.ac_encode(SYMBOLS, CDF, threads=n),
     "ac_decode": lambda n: native.ac_decode(DATA, OFFSETS, CDF, threads=n),
@@ -155,6 +161,8 @@ ARRAYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "attention": ("query", lambda x: native.attention(x, Q, Q)),
     "invariant_linear": ("x", lambda x: native.invariant_linear(x, np.ones((3, 16), np.float32))),
     "rms_norm": ("x", lambda x: native.rms_norm(x)),
+    "layer_norm": ("x", lambda x: native.layer_norm(x)),
+    "silu_mul": ("gate", lambda x: native.silu_mul(x, np.ones((1, 2, 300, 16), np.float32))),
     "quantize_cdf": ("logits", lambda x: native.quantize_cdf(x, logits=True)),
     "window_counts": ("probs", lambda x: native.window_counts(x[0, 0])),
 }
@@ -282,6 +290,15 @@ def overlapping() -> dict[str, tuple[str, Callable[[], Any]]]:
         ),
         "norm": ("rms_norm: out overlaps x", lambda: native.rms_norm(x, out=x)),
         "norm of a reversed array": ("rms_norm: out overlaps x", lambda: native.rms_norm(x[::-1], out=at(1, 30, 8))),
+        "layer norm and bias": (
+            "layer_norm: out overlaps bias",
+            lambda: native.layer_norm(x, bias=bias, out=at(1900, 30, 8)),
+        ),
+        "gated": ("silu_mul: out overlaps up", lambda: native.silu_mul(at(5000, 30, 8), x, out=x)),
+        "gated backwards": (
+            "gelu_mul_backward: grad_up overlaps gate",
+            lambda: native.gelu_mul_backward(at(5000, 30, 8), x, at(5000, 30, 8), grad_up=x),
+        ),
         "norm backwards": (
             "rms_norm_backward: grad_x overlaps grad_out",
             lambda: native.rms_norm_backward(x, at(5000, 30, 8), grad_x=x),

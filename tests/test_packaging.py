@@ -246,7 +246,7 @@ def objects() -> list[Path]:
 
 
 def is_wide(path: Path) -> bool:
-    return path.stem in ("avx2", "avx512")
+    return path.stem.startswith("avx")
 
 
 def object_name(path: Path) -> str:

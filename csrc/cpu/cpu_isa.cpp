@@ -43,6 +43,14 @@ CpuIsa detect() {
   return avx512 ? CpuIsa::kAvx512 : CpuIsa::kAvx2;
 }
 
+// cpuid leaf 7 subleaf 1 (eax).
+constexpr unsigned kAvx512Bf16 = 1u << 5;
+
+bool detect_bfloat16_products() {
+  unsigned a, b, c, d;
+  return detect() == CpuIsa::kAvx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_all(a, kAvx512Bf16);
+}
+
 struct Choice {
   CpuIsa available = detect();
   std::atomic<CpuIsa> used{available};
@@ -78,6 +86,11 @@ Choice& choice() {
 CpuIsa cpu_isa_available() { return choice().available; }
 
 CpuIsa cpu_isa() { return choice().used.load(std::memory_order_relaxed); }
+
+bool cpu_has_bfloat16_products() {
+  static const bool has = detect_bfloat16_products();
+  return has;
+}
 
 bool set_cpu_isa(CpuIsa isa) {
   if (isa > choice().available) return false;

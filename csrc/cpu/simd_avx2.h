@@ -6,7 +6,8 @@
 
 struct Vec {
   static constexpr int kWidth = 8;
-  static constexpr int kProductColumns = 2;  // vectors per tile-product block: 6 x 2 accumulators of 16 registers
+  static constexpr bool kMultipliesPairs = false;  // of bfloat16
+  static constexpr int kProductColumns = 2;        // vectors per tile-product block: 6 x 2 accumulators of 16 registers
   __m256 v;
 
   static PYCORE_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
@@ -34,6 +35,35 @@ struct Vec {
   }
   PYCORE_INLINE void store_float16(uint16_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  // Rounds to nearest, ties to even; NaN stays NaN: bfloat16_from_float of include/pycore/dtype.h.
+  PYCORE_INLINE void store_bfloat16(uint16_t* p) const {
+    const __m256i bits = _mm256_castps_si256(v),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const __m256i high = _mm256_srli_epi32(
+        _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan)), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+
+  // A lane holds two numbers of 16 bits, the first in its low half: the eight first ones, or the eight second, as
+  // float32.
+  PYCORE_INLINE Vec low_bfloat16() const {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16))};
+  }
+  PYCORE_INLINE Vec high_bfloat16() const {
+    return {_mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  PYCORE_INLINE Vec low_float16() const {
+    const __m256i low = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0xffff));
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08)))};
+  }
+  PYCORE_INLINE Vec high_float16() const {
+    return Vec{_mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(v), 16))}.low_float16();
   }
 
   friend PYCORE_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }

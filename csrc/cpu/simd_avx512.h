@@ -5,6 +5,23 @@
 
 struct Vec {
   static constexpr int kWidth = 16;
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+  static constexpr bool kMultipliesPairs = true;
+  // A lane of a and b holds two bfloat16, the first in its high half: c + a.first b.first, then + a.second b.second,
+  // each rounded once, subnormal numbers as zero: two FMAs under FlushedFloats.
+  static PYCORE_INLINE Vec fma_pairs(Vec a, Vec b, Vec c) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+  }
+  // The halves of every lane exchanged.
+  PYCORE_INLINE Vec turned() const { return {_mm512_castsi512_ps(_mm512_rol_epi32(_mm512_castps_si512(v), 16))}; }
+  // Of two vectors of bfloat16 in float32.
+  static PYCORE_INLINE Vec pairs(Vec first, Vec second) {
+    return {_mm512_castsi512_ps(
+        _mm512_or_si512(_mm512_castps_si512(first.v), _mm512_srli_epi32(_mm512_castps_si512(second.v), 16)))};
+  }
+#else
+  static constexpr bool kMultipliesPairs = false;
+#endif
   static constexpr int kProductColumns = 4;  // vectors per tile-product block: 6 x 4 accumulators of 32 registers
   __m512 v;
 
@@ -34,6 +51,30 @@ struct Vec {
   PYCORE_INLINE void store_float16(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  // Rounds to nearest, ties to even; NaN stays NaN: bfloat16_from_float of include/pycore/dtype.h.
+  PYCORE_INLINE void store_bfloat16(uint16_t* p) const {
+    const __m512i bits = _mm512_castps_si512(v),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  }
+
+  // A lane holds two numbers of 16 bits, the first in its low half: the sixteen first ones, or the sixteen second, as
+  // float32.
+  PYCORE_INLINE Vec low_bfloat16() const {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16))};
+  }
+  PYCORE_INLINE Vec high_bfloat16() const {
+    return {_mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  PYCORE_INLINE Vec low_float16() const { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_castps_si512(v)))}; }
+  PYCORE_INLINE Vec high_float16() const {
+    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)))};
   }
 
   friend PYCORE_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }

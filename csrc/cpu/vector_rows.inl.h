@@ -81,6 +81,29 @@ PYCORE_INLINE Vec load_channels_first(const char* row, int64_t d, int64_t count)
   return kType == DType::kBFloat16 ? Vec::load_bfloat16(tail) : Vec::load_float16(tail);
 }
 
+// `count` channels from d on, 1 to all of a vector, in and out of float32; a result is rounded once. The other lanes
+// are zero, or not written.
+template <DType kType>
+PYCORE_INLINE Vec load_some(const char* row, int64_t d, int64_t count) {
+  return count == Vec::kWidth ? load_channels<kType>(row, d) : load_channels_first<kType>(row, d, count);
+}
+template <DType kType>
+PYCORE_INLINE void store_some(Vec x, char* row, int64_t d, int64_t count) {
+  if constexpr (kType == DType::kFloat32) return store_lanes(x, reinterpret_cast<float*>(row) + d, count);
+  uint16_t* const halves = reinterpret_cast<uint16_t*>(row) + d;
+  uint16_t part[Vec::kWidth];
+  uint16_t* const to = count == Vec::kWidth ? halves : part;
+  if constexpr (kType == DType::kBFloat16) {
+    x.store_bfloat16(to);
+  } else {
+    x.store_float16(to);
+  }
+  if (to == part) __builtin_memcpy(halves, part, static_cast<size_t>(count) * sizeof(uint16_t));
+}
+
+template <DType kType>
+constexpr int64_t kElementBytes = kType == DType::kFloat32 ? 4 : 2;
+
 template <DType kType>
 PYCORE_INLINE void convert_row(const char* row, int64_t n, float* out) {
   int64_t d = 0;

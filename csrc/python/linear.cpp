@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// pycore.native.{invariant_linear, rms_norm} and their gradients: the kernels for NumPy arrays and DLPack tensors.
+// pycore.native.{invariant_linear, rms_norm, layer_norm, silu_mul, gelu_mul} and their gradients: the kernels for NumPy
+// arrays and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../host/linear_args.h"
@@ -118,10 +120,116 @@ py::tuple rms_norm_backward(py::object grad_out, py::object x, py::object weight
   return py::make_tuple(of_x.object(), of_weight.object());
 }
 
+py::object layer_norm(py::object x, py::object weight, py::object bias, double eps, py::object out,
+                      py::object threads) {
+  constexpr const char* kOp = "layer_norm";
+  const Array x_array = input(x, kOp, "x"), weight_array = optional_input(weight, kOp, "weight");
+  const Array bias_array = optional_input(bias, kOp, "bias");
+  check_norm(kOp, x_array.view, weight_array.view, bias_array.view, eps);
+  LayerNormParams params = layer_norm_params(x_array.view, weight_array.view, bias_array.view, eps);
+  const Array out_array = cpu_result(out, params.dtype, shape_of(x_array.view), kOp, "out");
+  check_disjoint(kOp, {{"out", out_array.view}},
+                 {{"x", x_array.view}, {"weight", weight_array.view}, {"bias", bias_array.view}});
+  params.out = out_array.view.data;
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    throw_if(layer_norm_forward(params, parallel), kOp);
+  }
+  return out_array.object;
+}
+
+py::tuple layer_norm_backward(py::object grad_out, py::object x, py::object weight, double eps, bool need_x,
+                              bool need_weight, bool need_bias, py::object grad_x, py::object grad_weight,
+                              py::object grad_bias, py::object threads) {
+  constexpr const char* kOp = "layer_norm_backward";
+  const Array grad_array = input(grad_out, kOp, "grad_out"), x_array = input(x, kOp, "x");
+  const Array weight_array = optional_input(weight, kOp, "weight");
+  check_norm(kOp, x_array.view, weight_array.view, TensorView{}, eps);
+  check_grad_out(kOp, grad_array.view, x_array.view, x_array.view.shape[x_array.view.dims - 1]);
+  LayerNormBackwardParams params = layer_norm_backward_params(grad_array.view, x_array.view, weight_array.view, eps);
+  const Gradient of_x(need_x, grad_x, params.dtype, shape_of(x_array.view), kOp, "grad_x");
+  const Gradient of_weight(need_weight, grad_weight, params.dtype, {params.channels}, kOp, "grad_weight");
+  const Gradient of_bias(need_bias, grad_bias, params.dtype, {params.channels}, kOp, "grad_bias");
+  check_disjoint(kOp, {{"grad_x", of_x.view()}, {"grad_weight", of_weight.view()}, {"grad_bias", of_bias.view()}},
+                 {{"grad_out", grad_array.view}, {"x", x_array.view}, {"weight", weight_array.view}});
+  params.grad_x = of_x.data();
+  params.grad_weight = of_weight.data();
+  params.grad_bias = of_bias.data();
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(kOp, layer_norm_backward_scratch(params, parallel.threads));
+    throw_if(layer_norm_backward(params, parallel, scratch.data), kOp);
+  }
+  return py::make_tuple(of_x.object(), of_weight.object(), of_bias.object());
+}
+
+py::object gated(const char* op, Gate function, const py::object& gate, const py::object& up, const py::object& out,
+                 const py::object& threads) {
+  const Array gate_array = input(gate, op, "gate"), up_array = input(up, op, "up");
+  check_gated(op, gate_array.view, up_array.view);
+  GatedParams params = gated_params(function, gate_array.view, up_array.view);
+  const Array out_array = cpu_result(out, params.dtype, shape_of(gate_array.view), op, "out");
+  check_disjoint(op, {{"out", out_array.view}}, {{"gate", gate_array.view}, {"up", up_array.view}});
+  params.out = out_array.view.data;
+  const Parallel parallel = thread_parallel(threads, op);
+  {
+    const py::gil_scoped_release release;
+    throw_if(gated_forward(params, parallel), op);
+  }
+  return out_array.object;
+}
+
+py::tuple gated_gradients(const char* op, Gate function, const py::object& grad_out, const py::object& gate,
+                          const py::object& up, bool need_gate, bool need_up, const py::object& grad_gate,
+                          const py::object& grad_up, const py::object& threads) {
+  const Array grad_array = input(grad_out, op, "grad_out"), gate_array = input(gate, op, "gate");
+  const Array up_array = input(up, op, "up");
+  check_gated(op, gate_array.view, up_array.view);
+  check_grad_out(op, grad_array.view, gate_array.view, gate_array.view.shape[gate_array.view.dims - 1], "gate");
+  GatedBackwardParams params = gated_backward_params(function, grad_array.view, gate_array.view, up_array.view);
+  const Gradient of_gate(need_gate, grad_gate, params.dtype, shape_of(gate_array.view), op, "grad_gate");
+  const Gradient of_up(need_up, grad_up, params.dtype, shape_of(gate_array.view), op, "grad_up");
+  check_disjoint(op, {{"grad_gate", of_gate.view()}, {"grad_up", of_up.view()}},
+                 {{"grad_out", grad_array.view}, {"gate", gate_array.view}, {"up", up_array.view}});
+  params.grad_gate = of_gate.data();
+  params.grad_up = of_up.data();
+  const Parallel parallel = thread_parallel(threads, op);
+  {
+    const py::gil_scoped_release release;
+    throw_if(gated_backward(params, parallel), op);
+  }
+  return py::make_tuple(of_gate.object(), of_up.object());
+}
+
+py::object silu_mul(py::object gate, py::object up, py::object out, py::object threads) {
+  return gated("silu_mul", Gate::kSilu, gate, up, out, threads);
+}
+
+py::tuple silu_mul_backward(py::object grad_out, py::object gate, py::object up, bool need_gate, bool need_up,
+                            py::object grad_gate, py::object grad_up, py::object threads) {
+  return gated_gradients("silu_mul_backward", Gate::kSilu, grad_out, gate, up, need_gate, need_up, grad_gate, grad_up,
+                         threads);
+}
+
+py::object gelu_mul(py::object gate, py::object up, const std::string& approximate, py::object out,
+                    py::object threads) {
+  return gated("gelu_mul", gelu_gate("gelu_mul", approximate), gate, up, out, threads);
+}
+
+py::tuple gelu_mul_backward(py::object grad_out, py::object gate, py::object up, const std::string& approximate,
+                            bool need_gate, bool need_up, py::object grad_gate, py::object grad_up,
+                            py::object threads) {
+  constexpr const char* kOp = "gelu_mul_backward";
+  return gated_gradients(kOp, gelu_gate(kOp, approximate), grad_out, gate, up, need_gate, need_up, grad_gate, grad_up,
+                         threads);
+}
+
 constexpr const char* kLinearDoc =
     R"(x weight^T + bias, every row with one order of summation: see pycore.ops.invariant_linear.
 
-x [..., K], weight [N, K], bias [N] or None: float32 or float64 NumPy arrays or DLPack tensors on the CPU, last dimension
+x [..., K], weight [N, K], bias [N] or None: NumPy arrays or DLPack tensors of one floating dtype on the CPU, last dimension
 contiguous. out is a new array unless given. threads defaults to all processors. Returns [..., N].)";
 
 constexpr const char* kLinearBackwardDoc =
@@ -131,10 +239,37 @@ grad_out is like the result. A gradient that is not needed is None.)";
 
 constexpr const char* kNormDoc = R"(x / sqrt(mean(x^2) + eps) * weight over the last dimension: see pycore.ops.rms_norm.
 
-x [..., C], weight [C] or None: float32 or float64 NumPy arrays or DLPack tensors on the CPU, last dimension contiguous. out
+x [..., C], weight [C] or None: NumPy arrays or DLPack tensors of one floating dtype on the CPU, last dimension contiguous. out
 is a new array unless given. threads defaults to all processors. Returns [..., C].)";
 
 constexpr const char* kNormBackwardDoc = R"(Gradients of `rms_norm`: (grad_x, grad_weight), new arrays unless given.
+
+grad_out is like the result. A gradient that is not needed is None.)";
+
+constexpr const char* kLayerNormDoc =
+    R"((x - mean) / sqrt(variance + eps) * weight + bias over the last dimension: see pycore.ops.layer_norm.
+
+x [..., C], weight [C] or None, bias [C] or None: NumPy arrays or DLPack tensors of one floating dtype on the CPU, last
+dimension contiguous. out is a new array unless given. threads defaults to all processors. Returns [..., C].)";
+
+constexpr const char* kLayerNormBackwardDoc =
+    R"(Gradients of `layer_norm`: (grad_x, grad_weight, grad_bias), new arrays unless given.
+
+grad_out is like the result. A gradient that is not needed is None.)";
+
+constexpr const char* kSiluMulDoc = R"(silu(gate) * up: see pycore.ops.silu_mul.
+
+gate [..., C] and up [..., C]: NumPy arrays or DLPack tensors of one floating dtype on the CPU, last dimension
+contiguous. out is a new array unless given. threads defaults to all processors. Returns [..., C].)";
+
+constexpr const char* kGeluMulDoc = R"(gelu(gate) * up: see pycore.ops.gelu_mul.
+
+gate [..., C] and up [..., C]: NumPy arrays or DLPack tensors of one floating dtype on the CPU, last dimension
+contiguous. approximate is "none" or "tanh". out is a new array unless given. threads defaults to all processors.
+Returns [..., C].)";
+
+constexpr const char* kGatedBackwardDoc = R"(Gradients of `silu_mul` or `gelu_mul`: (grad_gate, grad_up), new arrays
+unless given.
 
 grad_out is like the result. A gradient that is not needed is None.)";
 
@@ -154,6 +289,22 @@ void register_linear(py::module_& m) {
         py::arg("weight") = none, py::arg("eps") = 1e-6, py::kw_only(), py::arg("need_x") = true,
         py::arg("need_weight") = true, py::arg("grad_x") = none, py::arg("grad_weight") = none,
         py::arg("threads") = none);
+  m.def("layer_norm", &layer_norm, kLayerNormDoc, py::arg("x"), py::arg("weight") = none, py::arg("bias") = none,
+        py::arg("eps") = 1e-5, py::kw_only(), py::arg("out") = none, py::arg("threads") = none);
+  m.def("layer_norm_backward", &layer_norm_backward, kLayerNormBackwardDoc, py::arg("grad_out"), py::arg("x"),
+        py::arg("weight") = none, py::arg("eps") = 1e-5, py::kw_only(), py::arg("need_x") = true,
+        py::arg("need_weight") = true, py::arg("need_bias") = true, py::arg("grad_x") = none,
+        py::arg("grad_weight") = none, py::arg("grad_bias") = none, py::arg("threads") = none);
+  m.def("silu_mul", &silu_mul, kSiluMulDoc, py::arg("gate"), py::arg("up"), py::kw_only(), py::arg("out") = none,
+        py::arg("threads") = none);
+  m.def("silu_mul_backward", &silu_mul_backward, kGatedBackwardDoc, py::arg("grad_out"), py::arg("gate"), py::arg("up"),
+        py::kw_only(), py::arg("need_gate") = true, py::arg("need_up") = true, py::arg("grad_gate") = none,
+        py::arg("grad_up") = none, py::arg("threads") = none);
+  m.def("gelu_mul", &gelu_mul, kGeluMulDoc, py::arg("gate"), py::arg("up"), py::arg("approximate") = "none",
+        py::kw_only(), py::arg("out") = none, py::arg("threads") = none);
+  m.def("gelu_mul_backward", &gelu_mul_backward, kGatedBackwardDoc, py::arg("grad_out"), py::arg("gate"), py::arg("up"),
+        py::arg("approximate") = "none", py::kw_only(), py::arg("need_gate") = true, py::arg("need_up") = true,
+        py::arg("grad_gate") = none, py::arg("grad_up") = none, py::arg("threads") = none);
 }
 
 }  // namespace pycore::python

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pycore.{invariant_linear, rms_norm} and their gradients: schema, validation, allocation.
+// torch.ops.pycore.{invariant_linear, rms_norm, layer_norm, silu_mul, gelu_mul} and their gradients: schema,
+// validation, allocation.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -112,6 +114,93 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad_out_any, con
   return {grad_x, grad_weight};
 }
 
+Tensor layer_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any,
+                      const std::optional<Tensor>& bias_any, double eps, const std::optional<Tensor>& numbers) {
+  constexpr const char* kOp = "layer_norm";
+  if (const double* given = graph_numbers(numbers, 1, kOp, "numbers")) eps = given[0];
+  const Tensor x = last_contiguous(x_any, kOp, "x");
+  const std::optional<Tensor> weight = last_contiguous(weight_any, kOp, "weight");
+  const std::optional<Tensor> bias = last_contiguous(bias_any, kOp, "bias");
+  const TensorView x_view = view(x, kOp, "x"), weight_view = view(weight, kOp, "weight");
+  const TensorView bias_view = view(bias, kOp, "bias");
+  check_norm(kOp, x_view, weight_view, bias_view, eps);
+  LayerNormParams params = layer_norm_params(x_view, weight_view, bias_view, eps);
+  const Tensor out = new_tensor(kOp, "out", x, shape_of(x), x.scalar_type());
+  params.out = out.mutable_data_ptr();
+  throw_if(layer_norm_forward(params, torch_parallel()), kOp);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad_out_any, const Tensor& x_any,
+                                                           const std::optional<Tensor>& weight_any, double eps,
+                                                           bool need_x, bool need_weight, bool need_bias,
+                                                           const std::optional<Tensor>& numbers) {
+  constexpr const char* kOp = "layer_norm_backward";
+  if (const double* given = graph_numbers(numbers, 1, kOp, "numbers")) eps = given[0];
+  const Tensor grad_out = last_contiguous(grad_out_any, kOp, "grad_out"), x = last_contiguous(x_any, kOp, "x");
+  const std::optional<Tensor> weight = last_contiguous(weight_any, kOp, "weight");
+  const TensorView grad_view = view(grad_out, kOp, "grad_out"), x_view = view(x, kOp, "x");
+  const TensorView weight_view = view(weight, kOp, "weight");
+  check_norm(kOp, x_view, weight_view, TensorView{}, eps);
+  check_grad_out(kOp, grad_view, x_view, x_view.shape[x_view.dims - 1]);
+  LayerNormBackwardParams params = layer_norm_backward_params(grad_view, x_view, weight_view, eps);
+  const Tensor grad_x = empty_if(need_x, kOp, "grad_x", x, shape_of(x));
+  const Tensor grad_weight = empty_if(need_weight, kOp, "grad_weight", x, {params.channels});
+  const Tensor grad_bias = empty_if(need_bias, kOp, "grad_bias", x, {params.channels});
+  if (need_x) params.grad_x = grad_x.mutable_data_ptr();
+  if (need_weight) params.grad_weight = grad_weight.mutable_data_ptr();
+  if (need_bias) params.grad_bias = grad_bias.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  const Scratch scratch(kOp, x, layer_norm_backward_scratch(params, parallel.threads));
+  throw_if(layer_norm_backward(params, parallel, scratch.data), kOp);
+  return {grad_x, grad_weight, grad_bias};
+}
+
+Tensor gated(const char* op, Gate function, const Tensor& gate_any, const Tensor& up_any) {
+  const Tensor gate = last_contiguous(gate_any, op, "gate"), up = last_contiguous(up_any, op, "up");
+  const TensorView gate_view = view(gate, op, "gate"), up_view = view(up, op, "up");
+  check_gated(op, gate_view, up_view);
+  GatedParams params = gated_params(function, gate_view, up_view);
+  const Tensor out = new_tensor(op, "out", gate, shape_of(gate), gate.scalar_type());
+  params.out = out.mutable_data_ptr();
+  throw_if(gated_forward(params, torch_parallel()), op);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gated_gradients(const char* op, Gate function, const Tensor& grad_out_any,
+                                           const Tensor& gate_any, const Tensor& up_any, bool need_gate, bool need_up) {
+  const Tensor grad_out = last_contiguous(grad_out_any, op, "grad_out");
+  const Tensor gate = last_contiguous(gate_any, op, "gate"), up = last_contiguous(up_any, op, "up");
+  const TensorView grad_view = view(grad_out, op, "grad_out"), gate_view = view(gate, op, "gate");
+  const TensorView up_view = view(up, op, "up");
+  check_gated(op, gate_view, up_view);
+  check_grad_out(op, grad_view, gate_view, gate_view.shape[gate_view.dims - 1], "gate");
+  GatedBackwardParams params = gated_backward_params(function, grad_view, gate_view, up_view);
+  const Tensor grad_gate = empty_if(need_gate, op, "grad_gate", gate, shape_of(gate));
+  const Tensor grad_up = empty_if(need_up, op, "grad_up", gate, shape_of(gate));
+  if (need_gate) params.grad_gate = grad_gate.mutable_data_ptr();
+  if (need_up) params.grad_up = grad_up.mutable_data_ptr();
+  throw_if(gated_backward(params, torch_parallel()), op);
+  return {grad_gate, grad_up};
+}
+
+Tensor silu_mul_cpu(const Tensor& gate, const Tensor& up) { return gated("silu_mul", Gate::kSilu, gate, up); }
+
+std::tuple<Tensor, Tensor> silu_mul_backward_cpu(const Tensor& grad_out, const Tensor& gate, const Tensor& up,
+                                                 bool need_gate, bool need_up) {
+  return gated_gradients("silu_mul_backward", Gate::kSilu, grad_out, gate, up, need_gate, need_up);
+}
+
+Tensor gelu_mul_cpu(const Tensor& gate, const Tensor& up, std::string approximate) {
+  return gated("gelu_mul", gelu_gate("gelu_mul", approximate), gate, up);
+}
+
+std::tuple<Tensor, Tensor> gelu_mul_backward_cpu(const Tensor& grad_out, const Tensor& gate, const Tensor& up,
+                                                 std::string approximate, bool need_gate, bool need_up) {
+  constexpr const char* kOp = "gelu_mul_backward";
+  return gated_gradients(kOp, gelu_gate(kOp, approximate), grad_out, gate, up, need_gate, need_up);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
@@ -125,6 +214,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
   m.def(
       "rms_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, float eps, bool need_x, bool need_weight, "
       "Tensor? numbers=None) -> (Tensor grad_x, Tensor grad_weight)");
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? numbers=None) -> Tensor");
+  m.def(
+      "layer_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, float eps, bool need_x, bool need_weight, "
+      "bool need_bias, Tensor? numbers=None) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
+  m.def(
+      "silu_mul_backward(Tensor grad_out, Tensor gate, Tensor up, bool need_gate, bool need_up) -> "
+      "(Tensor grad_gate, Tensor grad_up)");
+  m.def("gelu_mul(Tensor gate, Tensor up, str approximate) -> Tensor");
+  m.def(
+      "gelu_mul_backward(Tensor grad_out, Tensor gate, Tensor up, str approximate, bool need_gate, bool need_up) -> "
+      "(Tensor grad_gate, Tensor grad_up)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
@@ -132,6 +233,12 @@ STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
   m.impl("invariant_linear_backward", TORCH_BOX(&invariant_linear_backward_cpu));
   m.impl("rms_norm", TORCH_BOX(&rms_norm_cpu));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward_cpu));
+  m.impl("layer_norm", TORCH_BOX(&layer_norm_cpu));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward_cpu));
+  m.impl("silu_mul", TORCH_BOX(&silu_mul_cpu));
+  m.impl("silu_mul_backward", TORCH_BOX(&silu_mul_backward_cpu));
+  m.impl("gelu_mul", TORCH_BOX(&gelu_mul_cpu));
+  m.impl("gelu_mul_backward", TORCH_BOX(&gelu_mul_backward_cpu));
 }
 
 }  // namespace pycore

@@ -13,7 +13,7 @@ from pycore.ops.arithmetic_coding import (
 from pycore.ops.attention import attention, lambda_attention
 from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
-from pycore.ops.linear import invariant_linear, rms_norm
+from pycore.ops.linear import gelu_mul, invariant_linear, layer_norm, rms_norm, silu_mul
 from pycore.ops.staircase import staircase_dequantize, staircase_quantize, staircase_rotation
 from pycore.ops.staircase_attention import staircase_attention
 from pycore.ops.vq import rvq_decode, rvq_encode, vq_encode, vq_statistics
@@ -26,8 +26,10 @@ __all__ = [
     "ac_encode_bytes",
     "ac_encode_logits",
     "attention",
+    "gelu_mul",
     "invariant_linear",
     "lambda_attention",
+    "layer_norm",
     "pr_block_mask",
     "pr_flash_attention",
     "quantize_cdf",
@@ -40,4 +42,5 @@ __all__ = [
     "rvq_encode",
     "vq_encode",
     "vq_statistics",
+    "silu_mul",
 ]

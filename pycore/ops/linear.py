@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row-invariant linear layers and RMS norm: a row's result has the same bits whatever it is computed with.
+"""Row-invariant linear layers, norms and gated activations: a row has the same bits whatever it is computed with.
 
 `torch.nn.functional.linear` picks a summation order by the shape of the whole product, so the same row gives other bits
-alone than in a batch. Here every sum has one order (csrc/include/pycore/linear/linear.h writes it down), which extends
-what `pycore.ops.attention` promises to a whole model. `torch.ops.pycore` has the ops (csrc/torch/linear.cpp), which run
-csrc/cpu/linear/dispatch.cpp.
+alone than in a batch. Here every sum has one order (csrc/include/pycore/linear/linear.h writes it down) and every
+function one formula, which extends what `pycore.ops.attention` promises to a whole model. `torch.ops.pycore` has the
+ops (csrc/torch/linear.cpp), which run csrc/cpu/linear/dispatch.cpp.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pycore._schema import Schema
 from pycore._tensors import check_devices, check_tensor, graph_numbers
 from pycore.ops._autograd import no_second_derivative, register_derivatives
 
-__all__ = ["invariant_linear", "rms_norm"]
+__all__ = ["gelu_mul", "invariant_linear", "layer_norm", "rms_norm", "silu_mul"]
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,13 +30,16 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     the instruction sets of a CPU. The gradients are deterministic, and the gradient of x is row-invariant too.
 
     Args:
-        x: [..., K], float32 or float64, on the CPU. Any strides; a contiguous last dimension is read in place.
+        x: [..., K], float32, bfloat16, float16 or float64, on the CPU. Any strides; a contiguous last dimension is read
+            in place.
         weight: [N, K], of x's dtype.
         bias: [N], of x's dtype, or None.
 
     Returns:
-        [..., N], contiguous. Differentiable once, in all three arguments. float64 is for checking gradients: it runs
-        plain loops. Under autocast the arguments are cast to float32.
+        [..., N], contiguous, of x's dtype. bfloat16 and float16 are summed in float32, in the same order, bias
+        included, and rounded once. Differentiable once, in all three arguments; gradients are summed and rounded the
+        same way; bfloat16 takes float32 numbers below 2**-126 in its sums as zero. float64 is for checking gradients:
+        it runs plain loops. Under autocast the arguments are cast to float32.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit; the sentence names it.
@@ -58,12 +61,15 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     """RMS norm of the last dimension, x / sqrt(mean(x^2) + eps) * weight, every row with one order of summation.
 
     Args:
-        x: [..., C], float32 or float64, on the CPU. Any strides; a contiguous last dimension is read in place.
+        x: [..., C], float32, bfloat16, float16 or float64, on the CPU. Any strides; a contiguous last dimension is read
+            in place.
         weight: [C], of x's dtype, or None for ones.
         eps: finite and not negative.
 
     Returns:
-        [..., C], contiguous. Differentiable once, in x and weight. A row's result and its gradient of x do not depend
+        [..., C], contiguous, of x's dtype. bfloat16 and float16 are computed in float32, the weight's product included,
+        and rounded once, as `torch.nn.functional.rms_norm` does; transformers' LlamaRMSNorm also rounds before that
+        product. Differentiable once, in x and weight. A row's result and its gradient of x do not depend
         on the other rows; the gradient of weight does not depend on the threads. Under autocast: float32.
 
     Raises:
@@ -78,6 +84,92 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     if torch.compiler.is_compiling() and eps != 1e-6:
         return torch.ops.pycore.rms_norm(x, weight, 0.0, graph_numbers(eps))
     return torch.ops.pycore.rms_norm(x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Layer norm of the last dimension, (x - mean) / sqrt(variance + eps) * weight + bias, with one order of summation.
+
+    Args:
+        x: [..., C], float32, bfloat16, float16 or float64, on the CPU. Any strides; a contiguous last dimension is read
+            in place.
+        weight: [C], of x's dtype, or None for ones.
+        bias: [C], of x's dtype, or None for zeros.
+        eps: finite and not negative. The variance is the mean of the squared deviations.
+
+    Returns:
+        [..., C], contiguous, of x's dtype; bfloat16 and float16 are computed in float32 and rounded once.
+        Differentiable once, in x, weight and bias. A row's result and its gradient of x do not depend on the other
+        rows; the gradients of weight and bias do not depend on the threads. Under autocast: float32.
+
+    Raises:
+        ValueError: a shape, dtype, device or eps that does not fit; the sentence names it.
+        TypeError: an argument that is no tensor.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization".
+    """
+    check_tensor("layer_norm", "x", x)
+    check_tensor("layer_norm", "weight", weight, optional=True)
+    check_tensor("layer_norm", "bias", bias, optional=True)
+    eps = check_number("layer_norm", "eps", eps)
+    if torch.compiler.is_compiling() and eps != 1e-5:
+        return torch.ops.pycore.layer_norm(x, weight, bias, 0.0, graph_numbers(eps))
+    return torch.ops.pycore.layer_norm(x, weight, bias, eps)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiplies silu(gate) = gate / (1 + exp(-gate)) by up, element by element: the middle of a SwiGLU layer.
+
+    An element has the same bits in any company, at any place in a row and on AVX2 and AVX-512: torch's own functions
+    compute what is left over beside whole vectors with other code.
+
+    Args:
+        gate: [..., C], float32, bfloat16, float16 or float64, on the CPU. Any strides; a contiguous last dimension is
+            read in place, as the halves of one projection have it.
+        up: gate's shape and dtype.
+
+    Returns:
+        gate's shape and dtype, contiguous; bfloat16 and float16 are computed in float32 and rounded once, after the
+        product. Differentiable once, in both. Under autocast: float32.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; the sentence names it.
+        TypeError: an argument that is no tensor.
+
+    Source: Shazeer, "GLU Variants Improve Transformer".
+    """
+    check_tensor("silu_mul", "gate", gate)
+    check_tensor("silu_mul", "up", up)
+    return torch.ops.pycore.silu_mul(gate, up)
+
+
+def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """Multiplies gelu(gate) by up, element by element: the middle of a GeGLU layer.
+
+    gelu(x) is x times the normal distribution up to x, x (1 + erf(x / sqrt 2)) / 2, to a few units in the last place of
+    the result even where it is tiny, or with approximate="tanh" x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2. An
+    element has the same bits in any company, at any place in a row and on AVX2 and AVX-512.
+
+    Args:
+        gate: [..., C], float32, bfloat16, float16 or float64, on the CPU. Any strides; a contiguous last dimension is
+            read in place.
+        up: gate's shape and dtype.
+        approximate: "none" or "tanh".
+
+    Returns:
+        gate's shape and dtype, contiguous; bfloat16 and float16 are computed in float32 and rounded once, after the
+        product. Differentiable once, in both. Under autocast: float32.
+
+    Raises:
+        ValueError: a shape, dtype, device or approximate that does not fit; the sentence names it.
+        TypeError: an argument that is no tensor, or an approximate that is no str.
+
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units"; Shazeer, "GLU Variants Improve Transformer".
+    """
+    check_tensor("gelu_mul", "gate", gate)
+    check_tensor("gelu_mul", "up", up)
+    if not isinstance(approximate, str):
+        raise TypeError(f"gelu_mul: approximate is a {type(approximate).__name__} and must be 'none' or 'tanh'")
+    return torch.ops.pycore.gelu_mul(gate, up, approximate)
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
@@ -118,6 +210,55 @@ def _norm_backward_fake(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_devices("rms_norm_backward", x=x, weight=weight, grad_out=grad_out)
     return _empty_if(need_x, x, *x.shape), _empty_if(need_weight, x, x.shape[-1])
+
+
+@torch.library.register_fake("pycore::layer_norm")
+def _layer_norm_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, numbers: Tensor | None = None
+) -> Tensor:
+    check_devices("layer_norm", x=x, weight=weight, bias=bias)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("pycore::layer_norm_backward")
+def _layer_norm_backward_fake(
+    grad_out: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_x: bool, need_weight: bool, need_bias: bool,
+    numbers: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_devices("layer_norm_backward", x=x, weight=weight, grad_out=grad_out)
+    return (
+        _empty_if(need_x, x, *x.shape),
+        _empty_if(need_weight, x, x.shape[-1]),
+        _empty_if(need_bias, x, x.shape[-1]),
+    )
+
+
+@torch.library.register_fake("pycore::silu_mul")
+def _silu_mul_fake(gate: Tensor, up: Tensor) -> Tensor:
+    check_devices("silu_mul", gate=gate, up=up)
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("pycore::silu_mul_backward")
+def _silu_mul_backward_fake(
+    grad_out: Tensor, gate: Tensor, up: Tensor, need_gate: bool, need_up: bool
+) -> tuple[Tensor, Tensor]:
+    check_devices("silu_mul_backward", gate=gate, up=up, grad_out=grad_out)
+    return _empty_if(need_gate, gate, *gate.shape), _empty_if(need_up, gate, *gate.shape)
+
+
+@torch.library.register_fake("pycore::gelu_mul")
+def _gelu_mul_fake(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
+    check_devices("gelu_mul", gate=gate, up=up)
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("pycore::gelu_mul_backward")
+def _gelu_mul_backward_fake(
+    grad_out: Tensor, gate: Tensor, up: Tensor, approximate: str, need_gate: bool, need_up: bool
+) -> tuple[Tensor, Tensor]:
+    check_devices("gelu_mul_backward", gate=gate, up=up, grad_out=grad_out)
+    return _empty_if(need_gate, gate, *gate.shape), _empty_if(need_up, gate, *gate.shape)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -184,16 +325,75 @@ def _norm_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tens
     return tangent if weight_tangent is None else tangent + factor * x * weight_tangent
 
 
+def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.eps, numbers = inputs
+    ctx.save_for_backward(x, weight, numbers)
+
+
+def _layer_norm_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    need = ctx.needs_input_grad[:3]
+    x, weight, numbers = ctx.saved_tensors
+    grads = torch.ops.pycore.layer_norm_backward(grad_out, x, weight, ctx.eps, *need, numbers)
+    return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None)
+
+
+def _layer_norm_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
+    """Of y w + b with y = (x - mean) r, whose own tangent is r (x' - mean(x') - y mean(y x'))."""
+    (x, weight, _, eps, numbers), (x_tangent, weight_tangent, bias_tangent) = inputs, tangents[:3]
+    factor = (x.var(-1, correction=0, keepdim=True) + (eps if numbers is None else numbers[0])).rsqrt()
+    normal = (x - x.mean(-1, keepdim=True)) * factor
+    tangent = torch.zeros_like(output)
+    if x_tangent is not None:
+        centred = x_tangent - x_tangent.mean(-1, keepdim=True)
+        tangent = factor * (centred - normal * (normal * x_tangent).mean(-1, keepdim=True))
+        tangent = tangent if weight is None else tangent * weight
+    if weight_tangent is not None:
+        tangent = tangent + normal * weight_tangent
+    return tangent if bias_tangent is None else tangent + bias_tangent
+
+
+def _gated_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, *ctx.rest = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _gated_rules(name: str) -> None:
+    op, gradients = getattr(torch.ops.pycore, name), getattr(torch.ops.pycore, f"{name}_backward")
+
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[:2]
+        grads = gradients(grad_out, *ctx.saved_tensors, *ctx.rest, *need)
+        return (
+            *(grad if needed else None for grad, needed in zip(grads, need, strict=True)),
+            *(None for _ in ctx.rest),
+        )
+
+    def jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
+        """Element by element, what is a gradient of gate in one direction is a tangent in the other."""
+        (gate, up, *rest), (gate_tangent, up_tangent) = inputs, tangents[:2]
+        tangent = torch.zeros_like(output)
+        if gate_tangent is not None:
+            tangent = gradients(gate_tangent, gate, up, *rest, True, False)[0]
+        return tangent if up_tangent is None else tangent + op(gate, up_tangent, *rest)
+
+    register_derivatives(name, backward, _gated_setup, jvp)
+    no_second_derivative(f"{name}_backward", lambda inputs: name)
+
+
 register_derivatives("invariant_linear", _linear_backward, _linear_setup, _linear_jvp)
 register_derivatives("rms_norm", _norm_backward, _norm_setup, _norm_jvp)
+register_derivatives("layer_norm", _layer_norm_backward, _layer_norm_setup, _layer_norm_jvp)
+no_second_derivative("layer_norm_backward", lambda inputs: "layer_norm")
+_gated_rules("silu_mul")
+_gated_rules("gelu_mul")
 no_second_derivative("invariant_linear_backward", lambda inputs: "invariant_linear")
 no_second_derivative("rms_norm_backward", lambda inputs: "rms_norm")
 
 
 # ---- autocast and vmap -----------------------------------------------------------------------------------------------
 
-torch.library.register_autocast("pycore::invariant_linear", "cpu", torch.float32)
-torch.library.register_autocast("pycore::rms_norm", "cpu", torch.float32)
+for _name in __all__:
+    torch.library.register_autocast(f"pycore::{_name}", "cpu", torch.float32)
 
 
 def _one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -228,8 +428,30 @@ def _as_rows(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def _elementwise(op: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """A batch of all tensors is one dimension more; what has none is expanded."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if any(arg.dim() - (dim is not None) < 1 for arg, dim in zip(args[:tensors], in_dims, strict=False)):
+            return _one_by_one(op)(info, in_dims, *args)
+        given = [
+            arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            for arg, dim in zip(args[:tensors], in_dims, strict=False)
+        ]
+        result = op(*given, *args[tensors:])
+        return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+
+    return rule
+
+
 _ops = torch.ops.pycore
 torch.library.register_vmap("pycore::invariant_linear", _as_rows(_ops.invariant_linear))
 torch.library.register_vmap("pycore::rms_norm", _as_rows(_ops.rms_norm))
 torch.library.register_vmap("pycore::invariant_linear_backward", _one_by_one(_ops.invariant_linear_backward))
 torch.library.register_vmap("pycore::rms_norm_backward", _one_by_one(_ops.rms_norm_backward))
+torch.library.register_vmap("pycore::layer_norm", _as_rows(_ops.layer_norm))
+torch.library.register_vmap("pycore::layer_norm_backward", _one_by_one(_ops.layer_norm_backward))
+for _name in ("silu_mul", "gelu_mul"):
+    torch.library.register_vmap(f"pycore::{_name}", _elementwise(getattr(_ops, _name), 2))
+    _gradients = getattr(_ops, f"{_name}_backward")
+    torch.library.register_vmap(f"pycore::{_name}_backward", _one_by_one(_gradients))

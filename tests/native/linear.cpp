@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The linear and norm kernels on odd shapes and strides, with buffers of exactly the size the contract names, so that
-// a sanitizer sees every read or write beside them. Results are compared with the scalar kernels' bit for bit.
+// The kernels of the linear family on odd shapes and strides in every dtype, with buffers of exactly the size the
+// contract names, so that a sanitizer sees every read or write beside them. Results are compared with the scalar
+// kernels' bit for bit.
 #include <pycore/cpu_isa.h>
+#include <pycore/dtype.h>
 #include <pycore/linear/linear.h>
 
 #include <cstdio>
@@ -22,16 +24,28 @@ float random_value() {
   return static_cast<float>(static_cast<int32_t>(state >> 8) - (1 << 23)) / (1 << 22);
 }
 
+pycore::DType dtype = pycore::DType::kFloat32;  // of the buffers that are made
+
 // Exactly `count` values on the heap; a vector may have spare capacity that hides an overrun.
 struct Buffer {
-  explicit Buffer(int64_t count, bool random = true) : count(count), data(new float[static_cast<size_t>(count)]) {
-    for (int64_t i = 0; i < count; ++i) data[i] = random ? random_value() : -77.0f;
+  explicit Buffer(int64_t count, bool random = true)
+      : bytes(count * pycore::dtype_size(dtype)), data(new char[static_cast<size_t>(bytes)]) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = random ? random_value() : -77.0f;
+      if (dtype == pycore::DType::kFloat32) {
+        std::memcpy(data.get() + 4 * i, &x, 4);
+      } else {
+        const bool brain = dtype == pycore::DType::kBFloat16;
+        const uint16_t half = brain ? pycore::bfloat16_from_float(x) : pycore::float16_from_float(x);
+        std::memcpy(data.get() + 2 * i, &half, 2);
+      }
+    }
   }
   bool operator==(const Buffer& other) const {
-    return std::memcmp(data.get(), other.data.get(), static_cast<size_t>(count) * sizeof(float)) == 0;
+    return std::memcmp(data.get(), other.data.get(), static_cast<size_t>(bytes)) == 0;
   }
-  int64_t count;
-  std::unique_ptr<float[]> data;
+  int64_t bytes;
+  std::unique_ptr<char[]> data;
 };
 
 Parallel threads(int64_t count) {
@@ -50,7 +64,8 @@ struct Rows {
   Rows(int64_t outer, int64_t inner, int64_t width) : row(width + 3), block(inner * row + 5), buffer(outer * block) {
     pycore::TensorView view;
     // The last row ends where the buffer does.
-    view.data = buffer.data.get() + (outer > 0 ? block - (inner - 1) * row - width : 0);
+    view.data = buffer.data.get() + (outer > 0 ? block - (inner - 1) * row - width : 0) * pycore::dtype_size(dtype);
+    view.dtype = dtype;
     view.dims = 3;
     const int64_t shape[] = {outer, inner, width}, strides[] = {block, row, 1};
     std::memcpy(view.shape, shape, sizeof(shape));
@@ -68,6 +83,7 @@ struct Shape {
 
 struct Results {
   Buffer out, grad_x, grad_weight, grad_bias, norm, norm_grad_x, norm_grad_weight;
+  Buffer layer, layer_grad_x, layer_grad_weight, layer_grad_bias, gated, grad_gate, grad_up;
   explicit Results(const Shape& s, int64_t rows = 0)
       : out((rows = s.outer * s.inner) * s.outs, false),
         grad_x(rows * s.ins, false),
@@ -75,17 +91,27 @@ struct Results {
         grad_bias(s.outs, false),
         norm(rows * s.ins, false),
         norm_grad_x(rows * s.ins, false),
-        norm_grad_weight(s.ins, false) {}
+        norm_grad_weight(s.ins, false),
+        layer(rows * s.ins, false),
+        layer_grad_x(rows * s.ins, false),
+        layer_grad_weight(s.ins, false),
+        layer_grad_bias(s.ins, false),
+        gated(rows * s.ins, false),
+        grad_gate(rows * s.ins, false),
+        grad_up(rows * s.ins, false) {}
   bool operator==(const Results& o) const {
     return out == o.out && grad_x == o.grad_x && grad_weight == o.grad_weight && grad_bias == o.grad_bias &&
-           norm == o.norm && norm_grad_x == o.norm_grad_x && norm_grad_weight == o.norm_grad_weight;
+           norm == o.norm && norm_grad_x == o.norm_grad_x && norm_grad_weight == o.norm_grad_weight &&
+           layer == o.layer && layer_grad_x == o.layer_grad_x && layer_grad_weight == o.layer_grad_weight &&
+           layer_grad_bias == o.layer_grad_bias && gated == o.gated && grad_gate == o.grad_gate && grad_up == o.grad_up;
   }
 };
 
 void run(const Shape& s, const Rows& x, const Rows& grad, const Buffer& weight, const Buffer& bias, const Buffer& scale,
-         int64_t count, Results* results) {
+         int64_t count, pycore::Gate function, Results* results) {
   const Parallel parallel = threads(count);
   pycore::LinearParams forward;
+  forward.dtype = dtype;
   forward.in_features = s.ins;
   forward.out_features = s.outs;
   forward.x = x.rows;
@@ -97,6 +123,7 @@ void run(const Shape& s, const Rows& x, const Rows& grad, const Buffer& weight, 
   failures += !pycore::linear_forward(forward, parallel, scratch.get()).ok();
 
   pycore::LinearBackwardParams backward;
+  backward.dtype = dtype;
   backward.in_features = s.ins;
   backward.out_features = s.outs;
   backward.grad_out = grad.rows;
@@ -110,6 +137,7 @@ void run(const Shape& s, const Rows& x, const Rows& grad, const Buffer& weight, 
   failures += !pycore::linear_backward(backward, parallel, scratch.get()).ok();
 
   pycore::RmsNormParams norm;
+  norm.dtype = dtype;
   norm.channels = s.ins;
   norm.x = x.rows;
   norm.weight = scale.data.get();
@@ -117,6 +145,7 @@ void run(const Shape& s, const Rows& x, const Rows& grad, const Buffer& weight, 
   failures += !pycore::rms_norm_forward(norm, parallel).ok();
 
   pycore::RmsNormBackwardParams norm_backward;
+  norm_backward.dtype = dtype;
   norm_backward.channels = s.ins;
   norm_backward.grad_out = norm_backward.x = x.rows;
   norm_backward.weight = scale.data.get();
@@ -124,29 +153,72 @@ void run(const Shape& s, const Rows& x, const Rows& grad, const Buffer& weight, 
   norm_backward.grad_weight = results->norm_grad_weight.data.get();
   scratch.reset(new char[static_cast<size_t>(pycore::rms_norm_backward_scratch(norm_backward, count))]);
   failures += !pycore::rms_norm_backward(norm_backward, parallel, scratch.get()).ok();
+
+  pycore::LayerNormParams layer;
+  layer.dtype = dtype;
+  layer.channels = s.ins;
+  layer.x = x.rows;
+  layer.weight = layer.bias = scale.data.get();
+  layer.out = results->layer.data.get();
+  failures += !pycore::layer_norm_forward(layer, parallel).ok();
+
+  pycore::LayerNormBackwardParams layer_backward;
+  layer_backward.dtype = dtype;
+  layer_backward.channels = s.ins;
+  layer_backward.grad_out = layer_backward.x = x.rows;
+  layer_backward.weight = scale.data.get();
+  layer_backward.grad_x = results->layer_grad_x.data.get();
+  layer_backward.grad_weight = results->layer_grad_weight.data.get();
+  layer_backward.grad_bias = results->layer_grad_bias.data.get();
+  scratch.reset(new char[static_cast<size_t>(pycore::layer_norm_backward_scratch(layer_backward, count))]);
+  failures += !pycore::layer_norm_backward(layer_backward, parallel, scratch.get()).ok();
+
+  pycore::GatedParams gated;
+  gated.dtype = dtype;
+  gated.function = function;
+  gated.channels = s.ins;
+  gated.gate = gated.up = x.rows;
+  gated.out = results->gated.data.get();
+  failures += !pycore::gated_forward(gated, parallel).ok();
+
+  pycore::GatedBackwardParams gated_backward;
+  gated_backward.dtype = dtype;
+  gated_backward.function = function;
+  gated_backward.channels = s.ins;
+  gated_backward.grad_out = gated_backward.gate = gated_backward.up = x.rows;
+  gated_backward.grad_gate = results->grad_gate.data.get();
+  gated_backward.grad_up = results->grad_up.data.get();
+  failures += !pycore::gated_backward(gated_backward, parallel).ok();
 }
 
 }  // namespace
 
 int main() {
   const pycore::CpuIsa isa = pycore::cpu_isa();
-  const Shape shapes[] = {{0, 1, 5, 7},     {1, 1, 0, 7},     {1, 1, 1, 1},      {1, 1, 257, 83},   {3, 1, 17, 33},
-                          {2, 3, 64, 64},   {7, 1, 300, 129}, {5, 5, 63, 70},    {30, 13, 31, 200}, {300, 1, 9, 5},
-                          {1, 1, 600, 530}, {4, 1, 33, 400},  {270, 1, 130, 193}};
-  for (const Shape& s : shapes) {
-    const Rows x(s.outer, s.inner, s.ins), grad(s.outer, s.inner, s.outs);
-    const Buffer weight(s.outs * s.ins), bias(s.outs), scale(s.ins);
-    pycore::set_cpu_isa(pycore::CpuIsa::kScalar);
-    Results expected(s);
-    run(s, x, grad, weight, bias, scale, 1, &expected);
-    pycore::set_cpu_isa(isa);
-    for (int64_t count : {1, 3}) {
-      Results actual(s);
-      run(s, x, grad, weight, bias, scale, count, &actual);
-      if (actual == expected) continue;
-      std::fprintf(stderr, "failed: %ld x %ld rows of %ld to %ld on %ld threads\n", long(s.outer), long(s.inner),
-                   long(s.ins), long(s.outs), long(count));
-      ++failures;
+  const Shape shapes[] = {{0, 1, 5, 7},       {1, 1, 0, 7},     {1, 1, 1, 1},     {1, 1, 257, 83},
+                          {3, 1, 17, 33},     {2, 3, 64, 64},   {7, 1, 300, 129}, {5, 5, 63, 70},
+                          {30, 13, 31, 200},  {300, 1, 9, 5},   {1, 1, 600, 530}, {4, 1, 33, 400},
+                          {270, 1, 130, 193}, {2, 1, 2100, 70}, {1, 6, 47, 65},   {2, 2, 2049, 31}};
+  const pycore::Gate functions[] = {pycore::Gate::kSilu, pycore::Gate::kGelu, pycore::Gate::kGeluTanh};
+  int which = 0;
+  for (const pycore::DType each : {pycore::DType::kFloat32, pycore::DType::kBFloat16, pycore::DType::kFloat16}) {
+    dtype = each;
+    for (const Shape& s : shapes) {
+      const pycore::Gate function = functions[which++ % 3];
+      const Rows x(s.outer, s.inner, s.ins), grad(s.outer, s.inner, s.outs);
+      const Buffer weight(s.outs * s.ins), bias(s.outs), scale(s.ins);
+      pycore::set_cpu_isa(pycore::CpuIsa::kScalar);
+      Results expected(s);
+      run(s, x, grad, weight, bias, scale, 1, function, &expected);
+      pycore::set_cpu_isa(isa);
+      for (int64_t count : {1, 3}) {
+        Results actual(s);
+        run(s, x, grad, weight, bias, scale, count, function, &actual);
+        if (actual == expected) continue;
+        std::fprintf(stderr, "failed: dtype %d, %ld x %ld rows of %ld to %ld on %ld threads\n", int(dtype),
+                     long(s.outer), long(s.inner), long(s.ins), long(s.outs), long(count));
+        ++failures;
+      }
     }
   }
   return failures == 0 ? 0 : 1;

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from pycore import ops
 from pycore.cache import LambdaKVCache
 from pycore.compat import torchac
-from pycore.ops import attention, invariant_linear, lambda_attention, rms_norm
+from pycore.ops import attention, gelu_mul, invariant_linear, lambda_attention, layer_norm, rms_norm, silu_mul
 from pycore.reference import attention as reference
 from pycore.schedules import (
     Causal,
@@ -38,6 +38,11 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
 
 
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    deviation = x - x.mean(-1, keepdim=True)
+    return deviation * (deviation.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight + bias
+
+
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
@@ -45,6 +50,9 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "invariant_linear": (invariant_linear, torch.nn.functional.linear, ((3, 4), (2, 4), (2,))),
     "rms_norm": (rms_norm, plain_norm, ((3, 4), (4,))),
+    "layer_norm": (layer_norm, plain_layer_norm, ((3, 4), (4,), (4,))),
+    "silu_mul": (silu_mul, lambda gate, up: torch.nn.functional.silu(gate) * up, ((3, 4), (3, 4))),
+    "gelu_mul": (gelu_mul, lambda gate, up: torch.nn.functional.gelu(gate) * up, ((3, 4), (3, 4))),
     "attention": (attention, plain_attention, ((2, 1, 3, 4), (2, 1, 3, 4), (2, 1, 3, 2))),
 }
 
@@ -151,7 +159,7 @@ def test_second_derivatives_are_refused(name: str, way: str) -> None:
         SECOND[way](squared(op), inputs)
 
 
-@pytest.mark.parametrize("name", ["invariant_linear", "rms_norm"])
+@pytest.mark.parametrize("name", ["invariant_linear", "rms_norm", "layer_norm"])
 def test_second_tangents_of_linear_and_norm(name: str) -> None:
     """Forward over forward goes through plain sums."""
     op, plain, inputs, _ = problem(name)

@@ -167,6 +167,14 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], Args], int]] = {
         lambda x, w, eps: ops.rms_norm(x, w, eps=eps),
         lambda i: (leaf(2 + i, 3 + i), leaf(3 + i), 0.1 * (1 + i)), 2,
     ),
+    "layer_norm": (
+        lambda x, w, b, eps: ops.layer_norm(x, w, b, eps=eps),
+        lambda i: (leaf(2 + i, 3 + i), leaf(3 + i), leaf(3 + i), 0.1 * (1 + i)), 2,
+    ),
+    "gated": (
+        lambda x, y: ops.silu_mul(x, y) + ops.gelu_mul(y, x) * ops.gelu_mul(x, x, "tanh"),
+        lambda i: (leaf(2 + i, 3 + i), leaf(2 + i, 3 + i)), 2,
+    ),
     "quantize_cdf": (
         lambda x, p: ops.quantize_cdf(logits=x, precision=p), lambda i: (torch.rand(2 + i, 3 + i), 10 + i), 2,
     ),

@@ -49,6 +49,14 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
     check(ops.rms_norm, torch.randn(shape), torch.randn(shape[-1]))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 3), (0, 3, 4), (2, 3, 4)], ids=str)
+def test_layer_norm_and_gated(shape: tuple[int, ...]) -> None:
+    check(ops.layer_norm, torch.randn(shape))
+    check(ops.layer_norm, torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1]))
+    check(ops.silu_mul, torch.randn(shape), torch.randn(shape))
+    check(ops.gelu_mul, torch.randn(shape), torch.randn(shape))
+
+
 SIZES = [x for x in itertools.product((0, 2), (0, 4), (0, 2), (0, 3), (0, 5), (0, 6)) if x[2] or not x[1]]
 
 

@@ -96,6 +96,35 @@ def norm_case(seed: int, rows: int, channels: int) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, leaves, draw(rows, channels))]
 
 
+def half_case(seed: int, rows: int, ins: int, outs: int, dtype: torch.dtype) -> list[Tensor]:
+    """Linear layer and norms in 16 bits."""
+    draw = Numbers(seed)
+    x, weight, bias = draw(rows, ins, dtype=dtype), draw(outs, ins, dtype=dtype), draw(outs, dtype=dtype)
+    scale, shift = draw(ins, dtype=dtype), draw(ins, dtype=dtype)
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias, scale, shift)]
+    results = [ops.invariant_linear(x, weight, bias), ops.rms_norm(x, scale, 1e-5), ops.layer_norm(x, scale, shift)]
+    weights = [draw(*result.shape, dtype=dtype) for result in results]
+    return [*results, *torch.autograd.grad(results, leaves, weights)]
+
+
+def layer_norm_case(seed: int, rows: int, channels: int) -> list[Tensor]:
+    draw = Numbers(seed)
+    leaves = [draw(rows, channels).requires_grad_(), draw(channels).requires_grad_(), draw(channels).requires_grad_()]
+    out = ops.layer_norm(*leaves, 1e-5)
+    return [out, *torch.autograd.grad(out, leaves, draw(rows, channels))]
+
+
+def gated_case(seed: int, dtype: torch.dtype) -> list[Tensor]:
+    """From both tails through zero, with lanes left over."""
+    draw = Numbers(seed)
+    gate = torch.cat([draw(3, 333), draw(3, 333) * 30, draw(3, 333) / 4096]).to(dtype).requires_grad_()
+    up = draw(9, 333, dtype=dtype).requires_grad_()
+    results = [ops.silu_mul(gate, up), ops.gelu_mul(gate, up), ops.gelu_mul(gate, up, "tanh")]
+    weights = [draw(*result.shape, dtype=dtype) for result in results]
+    each = zip(results, weights, strict=True)
+    return [*results, *(grad for result, by in each for grad in torch.autograd.grad(result, (gate, up), by))]
+
+
 def cases() -> dict[str, Callable[[], list[Tensor]]]:
     made: dict[str, Callable[[], list[Tensor]]] = {}
 
@@ -137,6 +166,11 @@ def cases() -> dict[str, Callable[[], list[Tensor]]]:
     for rows in (1, 5, 40):
         add(f"linear, {rows}", linear_case, rows, 333, 77)
         add(f"norm, {rows}", norm_case, rows, 333)
+        add(f"layer norm, {rows}", layer_norm_case, rows, 333)
+        for dtype in (torch.bfloat16, torch.float16):
+            add(f"linear {dtype}, {rows}", half_case, rows, 333, 77, dtype)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        add(f"gated {dtype}", gated_case, dtype)
     return made
 
 

@@ -43,6 +43,9 @@ def good(name: str) -> dict[str, Any]:
         "scaled_dot_product_attention": inputs,
         "invariant_linear": {"x": torch.randn(3, 4), "weight": torch.randn(2, 4), "bias": torch.zeros(2)},
         "rms_norm": {"x": torch.randn(3, 4), "weight": torch.ones(4)},
+        "layer_norm": {"x": torch.randn(3, 4), "weight": torch.ones(4), "bias": torch.ones(4)},
+        "silu_mul": {"gate": torch.randn(3, 4), "up": torch.ones(3, 4)},
+        "gelu_mul": {"gate": torch.randn(3, 4), "up": torch.ones(3, 4)},
         "quantize_cdf": {"probs": torch.ones(3)},
         "ac_encode": {**rows, "cdf": CDF},
         "ac_encode_logits": {**rows, "logits": torch.zeros(2)},
@@ -93,6 +96,9 @@ CALLS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "scaled_dot_product_attention": lambda given: compat.scaled_dot_product_attention(**given),
     "invariant_linear": lambda given: ops.invariant_linear(**given),
     "rms_norm": lambda given: ops.rms_norm(**given),
+    "layer_norm": lambda given: ops.layer_norm(**given),
+    "silu_mul": lambda given: ops.silu_mul(**given),
+    "gelu_mul": lambda given: ops.gelu_mul(**given),
     "quantize_cdf": lambda given: ops.quantize_cdf(**given),
     "ac_encode": lambda given: ops.ac_encode(**given),
     "ac_encode_logits": lambda given: ops.ac_encode_logits(**given),
@@ -158,6 +164,7 @@ def test_streams_and_a_meta_model(name: str) -> None:
 ON_META = [name for name in CALLS if name in (
     "attention", "lambda_attention", "pr_flash_attention", "prefix", "segments", "key_subset", "tree", "rms_norm",
     "scaled_dot_product_attention", "invariant_linear", "quantize_cdf", "t5_bias", "clipped_bias",
+    "layer_norm", "silu_mul", "gelu_mul",
 )]  # fmt: skip
 
 
@@ -174,6 +181,7 @@ def test_backward_kernels_look_at_the_gradient() -> None:
     for op, grad, rest in (
         (torch.ops.pycore.invariant_linear_backward, torch.zeros(3, 2), (x, weight, True, True, True)),
         (torch.ops.pycore.rms_norm_backward, torch.zeros(3, 4), (x, torch.ones(4), 1e-6, True, True)),
+        (torch.ops.pycore.layer_norm_backward, torch.zeros(3, 4), (x, torch.ones(4), 1e-6, True, True, True)),
     ):
         op(grad, *rest)
         with pytest.raises(ValueError, match="_backward: grad_out is on meta and must be on cpu, where x is$"):
@@ -236,6 +244,10 @@ HUGE: dict[str, tuple[Callable[[], Any], str]] = {
         f"invariant_linear: out has shape [{FAR}, 3]",
     ),
     "rms_norm": (lambda: ops.rms_norm(torch.zeros(1, 4).expand(FAR, 4)), f"rms_norm: out has shape [{FAR}, 4]"),
+    "layer_norm": (lambda: ops.layer_norm(torch.zeros(1, 4).expand(FAR, 4)), f"layer_norm: out has shape [{FAR}, 4]"),
+    "silu_mul": (
+        lambda: ops.silu_mul(*[torch.zeros(1, 4).expand(FAR, 4)] * 2), f"silu_mul: out has shape [{FAR}, 4]",
+    ),
     "quantize_cdf": (
         lambda: ops.quantize_cdf(torch.ones(1, 4).expand(FAR, 4)),
         f"quantize_cdf: cdf has shape [{FAR}, 5]",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The linear and norm kernels on AVX2 + FMA.
+// The kernels of the linear family on AVX2 + FMA.
 #define PYCORE_LANES 8
 #include <immintrin.h>
 

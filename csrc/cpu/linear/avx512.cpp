@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The linear and norm kernels on AVX-512.
+// The kernels of the linear family on AVX-512.
 #define PYCORE_LANES 16
 #include <immintrin.h>
 

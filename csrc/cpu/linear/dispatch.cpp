@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Linear layers and RMS norm on the CPU: picks the instruction set, cuts the work into items and hands them to threads.
+// The linear family on the CPU: picks the instruction set, cuts the work into items and hands them to threads.
 // Nothing here decides a bit of the result, with one exception that looks at the number of rows alone: the chunks of
-// rows that the norm's weight gradient is summed by.
+// rows that the norms' weight gradients are summed by.
 #include <pycore/cpu_isa.h>
+#include <pycore/dtype.h>
 #include <pycore/float_environment.h>
 #include <pycore/sizes.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "../for_isa.h"
 #include "kernels.h"
@@ -15,9 +17,15 @@ namespace pycore {
 namespace {
 
 const LinearKernels* kernels_for(DType dtype, CpuIsa isa) {
-  if (dtype == DType::kFloat64) return &scalar::linear_double;
-  if (dtype != DType::kFloat32) return nullptr;
-  return &for_isa(isa, scalar::linear_float, avx2::linear_float, avx512::linear_float);
+  switch (dtype) {
+    case DType::kFloat64: return &scalar::linear_double;
+    case DType::kFloat32: return &for_isa(isa, scalar::linear_float, avx2::linear_float, avx512::linear_float);
+    case DType::kBFloat16:
+      if (isa == CpuIsa::kAvx512 && cpu_has_bfloat16_products()) return &avx512_bf16::linear_bfloat16;
+      return &for_isa(isa, scalar::linear_bfloat16, avx2::linear_bfloat16, avx512::linear_bfloat16);
+    case DType::kFloat16: return &for_isa(isa, scalar::linear_float16, avx2::linear_float16, avx512::linear_float16);
+    default: return nullptr;
+  }
 }
 
 constexpr Status kNoKernel = {StatusCode::kUnsupported, "the linear kernels have no CPU version for this dtype"};
@@ -29,44 +37,117 @@ int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 Range part(int64_t index, int64_t size, int64_t total) { return {index * size, std::min((index + 1) * size, total)}; }
 
 // Rows of an item: enough of them to pay for packing the columns, few enough to go round.
-int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads) {
+int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, DType dtype) {
   const int64_t wanted = size_product({rows, column_items}) / (4 * std::max<int64_t>(threads, 1));
-  return std::clamp(parts(wanted, 12) * 12, kMinItemRows, kMaxItemRows);
+  return std::clamp(parts(wanted, 12) * 12, kMinItemRows, dtype_size(dtype) == 2 ? kMaxHalfRows : kMaxItemRows);
+}
+
+// Columns of an item. Few rows read the weight from item to item, and what comes next is fetched within one. In 16 bits
+// an item's rows are converted, which more columns share. Both where there are items enough.
+int64_t item_columns(int64_t rows, int64_t columns, int64_t threads, DType dtype) {
+  if (rows <= kFewRows)
+    return std::max<int64_t>(columns / (8 * std::max<int64_t>(threads, 1) * kLinearColumns), 1) * kLinearColumns;
+  const int64_t wide = size_product({parts(rows, kMaxHalfRows), parts(columns, kHalfColumns)});
+  return dtype_size(dtype) == 2 && wide >= 8 * threads ? kHalfColumns : kLinearColumns;
 }
 
 int64_t norm_chunk_rows(int64_t rows) {
   return parts(std::max<int64_t>(parts(rows, kNormChunks), 1), kNormRowBlock) * kNormRowBlock;
 }
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+// Sums over rows are kept in float32, or in float64 where that is the dtype.
+int64_t sum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 template <class T>
-void add_chunks(const void* partials, int64_t chunks, int64_t channels, void* out) {
-  const T* row = static_cast<const T*>(partials);
-  T* total = static_cast<T*>(out);
-  std::fill(total, total + channels, T(0));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk, row += channels) {
-    for (int64_t c = 0; c < channels; ++c) total[c] += row[c];
+void store_sum(T sum, DType dtype, void* out, int64_t c) {
+  switch (dtype) {
+    case DType::kBFloat16: static_cast<uint16_t*>(out)[c] = bfloat16_from_float(static_cast<float>(sum)); return;
+    case DType::kFloat16: static_cast<uint16_t*>(out)[c] = float16_from_float(static_cast<float>(sum)); return;
+    default: static_cast<T*>(out)[c] = sum;
   }
+}
+
+// out[c] = the sum of the chunks' partials, in order, rounded once; `stride` sums from one chunk to the next.
+template <class T>
+void add_chunks(const void* partials, int64_t chunks, int64_t channels, int64_t stride, DType dtype, void* out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* partial = static_cast<const T*>(partials) + c;
+    T total = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * stride];
+    store_sum(total, dtype, out, c);
+  }
+}
+
+void finish_sums(const void* partials, int64_t chunks, int64_t channels, int64_t stride, DType dtype, void* out) {
+  if (out == nullptr) return;
+  const FixedFloats fixed;
+  if (dtype == DType::kFloat64) {
+    add_chunks<double>(partials, chunks, channels, stride, dtype, out);
+  } else {
+    add_chunks<float>(partials, chunks, channels, stride, dtype, out);
+  }
+}
+
+// A norm's rows, one after another on as many threads as pay.
+template <class Body>
+void for_norm_rows(int64_t rows, int64_t channels, const Parallel& parallel, const Body& body) {
+  const int64_t height = std::max<int64_t>(1, kSerialWork / 8 / std::max<int64_t>(channels, 1));
+  const Parallel pool = limited(parallel, size_product({4, rows, channels}), kSerialWork);
+  for_each_item(pool, parts(rows, height), [&](int64_t, int64_t item) { body(part(item, height, rows)); });
+}
+
+// The same in the chunks that `sums` numbers a row are summed by: body(rows, partial, chain). scratch: [chunks +
+// threads] of them, or unused where sums is zero.
+template <class Body>
+void for_norm_chunks(int64_t rows, int64_t channels, int64_t sums, DType dtype, const Parallel& parallel, void* scratch,
+                     const Body& body) {
+  const int64_t height = norm_chunk_rows(rows), chunks = parts(rows, height), row_bytes = sums * sum_size(dtype);
+  char* partials = static_cast<char*>(scratch);
+  const Parallel pool = limited(parallel, size_product({8, rows, channels}), kSerialWork);
+  for_each_item(pool, chunks, [&](int64_t slot, int64_t item) {
+    char* partial = sums ? partials + item * row_bytes : nullptr;
+    body(part(item, height, rows), partial, sums ? partials + (chunks + slot) * row_bytes : nullptr);
+  });
+}
+
+// Elements of [rows, channels] in pieces; where every view is one run, rows do not matter.
+template <class Params, class Kernel>
+void for_elements(Params* params, std::initializer_list<RowView*> views, const Parallel& parallel,
+                  const Kernel& kernel) {
+  constexpr int64_t kPiece = 16384;
+  const int64_t total = size_product({views.begin()[0]->rows, params->channels});
+  const bool flat = std::all_of(views.begin(), views.end(), [&](const RowView* view) {
+    return view->dims == 0 || (view->dims == 1 && view->strides[0] == params->channels);
+  });
+  if (flat && total > 0) {
+    for (RowView* view : views) {
+      view->rows = 1;
+      view->dims = 0;
+    }
+    params->channels = total;
+  }
+  const Parallel pool = limited(parallel, size_product({16, total}), kSerialWork);
+  for_each_item(pool, parts(total, kPiece), [&](int64_t, int64_t item) { kernel(part(item, kPiece, total)); });
 }
 
 }  // namespace
 
 int64_t linear_forward_scratch(const LinearParams& params, int64_t threads) {
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
-  return kernels && params.x.rows > 1 ? size_product({threads, kernels->forward_scratch}) : 0;
+  return kernels && params.x.rows > kFewRows ? size_product({threads, kernels->forward_scratch}) : 0;
 }
 
 Status linear_forward(const LinearParams& params, const Parallel& parallel, void* scratch) {
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, columns = params.out_features;
-  const int64_t column_items = parts(columns, kLinearColumns);
-  const int64_t height = item_rows(rows, column_items, parallel.threads);
+  const int64_t width = item_columns(rows, columns, parallel.threads, params.dtype);
+  const int64_t column_items = parts(columns, width);
+  const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
   const Parallel pool = limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
-    kernels->forward(params, part(item / column_items, height, rows),
-                     part(item % column_items, kLinearColumns, columns),
+    const FlushedFloats flushed(params.dtype == DType::kBFloat16);
+    kernels->forward(params, part(item / column_items, height, rows), part(item % column_items, width, columns),
                      static_cast<char*>(scratch) + slot * kernels->forward_scratch);
   });
   return {};
@@ -81,8 +162,9 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, ins = params.in_features, outs = params.out_features;
-  const int64_t column_items = parts(ins, kLinearColumns);
-  const int64_t height = item_rows(rows, column_items, parallel.threads);
+  const int64_t width = rows > kFewRows ? item_columns(rows, ins, parallel.threads, params.dtype) : kLinearColumns;
+  const int64_t column_items = parts(ins, width);
+  const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
   const int64_t weight_columns = parts(ins, kWeightColumns);
   const int64_t weight_items = params.grad_weight ? parts(outs, kWeightRows) * weight_columns : 0;
   const int64_t x_items = params.grad_x ? parts(rows, height) * column_items : 0;
@@ -90,6 +172,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const Parallel pool = limited(parallel, size_product({rows, ins, outs}), kSerialWork);
   // One list, the largest items first, so that no thread waits between the three gradients.
   for_each_item(pool, weight_items + x_items + bias_items, [&](int64_t slot, int64_t item) {
+    const FlushedFloats flushed(params.dtype == DType::kBFloat16);
     void* slot_scratch = static_cast<char*>(scratch) + slot * kernels->backward_scratch;
     if (item < weight_items) {
       kernels->grad_weight(params, part(item / weight_columns, kWeightRows, outs),
@@ -98,7 +181,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
     }
     item -= weight_items;
     if (item < x_items) {
-      kernels->grad_x(params, part(item / column_items, height, rows), part(item % column_items, kLinearColumns, ins),
+      kernels->grad_x(params, part(item / column_items, height, rows), part(item % column_items, width, ins),
                       slot_scratch);
       return;
     }
@@ -110,40 +193,70 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
 Status rms_norm_forward(const RmsNormParams& params, const Parallel& parallel) {
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
-  const int64_t rows = params.x.rows;
-  const int64_t height = std::max<int64_t>(1, kSerialWork / 8 / std::max<int64_t>(params.channels, 1));
-  const Parallel pool = limited(parallel, size_product({4, rows, params.channels}), kSerialWork);
-  for_each_item(pool, parts(rows, height),
-                [&](int64_t, int64_t item) { kernels->norm(params, part(item, height, rows)); });
+  for_norm_rows(params.x.rows, params.channels, parallel, [&](Range rows) { kernels->norm(params, rows); });
   return {};
 }
 
 int64_t rms_norm_backward_scratch(const RmsNormBackwardParams& params, int64_t threads) {
   if (!params.grad_weight) return 0;
   const int64_t chunks = parts(params.x.rows, norm_chunk_rows(params.x.rows));
-  return size_product({chunks + threads, params.channels, element_size(params.dtype)});
+  return size_product({chunks + threads, params.channels, sum_size(params.dtype)});
 }
 
 Status rms_norm_backward(const RmsNormBackwardParams& params, const Parallel& parallel, void* scratch) {
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
-  const int64_t rows = params.x.rows, height = norm_chunk_rows(rows), chunks = parts(rows, height);
-  const int64_t row_bytes = params.channels * element_size(params.dtype);
-  char* partials = static_cast<char*>(scratch);                                 // [chunks, channels]
-  char* chains = params.grad_weight ? partials + chunks * row_bytes : nullptr;  // [threads, channels]
-  const Parallel pool = limited(parallel, size_product({8, rows, params.channels}), kSerialWork);
-  for_each_item(pool, chunks, [&](int64_t slot, int64_t item) {
-    void* partial = params.grad_weight ? partials + item * row_bytes : nullptr;
-    void* chain = params.grad_weight ? chains + slot * row_bytes : nullptr;
-    kernels->norm_backward(params, part(item, height, rows), partial, chain);
+  const int64_t rows = params.x.rows, channels = params.channels, sums = params.grad_weight ? channels : 0;
+  for_norm_chunks(rows, channels, sums, params.dtype, parallel, scratch, [&](Range part, void* partial, void* chain) {
+    kernels->norm_backward(params, part, partial, chain);
   });
-  if (!params.grad_weight) return {};
-  const FixedFloats fixed;
-  if (params.dtype == DType::kFloat64) {
-    add_chunks<double>(partials, chunks, params.channels, params.grad_weight);
-  } else {
-    add_chunks<float>(partials, chunks, params.channels, params.grad_weight);
-  }
+  finish_sums(scratch, parts(rows, norm_chunk_rows(rows)), channels, sums, params.dtype, params.grad_weight);
+  return {};
+}
+
+Status layer_norm_forward(const LayerNormParams& params, const Parallel& parallel) {
+  const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
+  if (!kernels) return kNoKernel;
+  for_norm_rows(params.x.rows, params.channels, parallel, [&](Range rows) { kernels->layer_norm(params, rows); });
+  return {};
+}
+
+int64_t layer_norm_backward_scratch(const LayerNormBackwardParams& params, int64_t threads) {
+  if (!params.grad_weight && !params.grad_bias) return 0;
+  const int64_t chunks = parts(params.x.rows, norm_chunk_rows(params.x.rows));
+  return size_product({chunks + threads, 2, params.channels, sum_size(params.dtype)});
+}
+
+Status layer_norm_backward(const LayerNormBackwardParams& params, const Parallel& parallel, void* scratch) {
+  const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
+  if (!kernels) return kNoKernel;
+  const int64_t rows = params.x.rows, channels = params.channels;
+  const int64_t sums = params.grad_weight || params.grad_bias ? 2 * channels : 0;
+  for_norm_chunks(rows, channels, sums, params.dtype, parallel, scratch, [&](Range part, void* partial, void* chain) {
+    kernels->layer_norm_backward(params, part, partial, chain);
+  });
+  const int64_t chunks = parts(rows, norm_chunk_rows(rows));
+  const char* bias_sums = static_cast<const char*>(scratch) + (sums ? channels * sum_size(params.dtype) : 0);
+  finish_sums(scratch, chunks, channels, sums, params.dtype, params.grad_weight);
+  finish_sums(bias_sums, chunks, channels, sums, params.dtype, params.grad_bias);
+  return {};
+}
+
+Status gated_forward(const GatedParams& given, const Parallel& parallel) {
+  const LinearKernels* kernels = kernels_for(given.dtype, given.isa);
+  if (!kernels) return kNoKernel;
+  GatedParams params = given;
+  for_elements(&params, {&params.gate, &params.up}, parallel,
+               [&](Range elements) { kernels->gated(params, elements); });
+  return {};
+}
+
+Status gated_backward(const GatedBackwardParams& given, const Parallel& parallel) {
+  const LinearKernels* kernels = kernels_for(given.dtype, given.isa);
+  if (!kernels) return kNoKernel;
+  GatedBackwardParams params = given;
+  for_elements(&params, {&params.grad_out, &params.gate, &params.up}, parallel,
+               [&](Range elements) { kernels->gated_backward(params, elements); });
   return {};
 }
 

@@ -1,53 +1,51 @@
 // SPDX-License-Identifier: Apache-2.0
-// The linear kernels on the tile product. A product's columns lie in panels of kPanel: the weight transposed (forward),
-// the weight (grad_x) or x (grad_weight), copied so that the product reads one stream. Copies go to scratch that stays
-// in the second cache.
+// The linear layer forward on the tile product. A product's columns lie in panels of kPanel: the weight transposed,
+// copied so that the product reads one stream. Copies go to scratch that stays in the second cache.
+//
+// bfloat16 and float16 become float32 on the way into a panel, and so do an item's rows, once a block; the sums stay in
+// scratch until the last block, so that a result is rounded once.
 
 #pragma once
 
+#include <pycore/dtype.h>
 #include <pycore/linear/linear.h>
 
 #include <cstdint>
 
 #include "../tile_product.inl.h"
 #include "../vector_rows.inl.h"
+#include "few.inl.h"
 #include "kernels.h"
 
 constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
-// With few rows a panel is read once. Then it is narrow, because each of its columns is a row of the weight and the
-// machine can follow some 16 streams, and goes through in slices of the depth that stay in the first cache.
-constexpr int64_t kFewRows = kProductRows, kFewColumns = 16, kSlice = 64;
-constexpr int64_t kBorrowedRows = 24;  // fewer rows than this do not pay for a copy of the weight in grad_x
 
 // What a thread has to write on.
 struct ForwardScratch {
   float panel[kLinearBlock * kPanel];       // [depth][kPanel]
   float rows[kProductRows * kLinearBlock];  // gathered rows of x
-  float chain[kFewRows * kPanel];           // unfinished chains
 };
-struct BackwardScratch {
-  float panels[kLinearBlock * kWeightColumns];  // [depth][kPanel], kWeightColumns / kPanel of them; grad_x has one
-  float rows[kLinearBlock * kWeightRows];       // [depth][kWeightRows], or gathered rows as above
+struct HalfScratch {
+  float panels[kLinearBlock * kWeightColumns];  // [depth][kPanel], kWeightColumns / kPanel of them where wanted
+  float rows[kMaxHalfRows * kLinearBlock];      // [rows][kLinearBlock], or [depth][kWeightRows]
+  float sums[kWeightRows * kWeightColumns];     // [rows][kHalfColumns], or [kWeightRows][kWeightColumns]
 };
+static_assert(kMaxHalfRows <= kWeightRows && kHalfColumns <= kWeightColumns);
 
-// Adds a block's chains to the sum. Between the slices of a block the chains rest in `chain`.
+// Adds a block's chains to the sum.
 struct BlockSum {
   float* out;
   int64_t out_row;
   const float* bias;  // added after the last block; null before it
-  float* chain;       // [rows][kPanel]
-  bool resume, rest, first_block;
+  bool first_block;
 
-  PYCORE_INLINE Vec start(int m, int64_t n) const { return resume ? Vec::load(chain + m * kPanel + n) : Vec::zero(); }
-  PYCORE_INLINE Vec start_first(int m, int64_t n, int64_t) const { return start(m, n); }
+  PYCORE_INLINE Vec start(int, int64_t) const { return Vec::zero(); }
+  PYCORE_INLINE Vec start_first(int, int64_t, int64_t) const { return Vec::zero(); }
   PYCORE_INLINE void finish(int m, int64_t n, Vec x) const {
-    if (rest) return x.store(chain + m * kPanel + n);
     if (!first_block) x = Vec::load(out + m * out_row + n) + x;
     if (bias) x = x + Vec::load(bias + n);
     x.store(out + m * out_row + n);
   }
   PYCORE_INLINE void finish_first(int m, int64_t n, int64_t count, Vec x) const {
-    if (rest) return x.store(chain + m * kPanel + n);
     if (!first_block) x = Vec::load_first(out + m * out_row + n, count) + x;
     if (bias) x = x + Vec::load_first(bias + n, count);
     x.store_first(out + m * out_row + n, count);
@@ -86,142 +84,126 @@ inline void multiply_rows(const RowView& view, Range rows, int64_t k, int64_t de
   }
 }
 
-// One row: the transposed squares of the weight are used where they stand, in registers. The chains are the tile
-// product's. kFewColumns columns at a time hide the latency of a chain.
-void forward_one_row(const LinearParams& params, int64_t row, Range columns) {
-  constexpr int64_t kWidth = Vec::kWidth;
-  constexpr int kGroups = kFewColumns / kWidth;
-  const float* x = params.x.row<float>(row);
-  const float* bias = static_cast<const float*>(params.bias);
-  float* out = static_cast<float*>(params.out) + row * params.out_features;
-  for (int64_t n = columns.begin; n < columns.end; n += kFewColumns) {
-    const float* weight = static_cast<const float*>(params.weight) + n * params.weight_stride;
-    int64_t counts[kGroups];
-    for (int g = 0; g < kGroups; ++g) counts[g] = smaller(kWidth, columns.end - n - g * kWidth);
-    Vec total[kGroups];
-    int64_t block = 0;
-    do {
-      const int64_t end = smaller(block + kLinearBlock, params.in_features);
-      Vec chain[kGroups], square[kWidth];
-      for (int g = 0; g < kGroups; ++g) chain[g] = Vec::zero();
-      int64_t k = block;
-      for (; k + kWidth <= end; k += kWidth) {
-        for (int g = 0; g < kGroups; ++g) {
-          load_transposed(weight + g * kWidth * params.weight_stride + k, params.weight_stride, counts[g], kWidth,
-                          square);
-          for (int j = 0; j < kWidth; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
-        }
-      }
-      for (int g = 0; g < kGroups && k < end; ++g) {
-        load_transposed(weight + g * kWidth * params.weight_stride + k, params.weight_stride, counts[g], end - k,
-                        square);
-        for (int j = 0; j < end - k; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
-      }
-      for (int g = 0; g < kGroups; ++g) total[g] = block == 0 ? chain[g] : total[g] + chain[g];
-      block = end;
-    } while (block < params.in_features);
-    for (int g = 0; g < kGroups && counts[g] > 0; ++g) {
-      if (bias) total[g] = total[g] + Vec::load_first(bias + n + g * kWidth, counts[g]);
-      total[g].store_first(out + n + g * kWidth, counts[g]);
-    }
-  }
-}
-
-void linear_forward_item(const LinearParams& params, Range rows, Range columns, void* memory) {
-  if (rows.count() == 1) return forward_one_row(params, rows.begin, columns);
-  ForwardScratch* scratch = static_cast<ForwardScratch*>(memory);
+void linear_forward_float(const LinearParams& params, Range rows, Range columns, ForwardScratch* scratch) {
   const float* weight = static_cast<const float*>(params.weight);
   const float* bias = static_cast<const float*>(params.bias);
   const int64_t depth = params.in_features;
-  const bool few = rows.count() <= kFewRows;
-  const int64_t slice = few ? kSlice : kLinearBlock, step = few ? kFewColumns : kPanel;
-  for (int64_t n = columns.begin; n < columns.end; n += step) {
-    const int64_t width = smaller(step, columns.end - n);
+  for (int64_t n = columns.begin; n < columns.end; n += kPanel) {
+    const int64_t width = smaller(kPanel, columns.end - n);
     int64_t k = 0;
     do {
-      const int64_t end = smaller(k + slice, depth);
-      const bool block_ends = end == depth || end % kLinearBlock == 0;
+      const int64_t end = smaller(k + kLinearBlock, depth);
       pack_transposed(weight + n * params.weight_stride + k, params.weight_stride, width, end - k, scratch->panel);
-      const BlockSum sum = {static_cast<float*>(params.out) + rows.begin * params.out_features + n,
-                            params.out_features,
-                            bias && end == depth ? bias + n : nullptr,
-                            scratch->chain,
-                            k % kLinearBlock != 0,
-                            !block_ends,
-                            k < kLinearBlock};
+      const BlockSum sum = {static_cast<float*>(params.out) + rows.begin * params.out_features + n, params.out_features,
+                            bias && end == depth ? bias + n : nullptr, k == 0};
       multiply_rows(params.x, rows, k, end - k, scratch->panel, kPanel, width, sum, scratch->rows);
       k = end;
     } while (k < depth);
   }
 }
 
-void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range columns, void* memory) {
-  BackwardScratch* scratch = static_cast<BackwardScratch*>(memory);
-  const int64_t depth = params.out_features;
-  for (int64_t column = columns.begin; column < columns.end; column += kPanel) {
-    const int64_t width = smaller(kPanel, columns.end - column);
-    int64_t n = 0;
-    do {
-      const int64_t end = smaller(n + kLinearBlock, depth);
-      const float* weight = static_cast<const float*>(params.weight) + n * params.weight_stride + column;
-      const bool copy = rows.count() >= kBorrowedRows;
-      for (int64_t i = 0; copy && i < end - n; ++i) {
-        copy_row(weight + i * params.weight_stride, width, scratch->panels + i * kPanel);
-      }
-      const BlockSum sum = {static_cast<float*>(params.grad_x) + rows.begin * params.in_features + column,
-                            params.in_features,
-                            nullptr,
-                            nullptr,
-                            false,
-                            false,
-                            n == 0};
-      multiply_rows(params.grad_out, rows, n, end - n, copy ? scratch->panels : weight,
-                    copy ? kPanel : params.weight_stride, width, sum, scratch->rows);
-      n = end;
-    } while (n < depth);
+// The product in 16 bits: columns of a panel, rows of a block, and how far the prepared rows lie apart.
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+// Twice the multiplications want half the loads: squarer blocks, of panels that leave room in the first cache.
+constexpr int64_t kHalfPanel = 2 * Vec::kWidth, kHalfRows = 12, kHalfRow = kLinearBlock / 2;
+
+// The tile product of a whole panel where lanes are pairs: A [rows][kHalfRow], B [pairs][kHalfPanel].
+template <int M>
+__attribute__((noinline)) void multiply_pair_rows(int64_t pairs, const float* a, const float* b, BlockSum sum) {
+  constexpr int V = kHalfPanel / Vec::kWidth;
+  Vec chain[M][V];
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) chain[m][v] = Vec::zero();
+  }
+  for (int64_t k = 0; k < pairs; ++k, b += kHalfPanel) {
+    Vec columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = Vec::load(b + v * Vec::kWidth);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const Vec x = Vec::broadcast(a[m * kHalfRow + k]);
+      for (int v = 0; v < V; ++v) chain[m][v] = Vec::fma_pairs(x, columns[v], chain[m][v]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) sum.finish(m, v * Vec::kWidth, chain[m][v]);
   }
 }
 
-void linear_grad_weight_item(const LinearBackwardParams& params, Range outs, Range columns, void* memory) {
-  BackwardScratch* scratch = static_cast<BackwardScratch*>(memory);
-  int64_t row = 0;
+PYCORE_INLINE void multiply_half(int64_t rows, int64_t depth, const float* a, const float* b, int64_t, BlockSum sum) {
+  const int64_t pairs = (depth + 1) / 2;
+  switch (rows) {
+    case 1: return multiply_pair_rows<1>(pairs, a, b, sum);
+    case 2: return multiply_pair_rows<2>(pairs, a, b, sum);
+    case 3: return multiply_pair_rows<3>(pairs, a, b, sum);
+    case 4: return multiply_pair_rows<4>(pairs, a, b, sum);
+    case 5: return multiply_pair_rows<5>(pairs, a, b, sum);
+    case 6: return multiply_pair_rows<6>(pairs, a, b, sum);
+    case 7: return multiply_pair_rows<7>(pairs, a, b, sum);
+    case 8: return multiply_pair_rows<8>(pairs, a, b, sum);
+    case 9: return multiply_pair_rows<9>(pairs, a, b, sum);
+    case 10: return multiply_pair_rows<10>(pairs, a, b, sum);
+    case 11: return multiply_pair_rows<11>(pairs, a, b, sum);
+    case 12: return multiply_pair_rows<12>(pairs, a, b, sum);
+    default: return;
+  }
+}
+#else
+constexpr int64_t kHalfPanel = kPanel, kHalfRows = kProductRows, kHalfRow = kLinearBlock;
+
+PYCORE_INLINE void multiply_half(int64_t rows, int64_t depth, const float* a, const float* b, int64_t width,
+                                 BlockSum sum) {
+  tile_product<false>(rows, depth, a, kHalfRow, b, kHalfPanel, 0, width, sum);
+}
+#endif
+
+// out[rows][columns] = A B + bias in 16 bits. pack(k, depth, column, width, panel) fills a panel of B.
+template <DType kType, class Pack>
+PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, int64_t depth, const Pack& pack,
+                                const void* bias, void* out, int64_t out_row, HalfScratch* scratch) {
+  int64_t k = 0;
   do {
-    const int64_t end = smaller(row + kLinearBlock, params.x.rows), depth = end - row;
-    for (int64_t r = 0; r < depth; ++r) {
-      copy_row(params.grad_out.row<float>(row + r) + outs.begin, outs.count(), scratch->rows + r * kWeightRows);
-      const float* x = params.x.row<float>(row + r);
-      for (int64_t column = columns.begin, p = 0; column < columns.end; column += kPanel, ++p) {
-        copy_row(x + column, smaller(kPanel, columns.end - column), scratch->panels + (p * kLinearBlock + r) * kPanel);
+    const int64_t end = smaller(k + kLinearBlock, depth);
+    for (int64_t r = 0; r < rows.count(); ++r) {
+      prepare_row<kType>(row_bytes<kType>(view, rows.begin + r) + k * kElementBytes<kType>, end - k,
+                         scratch->rows + r * kHalfRow);
+    }
+    for (int64_t n = columns.begin; n < columns.end; n += kHalfPanel) {
+      const int64_t width = smaller(kHalfPanel, columns.end - n);
+      pack(k, end - k, n, width, scratch->panels);
+      for (int64_t r = 0; r < rows.count(); r += kHalfRows) {
+        const BlockSum sum = {scratch->sums + r * kHalfColumns + (n - columns.begin), kHalfColumns, nullptr, k == 0};
+        multiply_half(smaller(kHalfRows, rows.count() - r), end - k, scratch->rows + r * kHalfRow, scratch->panels,
+                      width, sum);
       }
     }
-    for (int64_t column = columns.begin, p = 0; column < columns.end; column += kPanel, ++p) {
-      const float* panel = scratch->panels + p * kLinearBlock * kPanel;
-      for (int64_t n = outs.begin; n < outs.end; n += kProductRows) {
-        const BlockSum sum = {static_cast<float*>(params.grad_weight) + n * params.in_features + column,
-                              params.in_features,
-                              nullptr,
-                              nullptr,
-                              false,
-                              false,
-                              row == 0};
-        tile_product<true>(smaller(kProductRows, outs.end - n), depth, scratch->rows + (n - outs.begin), kWeightRows,
-                           panel, kPanel, 0, smaller(kPanel, columns.end - column), sum);
-      }
+    k = end;
+  } while (k < depth);
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    char* const row = static_cast<char*>(out) + (rows.begin + r) * out_row * kElementBytes<kType>;
+    for (int64_t n = columns.begin; n < columns.end; n += Vec::kWidth) {
+      const int64_t count = smaller(Vec::kWidth, columns.end - n);
+      Vec x = load_lanes(scratch->sums + r * kHalfColumns + (n - columns.begin), count);
+      if (bias) x = x + load_some<kType>(static_cast<const char*>(bias), n, count);
+      store_some<kType>(x, row, n, count);
     }
-    row = end;
-  } while (row < params.x.rows);
+  }
 }
 
-void linear_grad_bias_item(const LinearBackwardParams& params, Range outs) {
-  float chain[kBiasColumns], *const total = static_cast<float*>(params.grad_bias) + outs.begin;
-  for (int64_t n = 0; n < outs.count(); ++n) total[n] = 0.0f;
-  for (int64_t block = 0; block < params.x.rows; block += kLinearBlock) {
-    for (int64_t n = 0; n < outs.count(); ++n) chain[n] = 0.0f;
-    const int64_t end = smaller(block + kLinearBlock, params.x.rows);
-    for (int64_t row = block; row < end; ++row) {
-      const float* grad = params.grad_out.row<float>(row) + outs.begin;
-      for (int64_t n = 0; n < outs.count(); ++n) chain[n] += grad[n];
-    }
-    for (int64_t n = 0; n < outs.count(); ++n) total[n] = block == 0 ? chain[n] : total[n] + chain[n];
+template <DType kType>
+void linear_forward_item(const LinearParams& params, Range rows, Range columns, void* memory) {
+  if (rows.count() <= kFewRows) {
+    return few_forward<kType>(params, rows, columns);
+  }
+  if constexpr (kType == DType::kFloat32) {
+    linear_forward_float(params, rows, columns, static_cast<ForwardScratch*>(memory));
+  } else {
+    const auto pack = [&](int64_t k, int64_t depth, int64_t n, int64_t width,
+                          float* panel) __attribute__((always_inline)) {
+      const int64_t stride = params.weight_stride * kElementBytes<kType>;
+      pack_halves<kType>(static_cast<const char*>(params.weight) + n * stride + k * kElementBytes<kType>, stride, width,
+                         depth, panel, kHalfPanel);
+    };
+    half_product<kType>(params.x, rows, columns, params.in_features, pack, params.bias, params.out, params.out_features,
+                        static_cast<HalfScratch*>(memory));
   }
 }

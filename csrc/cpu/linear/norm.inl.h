@@ -2,12 +2,14 @@
 // RMS norm a row at a time, sums in kNormLanes lanes.
 #pragma once
 
+#include <pycore/dtype.h>
 #include <pycore/linear/linear.h>
 
 #include <cstdint>
 
 #include "../vector_rows.inl.h"
 #include "kernels.h"
+#include "rows.inl.h"
 
 constexpr int kNormVectors = static_cast<int>(kNormLanes) / Vec::kWidth;
 
@@ -30,33 +32,36 @@ PYCORE_INLINE float lane_sum(int64_t channels, const Term& term) {
   return lanes[0].reduce_add();  // goes on halving
 }
 
-PYCORE_INLINE float inverse_rms(const float* x, int64_t channels, float eps) {
+template <DType kType>
+PYCORE_INLINE float inverse_rms(const char* x, int64_t channels, float eps) {
   const float squares = lane_sum(channels, [&](int64_t c, int64_t count, Vec chain) __attribute__((always_inline)) {
-    const Vec v = load_lanes(x + c, count);
+    const Vec v = load_some<kType>(x, c, count);
     return Vec::fma(v, v, chain);
   });
   return 1.0f / __builtin_sqrtf(squares / static_cast<float>(channels) + eps);
 }
 
+template <DType kType>
 void norm_rows(const RmsNormParams& params, Range rows) {
-  const float* weight = static_cast<const float*>(params.weight);
+  const char* weight = static_cast<const char*>(params.weight);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const float* x = params.x.row<float>(r);
-    float* out = static_cast<float*>(params.out) + r * params.channels;
-    const Vec scale = Vec::broadcast(inverse_rms(x, params.channels, static_cast<float>(params.eps)));
+    const char* x = row_bytes<kType>(params.x, r);
+    char* out = static_cast<char*>(params.out) + r * params.channels * kElementBytes<kType>;
+    const Vec scale = Vec::broadcast(inverse_rms<kType>(x, params.channels, static_cast<float>(params.eps)));
     for (int64_t c = 0; c < params.channels; c += Vec::kWidth) {
       const int64_t count = smaller(Vec::kWidth, params.channels - c);
-      Vec y = load_lanes(x + c, count) * scale;
-      if (weight) y = y * load_lanes(weight + c, count);
-      store_lanes(y, out + c, count);
+      Vec y = load_some<kType>(x, c, count) * scale;
+      if (weight) y = y * load_some<kType>(weight, c, count);
+      store_some<kType>(y, out, c, count);
     }
   }
 }
 
-// linear.scalar.cpp has the formula.
+// scalar.cpp has the formula.
+template <DType kType>
 void norm_backward_rows(const RmsNormBackwardParams& params, Range rows, void* partial_memory, void* chain_memory) {
   const int64_t channels = params.channels;
-  const float* weight = static_cast<const float*>(params.weight);
+  const char* weight = static_cast<const char*>(params.weight);
   float* partial = static_cast<float*>(partial_memory);
   float* chain = static_cast<float*>(chain_memory);
   for (int64_t c = 0; partial && c < channels; ++c) partial[c] = 0.0f;
@@ -64,22 +69,22 @@ void norm_backward_rows(const RmsNormBackwardParams& params, Range rows, void* p
     for (int64_t c = 0; partial && c < channels; ++c) chain[c] = 0.0f;
     const int64_t end = smaller(block + kNormRowBlock, rows.end);
     for (int64_t r = block; r < end; ++r) {
-      const float* x = params.x.row<float>(r);
-      const float* grad = params.grad_out.row<float>(r);
-      float* grad_x = params.grad_x ? static_cast<float*>(params.grad_x) + r * channels : nullptr;
-      const float scale = inverse_rms(x, channels, static_cast<float>(params.eps));
+      const char* x = row_bytes<kType>(params.x, r);
+      const char* grad = row_bytes<kType>(params.grad_out, r);
+      char* grad_x = params.grad_x ? static_cast<char*>(params.grad_x) + r * channels * kElementBytes<kType> : nullptr;
+      const float scale = inverse_rms<kType>(x, channels, static_cast<float>(params.eps));
       const float dot = lane_sum(channels, [&](int64_t c, int64_t count, Vec link) __attribute__((always_inline)) {
-        Vec h = load_lanes(grad + c, count);
-        if (weight) h = h * load_lanes(weight + c, count);
-        return Vec::fma(h, load_lanes(x + c, count), link);
+        Vec h = load_some<kType>(grad, c, count);
+        if (weight) h = h * load_some<kType>(weight, c, count);
+        return Vec::fma(h, load_some<kType>(x, c, count), link);
       });
       const Vec mean = Vec::broadcast(dot * scale / static_cast<float>(channels)), scales = Vec::broadcast(scale);
       for (int64_t c = 0; c < channels; c += Vec::kWidth) {
         const int64_t count = smaller(Vec::kWidth, channels - c);
-        const Vec g = load_lanes(grad + c, count), y = load_lanes(x + c, count) * scales;
+        const Vec g = load_some<kType>(grad, c, count), y = load_some<kType>(x, c, count) * scales;
         if (grad_x) {
-          const Vec h = weight ? g * load_lanes(weight + c, count) : g;
-          store_lanes(Vec::fnma(y, mean, h) * scales, grad_x + c, count);
+          const Vec h = weight ? g * load_some<kType>(weight, c, count) : g;
+          store_some<kType>(Vec::fnma(y, mean, h) * scales, grad_x, c, count);
         }
         if (partial) store_lanes(Vec::fma(g, y, load_lanes(chain + c, count)), chain + c, count);
       }

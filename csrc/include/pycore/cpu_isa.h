@@ -14,6 +14,9 @@ PYCORE_API CpuIsa cpu_isa_available();
 // What the kernels use: the best available, or what PYCORE_CPU_ISA or set_cpu_isa lowered it to.
 PYCORE_API CpuIsa cpu_isa();
 
+// Whether what is available is kAvx512 with AVX512_BF16, which multiplies pairs of bfloat16.
+PYCORE_API bool cpu_has_bfloat16_products();
+
 // Lowers the choice for this process. False, and nothing changed, if `isa` is more than is available.
 PYCORE_API bool set_cpu_isa(CpuIsa isa);
 

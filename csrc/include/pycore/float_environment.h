@@ -32,4 +32,26 @@ class FixedFloats {
   uint32_t before_ = 0;
 };
 
+// Inside FixedFloats, if wanted: subnormal numbers count as zero, operands and results, as they do for the instructions
+// that multiply pairs of bfloat16, which ask no environment.
+class FlushedFloats {
+ public:
+  explicit FlushedFloats(bool wanted) : wanted_(wanted) {
+    if (wanted_) set(0x9fc0);
+  }
+  ~FlushedFloats() {
+    if (wanted_) set(0x1f80);
+  }
+  FlushedFloats(const FlushedFloats&) = delete;
+  FlushedFloats& operator=(const FlushedFloats&) = delete;
+
+ private:
+  static void set([[maybe_unused]] uint32_t environment) {
+#if defined(__x86_64__) && !defined(__CUDA_ARCH__)
+    __asm__ volatile("ldmxcsr %0" : : "m"(environment) : "memory");
+#endif
+  }
+  bool wanted_;
+};
+
 }  // namespace pycore

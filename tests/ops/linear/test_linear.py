@@ -163,7 +163,7 @@ def test_threads_do_not_matter(isa: str, threads: None, shape: tuple[int, int, i
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids(SHAPES))
 def test_instruction_sets_agree(shape: tuple[int, int, int]) -> None:
-    """Not promised by the design for floats, but so: the order of summation is written down, and an FMA rounds once."""
+    """The plain loops too: the order of summation is written down, and an FMA rounds once."""
     x, weight, bias = linear_inputs(*shape)
     scale, grad = torch.randn(shape[1]), torch.randn(shape[0], shape[2])
     before, results = pycore.native.cpu_isa(), []
@@ -391,10 +391,13 @@ X, W, B = torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(5)
     [
         (lambda: ops.invariant_linear([1.0], W), TypeError, "invariant_linear: x is a list and must be a Tensor"),
         (lambda: ops.invariant_linear(X, W, 1.0), TypeError, "bias is a float and must be a Tensor or None"),
-        (lambda: ops.invariant_linear(X.half(), W), ValueError, "x has dtype float16 and must have float32 or float64"),
+        (lambda: ops.invariant_linear(X.half(), W), ValueError, "weight has dtype float32 and must have x's float16"),
         (lambda: ops.invariant_linear(X, W.bfloat16()), ValueError, "weight has dtype bfloat16 and must"),
         (lambda: ops.invariant_linear(X, W, B.double()), ValueError, "bias has dtype float64 and must have x's"),
-        (lambda: ops.invariant_linear(X.long(), W), ValueError, "x has dtype int64"),
+        (
+            lambda: ops.invariant_linear(X.long(), W), ValueError,
+            "x has dtype int64 and must have float32, bfloat16, float16 or float64$",
+        ),
         (lambda: ops.invariant_linear(X[:, :5], W), ValueError, "x has 5 features in its last dimension and"),
         (lambda: ops.invariant_linear(torch.tensor(1.0), W), ValueError, "x is a scalar"),
         (lambda: ops.invariant_linear(X, B), ValueError, r"weight has shape \[5\] and must be \[out_features, "),
@@ -410,7 +413,7 @@ X, W, B = torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(5)
         (lambda: ops.rms_norm(X, eps=-1.0), ValueError, "eps is -1 and must be finite and not negative"),
         (lambda: ops.rms_norm(X, eps=float("nan")), ValueError, "eps is nan"),
         (lambda: ops.rms_norm(torch.tensor(1.0)), ValueError, "x is a scalar"),
-        (lambda: ops.rms_norm(X.bfloat16()), ValueError, "x has dtype bfloat16"),
+        (lambda: ops.rms_norm(X.bfloat16(), X[0]), ValueError, "weight has dtype float32 and must have x's bfloat16"),
     ],
 )  # fmt: skip
 def test_errors(call: Callable[[], Tensor], error: type[Exception], sentence: str) -> None:

@@ -9,6 +9,17 @@
 //
 // RMS norm: out[r][c] = x[r][c] / sqrt(mean over c of x[r][c]^2 + eps) * weight[c]. Lane l < kNormLanes of a sum holds
 // the FMA chain over channels c = l mod kNormLanes, ascending; lanes are added l + (l + 32), then 16, 8, 4, 2, 1.
+//
+// Layer norm: out = (x - mean) / sqrt(variance + eps) * weight + bias, sums in the same lanes. The mean is rounded, so
+// what the deviations from it still sum to is taken off again: with d = x - m for the rounded m and s = mean(d), the
+// deviations are d - s and the variance is the mean of their squares.
+//
+// silu_mul and gelu_mul: out = f(gate) * up, element by element, each of one formula (cpu/linear/gated_functions.inl.h)
+// on every instruction set.
+//
+// bfloat16 and float16 are exact in float32, where everything is computed; a result is rounded once, at its end. In the
+// linear layer in bfloat16 subnormal float32 numbers count as zero, operands and results of every step, on every
+// instruction set: so do the instructions that multiply pairs of bfloat16 where a machine has them.
 #pragma once
 
 #include <pycore/cpu_isa.h>
@@ -28,7 +39,7 @@ inline constexpr int64_t kNormRowBlock = 64;  // rows per FMA chain in the gradi
 
 struct LinearParams {
   CpuIsa isa = cpu_isa();         // of the whole call, asked once: scratch and kernel must agree
-  DType dtype = DType::kFloat32;  // of everything; float32 or float64
+  DType dtype = DType::kFloat32;  // of everything; floating
   int64_t in_features = 0, out_features = 0;
   RowView x;                     // [rows, in_features]
   const void* weight = nullptr;  // [out_features, in_features], row stride weight_stride
@@ -52,7 +63,7 @@ struct LinearBackwardParams {
 
 struct RmsNormParams {
   CpuIsa isa = cpu_isa();         // of the whole call, asked once: scratch and kernel must agree
-  DType dtype = DType::kFloat32;  // of everything; float32 or float64
+  DType dtype = DType::kFloat32;  // of everything; floating
   int64_t channels = 0;
   RowView x;                     // [rows, channels]
   const void* weight = nullptr;  // [channels] contiguous, or null: ones
@@ -71,6 +82,50 @@ struct RmsNormBackwardParams {
   void* grad_weight = nullptr;  // [channels], or null
 };
 
+struct LayerNormParams {
+  CpuIsa isa = cpu_isa();         // of the whole call, asked once: scratch and kernel must agree
+  DType dtype = DType::kFloat32;  // of everything; floating
+  int64_t channels = 0;
+  RowView x;                     // [rows, channels]
+  const void* weight = nullptr;  // [channels] contiguous, or null: ones
+  const void* bias = nullptr;    // [channels] contiguous, or null: zeros
+  double eps = 1e-5;
+  void* out = nullptr;  // [rows, channels], contiguous
+};
+
+struct LayerNormBackwardParams {
+  CpuIsa isa = cpu_isa();  // of the whole call, asked once: scratch and kernel must agree
+  DType dtype = DType::kFloat32;
+  int64_t channels = 0;
+  RowView grad_out, x;           // [rows, channels]
+  const void* weight = nullptr;  // [channels] contiguous, or null
+  double eps = 1e-5;
+  void* grad_x = nullptr;       // [rows, channels], contiguous; each of the three may be null
+  void* grad_weight = nullptr;  // [channels]
+  void* grad_bias = nullptr;    // [channels]
+};
+
+enum class Gate : int32_t { kSilu, kGelu, kGeluTanh };
+
+struct GatedParams {
+  CpuIsa isa = cpu_isa();
+  DType dtype = DType::kFloat32;  // of everything; floating
+  Gate function = Gate::kSilu;
+  int64_t channels = 0;
+  RowView gate, up;     // [rows, channels]
+  void* out = nullptr;  // [rows, channels], contiguous
+};
+
+struct GatedBackwardParams {
+  CpuIsa isa = cpu_isa();
+  DType dtype = DType::kFloat32;
+  Gate function = Gate::kSilu;
+  int64_t channels = 0;
+  RowView grad_out, gate, up;  // [rows, channels]
+  void* grad_gate = nullptr;   // [rows, channels], contiguous; each may be null
+  void* grad_up = nullptr;
+};
+
 // CPU. `scratch` holds …_scratch(params, threads) bytes, 64-byte aligned; it may be null where that is zero.
 PYCORE_API int64_t linear_forward_scratch(const LinearParams& params, int64_t threads);
 PYCORE_API Status linear_forward(const LinearParams& params, const Parallel& parallel, void* scratch);
@@ -80,5 +135,12 @@ PYCORE_API Status linear_backward(const LinearBackwardParams& params, const Para
 PYCORE_API Status rms_norm_forward(const RmsNormParams& params, const Parallel& parallel);
 PYCORE_API int64_t rms_norm_backward_scratch(const RmsNormBackwardParams& params, int64_t threads);
 PYCORE_API Status rms_norm_backward(const RmsNormBackwardParams& params, const Parallel& parallel, void* scratch);
+
+PYCORE_API Status layer_norm_forward(const LayerNormParams& params, const Parallel& parallel);
+PYCORE_API int64_t layer_norm_backward_scratch(const LayerNormBackwardParams& params, int64_t threads);
+PYCORE_API Status layer_norm_backward(const LayerNormBackwardParams& params, const Parallel& parallel, void* scratch);
+
+PYCORE_API Status gated_forward(const GatedParams& params, const Parallel& parallel);
+PYCORE_API Status gated_backward(const GatedBackwardParams& params, const Parallel& parallel);
 
 }  // namespace pycore
