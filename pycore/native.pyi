@@ -208,3 +208,24 @@ def rms_norm_backward(
     grad_weight: Any = None,
     threads: int | None = None,
 ) -> tuple[Any, Any]: ...
+def vq_encode(
+    x: Any, codebook: Any, *, metric: str = "euclidean", topk: int = 1, out: Any = None, threads: int | None = None
+) -> Any: ...
+def rvq_encode(
+    x: Any,
+    codebooks: Any,
+    *,
+    sizes: list[int] | None = None,
+    num_quantizers: int | None = None,
+    metric: str = "euclidean",
+    beam_size: int = 1,
+    channel_masks: Any = None,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any: ...
+def rvq_decode(
+    codes: Any, codebooks: Any, *, sizes: list[int] | None = None, out: Any = None, threads: int | None = None
+) -> Any: ...
+def vq_statistics(
+    x: Any, codes: Any, codebook_size: int, *, counts: Any = None, sums: Any = None, threads: int | None = None
+) -> tuple[Any, Any]: ...

@@ -14,6 +14,7 @@ from pycore.ops.attention import attention, lambda_attention
 from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import invariant_linear, rms_norm
+from pycore.ops.vq import rvq_decode, rvq_encode, vq_encode, vq_statistics
 
 __all__ = [
     "ac_decode",
@@ -29,4 +30,8 @@ __all__ = [
     "pr_flash_attention",
     "quantize_cdf",
     "rms_norm",
+    "rvq_decode",
+    "rvq_encode",
+    "vq_encode",
+    "vq_statistics",
 ]
