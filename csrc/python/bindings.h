@@ -14,6 +14,7 @@ void register_attention(pybind11::module_& m);
 void register_attention_blocks(pybind11::module_& m);
 void register_attention_cache(pybind11::module_& m);
 void register_linear(pybind11::module_& m);
+void register_pairwise(pybind11::module_& m);
 void register_vq(pybind11::module_& m);
 
 }  // namespace pycore::python

@@ -72,6 +72,7 @@ PYBIND11_MODULE(native, m) {
   register_attention_blocks(m);
   register_attention_cache(m);
   register_linear(m);
+  register_pairwise(m);
   register_vq(m);
 }
 #undef PyInit_native

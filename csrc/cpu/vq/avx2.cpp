@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Nearest codes on AVX2. Nothing is included inside the target region but code without linkage.
+#define PYCORE_LANES 8
 #include <immintrin.h>
 #include <pycore/dtype.h>
 
@@ -10,7 +11,7 @@
 
 namespace pycore::avx2 {
 namespace {
-#include "../simd_avx2.h"
+#include "../simd.inl.h"
 #include "../tile_product.inl.h"
 //
 #include "distance.inl.h"

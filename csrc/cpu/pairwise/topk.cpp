@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// The best k of each row, by scores and by bits, and the distances of given pairs.
+#include <cmath>
+
+#include "choose.h"
+
+namespace pycore {
+
+using namespace pairwise;
+
+namespace {
+
+constexpr int64_t kMostHeld = 1 << 16;  // entries of an item's lists, where its rows allow
+
+int64_t list_rows(const PairwiseTopkParams& params) {
+  return std::clamp<int64_t>(kMostHeld / std::max<int64_t>(params.k, 1), 1, kPairwiseRows);
+}
+
+int64_t topk_bytes(const PairwiseTopkParams& params, const PairwiseKernels& kernels) {
+  const int64_t size = element_size(params.dtype);
+  return aligned(kernels.scratch) + aligned(kPairwiseRows * kSegmentStride * size) + kPairwiseRows * 8;
+}
+
+// By integers, so that no compiler reasons about NaN.
+bool all_finite(const float* x, int64_t count) {
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= (bits_of_float(x[i]) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
+  return bad == 0;
+}
+
+bool all_finite(const double* x, int64_t count) {
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) good = good && std::isfinite(x[i]);
+  return good;
+}
+
+bool row_finite(const PairwiseParams& params, const PairwiseRows& rows, int64_t batch, int64_t row) {
+  return params.dtype == DType::kFloat64 ? all_finite(rows.at<double>(batch, row), params.dim)
+                                         : all_finite(rows.at<float>(batch, row), params.dim);
+}
+
+void note(std::atomic<int64_t>* lowest, int64_t index) {
+  int64_t seen = lowest->load(std::memory_order_relaxed);
+  while (index < seen && !lowest->compare_exchange_weak(seen, index, std::memory_order_relaxed)) {
+  }
+}
+
+// Notes rows with a NaN or an infinity. Rows that every batch shares are looked at once.
+void check_rows(const PairwiseParams& params, const PairwiseRows& rows, int64_t count, const int64_t* lengths,
+                const Parallel& parallel, std::atomic<int64_t>* fault) {
+  const bool shared = rows.batch_stride == 0 && !lengths;
+  const int64_t batches = shared ? std::min<int64_t>(params.batch, 1) : params.batch, blocks = parts(count, 256);
+  for_each_item(parallel, batches * blocks, [&](int64_t, int64_t item) {
+    const int64_t batch = item / blocks;
+    const Range block = part(item % blocks, 256, lengths ? std::min(lengths[batch], count) : count);
+    for (int64_t row = block.begin; row < block.end; ++row) {
+      if (!row_finite(params, rows, batch, row)) return note(fault, batch * count + row);
+    }
+  });
+}
+
+void topk_item(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t batch, Range all,
+               char* memory) {
+  const int64_t size = element_size(params.dtype), k = params.k;
+  char* const scores = memory + aligned(kernels.scratch);
+  int64_t* const held = reinterpret_cast<int64_t*>(scores + aligned(kPairwiseRows * kSegmentStride * size));
+  const int64_t end = params.x_lengths ? std::min(params.x_lengths[batch], params.rows) : params.rows;
+  const int64_t columns = params.y_lengths ? std::min(params.y_lengths[batch], params.columns) : params.columns;
+  const Range rows = {all.begin, std::max(all.begin, std::min(all.end, end))};
+  const auto list = [&](int64_t row) { return (batch * params.rows + row) * k; };
+  char* const out = static_cast<char*>(params.scores);
+  for (int64_t r = 0; r < all.count(); ++r) held[r] = 0;
+  for (int64_t begin = 0; begin < columns && rows.count() > 0; begin += kPairwiseSegment) {
+    const Range segment = {begin, std::min(begin + kPairwiseSegment, columns)};
+    kernels.scores(params, batch, rows, segment, scores, memory);
+    for (int64_t r = 0; r < rows.count(); ++r) {
+      char* const row = scores + r * kSegmentStride * size;
+      // The largest come first, so distances change their sign; and what is left of a vector becomes -inf.
+      kernels.logits(row, segment.count(), params.euclidean ? -1 : 1, nullptr, 0);
+      const int64_t at = list(rows.begin + r);
+      kernels.select(row, segment.count(), begin, k, held + r, out + at * size, params.indices + at);
+    }
+  }
+  const int64_t wanted = std::min(k, columns);
+  for (int64_t row = all.begin; row < all.end; ++row) {
+    const int64_t n = held[row - all.begin], at = list(row);
+    if (row < rows.end && n < wanted) note(&params.faults->score_row, batch * params.rows + row);
+    for (int64_t i = 0; params.euclidean && i < n; ++i) {
+      set_number(out, params.dtype, at + i, -number(out, params.dtype, at + i));
+    }
+    for (int64_t i = n; i < k; ++i) {
+      set_number(out, params.dtype, at + i, params.euclidean ? HUGE_VAL : -HUGE_VAL);
+      params.indices[at + i] = -1;
+    }
+  }
+}
+
+}  // namespace
+
+int64_t pairwise_topk_scratch(const PairwiseTopkParams& params, int64_t threads) {
+  const PairwiseKernels* kernels = kernels_for(params.dtype, params.isa);
+  return kernels ? size_product({threads, topk_bytes(params, *kernels)}) : 0;
+}
+
+Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel, void* scratch) {
+  const PairwiseKernels* kernels = kernels_for(params.dtype, params.isa);
+  if (!kernels) return kNoKernel;
+  const Parallel pool = limited(parallel, work_of(params), kSerialWork);
+  check_rows(params, params.x, params.rows, params.x_lengths, pool, &params.faults->x_row);
+  check_rows(params, params.y, params.columns, params.y_lengths, pool, &params.faults->y_row);
+  if (params.faults->x_row != PairwiseFaults::kNone || params.faults->y_row != PairwiseFaults::kNone) return {};
+  const int64_t rows = std::min(item_rows(params.batch, params.rows, pool.threads), list_rows(params));
+  const int64_t items = parts(params.rows, rows), bytes = topk_bytes(params, *kernels);
+  for_each_item(pool, params.batch * items, [&](int64_t slot, int64_t item) {
+    topk_item(params, *kernels, item / items, part(item % items, rows, params.rows),
+              static_cast<char*>(scratch) + slot * bytes);
+  });
+  return {};
+}
+
+Status pairwise_distances_at(const PairwiseDistancesParams& params, const Parallel& parallel) {
+  const PairwiseKernels* kernels = kernels_for(params.dtype, params.isa);
+  if (!kernels) return kNoKernel;
+  const int64_t size = element_size(params.dtype), items = parts(params.rows, 64);
+  const Parallel pool = limited(parallel, size_product({params.batch, params.rows, params.k, params.dim}), kSerialWork);
+  for_each_item(pool, params.batch * items, [&](int64_t, int64_t item) {
+    const int64_t batch = item / items;
+    const Range rows = part(item % items, 64, params.rows);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const char* const x =
+          static_cast<const char*>(params.x.data) + (batch * params.x.batch_stride + row * params.x.row_stride) * size;
+      for (int64_t i = 0; i < params.k; ++i) {
+        const int64_t at = (batch * params.rows + row) * params.k + i, index = params.indices[at];
+        if (index < 0) {
+          set_number(params.out, params.dtype, at, HUGE_VAL);
+          continue;
+        }
+        const char* const y = static_cast<const char*>(params.y.data) +
+                              (batch * params.y.batch_stride + index * params.y.row_stride) * size;
+        kernels->distance(x, y, params.dim, static_cast<char*>(params.out) + at * size);
+      }
+    }
+  });
+  return {};
+}
+
+Status hamming_topk(const HammingTopkParams& params, const Parallel& parallel) {
+  const auto run = for_isa(params.isa, scalar::pairwise_float, avx2::pairwise_float, avx512::pairwise_float).hamming;
+  const int64_t items = parts(params.rows, 8);
+  const int64_t work = size_product({params.batch, params.rows, params.columns, std::max<int64_t>(params.bytes, 1)});
+  for_each_item(limited(parallel, work, kSerialWork), params.batch * items,
+                [&](int64_t, int64_t item) { run(params, item / items, part(item % items, 8, params.rows)); });
+  return {};
+}
+
+}  // namespace pycore
