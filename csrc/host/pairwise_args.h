@@ -51,6 +51,20 @@ inline const int64_t* checked_indices(const char* op, const char* argument, cons
   return kept;
 }
 
+// A copy of them, each checked: a row of y, or ignore_index, which becomes -1.
+inline const int64_t* checked_targets(const char* op, const TensorView& target, int64_t columns, int64_t ignore_index,
+                                      IndexCopies* copies) {
+  const int64_t count = target.count();
+  const int64_t* kept = copies->keep(op, target.as<const int64_t>(), count);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool ignored = kept[i] == ignore_index;
+    check_index(ignored || (kept[i] >= 0 && kept[i] < columns), op, "target has ", kept[i], " and must have 0 to ",
+                columns - 1, ", or ", ignore_index, " for none");
+    if (ignored) const_cast<int64_t*>(kept)[i] = -1;
+  }
+  return kept;
+}
+
 }  // namespace pairwise_args
 
 // x [batch, rows, channels] and y [batch, columns, channels], float32 or float64.
@@ -76,7 +90,7 @@ inline void fill_pairwise(const char* op, const TensorView& x, const TensorView&
 inline PairwiseLogsumexpParams pairwise_logsumexp_params(const char* op, const TensorView& x, const TensorView& y,
                                                          const TensorView& y_bias, const TensorView& target,
                                                          const TensorView& weights, bool euclidean, double scale,
-                                                         double softcap, IndexCopies* copies) {
+                                                         double softcap, int64_t ignore_index, IndexCopies* copies) {
   PairwiseLogsumexpParams params;
   fill_pairwise(op, x, y, euclidean, &params);
   check_value(std::isfinite(scale), op, "scale is ", scale, " and must be finite");
@@ -95,7 +109,7 @@ inline PairwiseLogsumexpParams pairwise_logsumexp_params(const char* op, const T
   if (target.defined()) {
     pairwise_args::check_indices(op, "target", target, x);
     pairwise_args::check_shape(op, "target", target, {params.batch, params.rows});
-    params.target = pairwise_args::checked_indices(op, "target", target, params.columns, copies);
+    params.target = pairwise_args::checked_targets(op, target, params.columns, ignore_index, copies);
   }
   if (weights.defined()) {
     check_like(op, "weights", weights, x, "x");

@@ -26,13 +26,14 @@ Array new_result(DType dtype, const std::vector<int64_t>& shape, const char* op,
 }
 
 py::tuple logsumexp(py::object x, py::object y, py::object y_bias, py::object target, bool euclidean, double scale,
-                    double softcap, bool need_sum, py::object threads) {
+                    double softcap, int64_t ignore_index, bool need_sum, py::object threads) {
   constexpr const char* kOp = "pairwise_logsumexp";
   const Array x_array = input(x, kOp, "x"), y_array = input(y, kOp, "y");
   const Array bias = optional_input(y_bias, kOp, "y_bias"), targets = small_input(target, kOp, "target", 0, true);
   IndexCopies copies;
-  PairwiseLogsumexpParams params = pairwise_logsumexp_params(kOp, x_array.view, y_array.view, bias.view, targets.view,
-                                                             TensorView{}, euclidean, scale, softcap, &copies);
+  PairwiseLogsumexpParams params =
+      pairwise_logsumexp_params(kOp, x_array.view, y_array.view, bias.view, targets.view, TensorView{}, euclidean,
+                                scale, softcap, ignore_index, &copies);
   const std::vector<int64_t> shape = {params.batch, params.rows};
   const Array lse = new_result(params.dtype, shape, kOp, "lse");
   const Array of_target = new_result(params.dtype, shape, kOp, "target_logit");
@@ -45,13 +46,14 @@ py::tuple logsumexp(py::object x, py::object y, py::object y_bias, py::object ta
 }
 
 py::tuple gradients(py::object x, py::object y, py::object y_bias, py::object target, py::object weights,
-                    bool euclidean, double scale, double softcap, py::object threads) {
+                    bool euclidean, double scale, double softcap, int64_t ignore_index, py::object threads) {
   constexpr const char* kOp = "pairwise_logsumexp_gradients";
   const Array x_array = input(x, kOp, "x"), y_array = input(y, kOp, "y"), of_rows = input(weights, kOp, "weights");
   const Array bias = optional_input(y_bias, kOp, "y_bias"), targets = small_input(target, kOp, "target", 0, true);
   IndexCopies copies;
-  PairwiseLogsumexpParams params = pairwise_logsumexp_params(kOp, x_array.view, y_array.view, bias.view, targets.view,
-                                                             of_rows.view, euclidean, scale, softcap, &copies);
+  PairwiseLogsumexpParams params =
+      pairwise_logsumexp_params(kOp, x_array.view, y_array.view, bias.view, targets.view, of_rows.view, euclidean,
+                                scale, softcap, ignore_index, &copies);
   const std::vector<int64_t> shape = {params.batch, params.rows};
   const Array lse = new_result(params.dtype, shape, kOp, "lse");
   const Array of_target = new_result(params.dtype, shape, kOp, "target_logit");
@@ -152,7 +154,7 @@ py::tuple hamming(py::object x, py::object y, py::object k, py::object threads) 
 constexpr const char* kLogsumexpDoc =
     R"(Log-sum-exp of rows of logits that are never stored: see pycore.ops.pairwise_logsumexp.
 
-x [batch, rows, D], y [batch, columns, D], y_bias [batch, columns] or None, target [batch, rows] int64 (-1: none) or None:
+x [batch, rows, D], y [batch, columns, D], y_bias [batch, columns] or None, target [batch, rows] int64 (ignore_index: none) or None:
 float32 or float64 NumPy arrays or DLPack tensors on the CPU. A logit is scale times the product, or with euclidean the
 squared distance, plus y_bias. Returns (lse, logits of target or None, sums of logits or None), each [batch, rows].)";
 
@@ -181,10 +183,10 @@ void register_pairwise(py::module_& m) {
   const py::none none;
   m.def("pairwise_logsumexp", &logsumexp, kLogsumexpDoc, py::arg("x"), py::arg("y"), py::arg("y_bias") = none,
         py::arg("target") = none, py::kw_only(), py::arg("euclidean") = false, py::arg("scale") = 1.0,
-        py::arg("softcap") = 0.0, py::arg("need_sum") = false, py::arg("threads") = none);
+        py::arg("softcap") = 0.0, py::arg("ignore_index") = -1, py::arg("need_sum") = false, py::arg("threads") = none);
   m.def("pairwise_logsumexp_gradients", &gradients, kGradientsDoc, py::arg("x"), py::arg("y"), py::arg("y_bias"),
         py::arg("target"), py::arg("weights"), py::kw_only(), py::arg("euclidean") = false, py::arg("scale") = 1.0,
-        py::arg("softcap") = 0.0, py::arg("threads") = none);
+        py::arg("softcap") = 0.0, py::arg("ignore_index") = -1, py::arg("threads") = none);
   m.def("pairwise_topk", &topk, kTopkDoc, py::arg("x"), py::arg("y"), py::arg("k"), py::kw_only(),
         py::arg("euclidean") = false, py::arg("x_lengths") = none, py::arg("y_lengths") = none,
         py::arg("threads") = none);

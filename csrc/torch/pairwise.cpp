@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -44,15 +45,15 @@ void run(const char* op, const Tensor& like, const PairwiseLogsumexpParams& para
 std::tuple<Tensor, Tensor, Tensor> logsumexp_cpu(const Tensor& x_any, const Tensor& y_any,
                                                  const std::optional<Tensor>& bias_any,
                                                  const std::optional<Tensor>& target_any, bool euclidean, double scale,
-                                                 double softcap, bool need_sum) {
-  constexpr const char* kOp = "pairwise_logsumexp";
+                                                 double softcap, int64_t ignore_index, bool need_sum, std::string op) {
+  const char* const kOp = op.c_str();
   const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
   const std::optional<Tensor> bias = last_contiguous(bias_any, kOp, "y_bias");
   const std::optional<Tensor> target = dense_if(target_any, kOp, "target");
   IndexCopies copies;
-  PairwiseLogsumexpParams params =
-      pairwise_logsumexp_params(kOp, view(x, kOp, "x"), view(y, kOp, "y"), view(bias, kOp, "y_bias"),
-                                view(target, kOp, "target"), TensorView{}, euclidean, scale, softcap, &copies);
+  PairwiseLogsumexpParams params = pairwise_logsumexp_params(
+      kOp, view(x, kOp, "x"), view(y, kOp, "y"), view(bias, kOp, "y_bias"), view(target, kOp, "target"), TensorView{},
+      euclidean, scale, softcap, ignore_index, &copies);
   const std::vector<int64_t> shape = {params.batch, params.rows};
   const Tensor lse = result_if(true, kOp, "lse", x, shape);
   const Tensor of_target = result_if(target.has_value(), kOp, "target_logit", x, shape);
@@ -64,13 +65,11 @@ std::tuple<Tensor, Tensor, Tensor> logsumexp_cpu(const Tensor& x_any, const Tens
   return {lse, of_target, sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_cpu(const Tensor& x_any, const Tensor& y_any,
-                                                                         const std::optional<Tensor>& bias_any,
-                                                                         const std::optional<Tensor>& target_any,
-                                                                         const Tensor& weights_any, bool euclidean,
-                                                                         double scale, double softcap, bool need_x,
-                                                                         bool need_y, bool need_bias) {
-  constexpr const char* kOp = "pairwise_logsumexp_gradients";
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_cpu(
+    const Tensor& x_any, const Tensor& y_any, const std::optional<Tensor>& bias_any,
+    const std::optional<Tensor>& target_any, const Tensor& weights_any, bool euclidean, double scale, double softcap,
+    int64_t ignore_index, bool need_x, bool need_y, bool need_bias, std::string op) {
+  const char* const kOp = op.c_str();
   const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
   const std::optional<Tensor> bias = last_contiguous(bias_any, kOp, "y_bias");
   const std::optional<Tensor> target = dense_if(target_any, kOp, "target");
@@ -78,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_cpu(const T
   IndexCopies copies;
   PairwiseLogsumexpParams params = pairwise_logsumexp_params(
       kOp, view(x, kOp, "x"), view(y, kOp, "y"), view(bias, kOp, "y_bias"), view(target, kOp, "target"),
-      view(weights, kOp, "weights"), euclidean, scale, softcap, &copies);
+      view(weights, kOp, "weights"), euclidean, scale, softcap, ignore_index, &copies);
   const std::vector<int64_t> shape = {params.batch, params.rows};
   const Tensor lse = result_if(true, kOp, "lse", x, shape), of_target = result_if(true, kOp, "target_logit", x, shape);
   const Tensor sum = result_if(true, kOp, "logit_sum", x, shape);
@@ -97,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_cpu(const T
 
 std::tuple<Tensor, Tensor> topk_cpu(const Tensor& x_any, const Tensor& y_any, int64_t k, bool euclidean,
                                     const std::optional<Tensor>& x_lengths_any,
-                                    const std::optional<Tensor>& y_lengths_any) {
-  constexpr const char* kOp = "pairwise_topk";
+                                    const std::optional<Tensor>& y_lengths_any, std::string op) {
+  const char* const kOp = op.c_str();
   const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
   const std::optional<Tensor> x_lengths = dense_if(x_lengths_any, kOp, "x_lengths");
   const std::optional<Tensor> y_lengths = dense_if(y_lengths_any, kOp, "y_lengths");
@@ -168,16 +167,18 @@ std::tuple<Tensor, Tensor> hamming_topk_cpu(const Tensor& x_any, const Tensor& y
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
   // x [batch, rows, channels], y [batch, columns, channels], y_bias [batch, columns], target [batch, rows]. What is not
-  // wanted comes back without elements.
+  // wanted comes back without elements. op: how messages call it.
   m.def(
       "pairwise_logsumexp(Tensor x, Tensor y, Tensor? y_bias, Tensor? target, bool euclidean, float scale, "
-      "float softcap, bool need_sum) -> (Tensor lse, Tensor target_logit, Tensor logit_sum)");
+      "float softcap, SymInt ignore_index, bool need_sum, str op) -> (Tensor lse, Tensor target_logit, Tensor "
+      "logit_sum)");
   m.def(
       "pairwise_logsumexp_gradients(Tensor x, Tensor y, Tensor? y_bias, Tensor? target, Tensor weights, "
-      "bool euclidean, float scale, float softcap, bool need_x, bool need_y, bool need_bias) -> (Tensor lse, "
+      "bool euclidean, float scale, float softcap, SymInt ignore_index, bool need_x, bool need_y, bool need_bias, str "
+      "op) -> (Tensor lse, "
       "Tensor target_logit, Tensor logit_sum, Tensor grad_x, Tensor grad_y, Tensor grad_bias)");
   m.def(
-      "pairwise_topk(Tensor x, Tensor y, SymInt k, bool euclidean, Tensor? x_lengths, Tensor? y_lengths) -> "
+      "pairwise_topk(Tensor x, Tensor y, SymInt k, bool euclidean, Tensor? x_lengths, Tensor? y_lengths, str op) -> "
       "(Tensor scores, Tensor indices)");
   m.def("pairwise_distances_at(Tensor x, Tensor y, Tensor indices) -> Tensor");
   m.def(

@@ -14,6 +14,9 @@ from pycore.ops.attention import attention, lambda_attention
 from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import invariant_linear, rms_norm
+from pycore.ops.pairwise import pairwise_logsumexp, pairwise_min, pairwise_topk
+from pycore.ops.pairwise_clusters import hamming_topk, kmeans, pack_bits, sinkhorn
+from pycore.ops.pairwise_losses import contrastive_loss, linear_cross_entropy, maxsim
 from pycore.ops.vq import rvq_decode, rvq_encode, vq_encode, vq_statistics
 
 __all__ = [
@@ -24,14 +27,24 @@ __all__ = [
     "ac_encode_bytes",
     "ac_encode_logits",
     "attention",
+    "contrastive_loss",
+    "hamming_topk",
     "invariant_linear",
+    "kmeans",
     "lambda_attention",
+    "linear_cross_entropy",
+    "maxsim",
+    "pack_bits",
+    "pairwise_logsumexp",
+    "pairwise_min",
+    "pairwise_topk",
     "pr_block_mask",
     "pr_flash_attention",
     "quantize_cdf",
     "rms_norm",
     "rvq_decode",
     "rvq_encode",
+    "sinkhorn",
     "vq_encode",
     "vq_statistics",
 ]

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The best k of each row, by scores and by bits, and the distances of given pairs.
+#include <pycore/vq/vq.h>
+
 #include <cmath>
 
 #include "choose.h"
@@ -95,11 +97,75 @@ void topk_item(const PairwiseTopkParams& params, const PairwiseKernels& kernels,
   }
 }
 
+// ---- distances in float32: the search that vq has
+// ---------------------------------------------------------------------
+
+bool searched_by_vq(const PairwiseTopkParams& params) {
+  return params.euclidean && params.dtype == DType::kFloat32 && params.dim > 0;
+}
+
+// Of one batch; `count` rows of x against `columns` of y.
+VqEncodeParams vq_params(const PairwiseTopkParams& params, int64_t batch, int64_t count, int64_t columns,
+                         VqFaults* faults) {
+  VqEncodeParams vq;
+  vq.isa = params.isa;
+  vq.dim = params.dim;
+  vq.x.data = params.x.at<float>(batch, 0);
+  vq.x.rows = count;
+  vq.x.dims = 1;
+  vq.x.shape[0] = count;
+  vq.x.strides[0] = params.x.row_stride;
+  vq.codebooks = params.y.at<float>(batch, 0);
+  vq.code_stride = params.y.row_stride;
+  vq.most_codes = columns;
+  vq.topk = std::min(params.k, columns);
+  vq.codes = params.indices + batch * params.rows * params.k;
+  vq.faults = faults;
+  return vq;
+}
+
+// [count, held] at the front of `indices` becomes [rows, k], -1 where there is none.
+void spread(int64_t* indices, int64_t rows, int64_t k, int64_t count, int64_t held) {
+  for (int64_t row = rows - 1; row >= 0; --row) {
+    const int64_t n = row < count ? held : 0;
+    for (int64_t i = k - 1; i >= n; --i) indices[row * k + i] = -1;
+    for (int64_t i = n - 1; i >= 0; --i) indices[row * k + i] = indices[row * held + i];
+  }
+}
+
+Status nearest(const PairwiseTopkParams& params, const Parallel& parallel, void* scratch) {
+  for (int64_t batch = 0; batch < params.batch; ++batch) {
+    const int64_t count = params.x_lengths ? std::min(params.x_lengths[batch], params.rows) : params.rows;
+    const int64_t columns = params.y_lengths ? std::min(params.y_lengths[batch], params.columns) : params.columns;
+    VqFaults faults;
+    if (count > 0 && columns > 0) {
+      const Status status = vq_encode(vq_params(params, batch, count, columns, &faults), parallel, scratch);
+      if (!status.ok()) return status;
+    }
+    const int64_t far = faults.overflow_row.load();
+    if (far != VqFaults::kNone) {
+      note(&params.faults->score_row, batch * params.rows + far);
+      return {};
+    }
+    spread(params.indices + batch * params.rows * params.k, params.rows, params.k, columns > 0 ? count : 0,
+           std::min(params.k, columns));
+  }
+  PairwiseDistancesParams distances;
+  static_cast<PairwiseParams&>(distances) = params;
+  distances.k = params.k;
+  distances.indices = params.indices;
+  distances.out = params.scores;
+  return pairwise_distances_at(distances, parallel);
+}
+
 }  // namespace
 
 int64_t pairwise_topk_scratch(const PairwiseTopkParams& params, int64_t threads) {
   const PairwiseKernels* kernels = kernels_for(params.dtype, params.isa);
-  return kernels ? size_product({threads, topk_bytes(params, *kernels)}) : 0;
+  if (!kernels) return 0;
+  if (searched_by_vq(params))
+    return vq_encode_scratch(vq_params(params, 0, params.rows, params.columns, nullptr), threads);
+  return size_product({threads, topk_bytes(params, *kernels)});
 }
 
 Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel, void* scratch) {
@@ -109,6 +175,7 @@ Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel,
   check_rows(params, params.x, params.rows, params.x_lengths, pool, &params.faults->x_row);
   check_rows(params, params.y, params.columns, params.y_lengths, pool, &params.faults->y_row);
   if (params.faults->x_row != PairwiseFaults::kNone || params.faults->y_row != PairwiseFaults::kNone) return {};
+  if (searched_by_vq(params)) return nearest(params, parallel, scratch);
   const int64_t rows = std::min(item_rows(params.batch, params.rows, pool.threads), list_rows(params));
   const int64_t items = parts(params.rows, rows), bytes = topk_bytes(params, *kernels);
   for_each_item(pool, params.batch * items, [&](int64_t slot, int64_t item) {
