@@ -175,9 +175,9 @@ def _logsumexp_backward(ctx: Any, grad: Tensor, grad_target: Tensor, grad_sum: T
     of_target = nothing if target is None or grad_target is None else grad_target
     of_sum = grad_sum if ctx.need_sum and grad_sum is not None else nothing
     need_x, need_y, need_bias = ctx.needs_input_grad[:3]
-    if ctx.euclidean and y.shape[1]:  # distances are the same from anywhere, and products of what is near are exact
-        start = y[:, :1]
-        x, y = x - start, y - start
+    if ctx.euclidean and y.shape[1]:  # distances are the same from anywhere; small numbers lose less
+        middle = (y.amax(1, keepdim=True) + y.amin(1, keepdim=True)) / 2
+        x, y = x - middle, y - middle
     weights = torch.stack([grad, nothing, of_target, of_sum], -1)
     *_, grad_x, grad_y, grad_bias = torch.ops.pycore.pairwise_logsumexp_gradients(
         x, y, y_bias, target, weights, ctx.euclidean, ctx.scale, ctx.softcap, ctx.ignore_index, need_x, need_y,

@@ -50,7 +50,7 @@ def sinkhorn(
     op = "sinkhorn"
     epsilon, tolerance = check_number(op, "epsilon", epsilon), check_number(op, "tolerance", tolerance)
     check_int(op, "iterations", iterations, 0)
-    if not (math.isfinite(epsilon) and epsilon > 0):
+    if not 0 < epsilon < math.inf:
         raise ValueError(f"{op}: epsilon is {epsilon} and must be finite and more than 0")
     if not tolerance >= 0:
         raise ValueError(f"{op}: tolerance is {tolerance} and must not be negative")

@@ -139,7 +139,7 @@ def linear_cross_entropy(
         raise ValueError(f"{_OP}: reduction is '{reduction}' and must be mean, sum or none")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"{_OP}: label_smoothing is {smoothing} and must be 0 to 1")
-    if not math.isfinite(z):
+    if not abs(z) < math.inf:
         raise ValueError(f"{_OP}: z_loss is {z} and must be finite")
     check_tensor(_OP, "x", x)
     if x.dim() < 1:
@@ -194,7 +194,7 @@ def contrastive_loss(
     check_tensor(op, "positives", positives, optional=True)
     if not isinstance(scale, Tensor):
         scale = check_number(op, "scale", scale)
-        if not math.isfinite(scale):
+        if not abs(scale) < math.inf:
             raise ValueError(f"{op}: scale is {scale} and must be finite")
     elif scale.dim() != 0:
         raise ValueError(f"{op}: scale has shape {list(scale.shape)} and must be a number")

@@ -52,12 +52,13 @@ void logits(void* memory, int64_t count, double scale, const void* bias, double 
 template <class T>
 void reduce(const void* memory, int64_t count, void* largest, void* sum) {
   const T* const row = static_cast<const T*>(memory);
-  T most = -kInfinity<T>, total = 0;
+  T most = -kInfinity<T>;
+  double total = 0;
   for (int64_t c = 0; c < count; ++c) most = row[c] > most ? row[c] : most;
   const T from = most == -kInfinity<T> ? T(0) : most;
   for (int64_t c = 0; c < count; ++c) total += std::exp(row[c] - from);
   *static_cast<T*>(largest) = most;
-  *static_cast<T*>(sum) = total;
+  *static_cast<T*>(sum) = static_cast<T>(total);
 }
 
 template <class T>
