@@ -23,7 +23,7 @@ load_ops()
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-# ---- what the public functions share ----------------------------------------------------------------------------------
+# ---- what the public functions share ---------------------------------------------------------------------------------
 
 
 def check_score(op: str, score: Any) -> None:
@@ -47,9 +47,7 @@ def widened(op: str, **rows: Tensor) -> list[Tensor]:
         if x.dim() < 2:
             raise ValueError(f"{op}: {name} has shape {list(x.shape)} and must be [..., rows, channels]")
         if x.shape[-1] != first.shape[-1]:
-            raise ValueError(
-                f"{op}: {name} has {x.shape[-1]} channels and must have {first_name}'s {first.shape[-1]}"
-            )
+            raise ValueError(f"{op}: {name} has {x.shape[-1]} channels and must have {first_name}'s {first.shape[-1]}")
         if x.device != first.device:
             raise ValueError(f"{op}: {name} is on {x.device} and must be on {first.device}, where {first_name} is")
     return [x if x.dtype == torch.float64 else x.float() for x in rows.values()]
@@ -74,14 +72,14 @@ def batched(x: Tensor, lead: tuple[int, ...], last: int) -> Tensor:
 
 def per_row(op: str, name: str, values: Tensor, lead: tuple[int, ...], count: int) -> Tensor:
     """A number for each row, [..., count], as [batch, count]."""
-    shape = values.shape
-    wanted = f"[..., {count}]"
-    if values.dim() < 1 or shape[-1] != count:
-        raise ValueError(f"{op}: {name} has shape {list(shape)} and must be {wanted}")
+    if values.dim() < 1 or values.shape[-1] != count:
+        raise ValueError(f"{op}: {name} has shape {list(values.shape)} and must be [..., {count}]")
     try:
         expanded = values.expand(*lead, count)
     except RuntimeError:
-        raise ValueError(f"{op}: {name} has shape {list(shape)} and must broadcast to {[*lead, count]}") from None
+        raise ValueError(
+            f"{op}: {name} has shape {list(values.shape)} and must broadcast to {[*lead, count]}"
+        ) from None
     return expanded.reshape(math.prod(lead), count)
 
 
@@ -100,7 +98,7 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(nothing, 0.0, unit)
 
 
-# ---- fake kernels -----------------------------------------------------------------------------------------------------
+# ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
 def _empty_if(wanted: bool, tensor: Tensor, *shape: int) -> Tensor:
@@ -146,9 +144,7 @@ def _distances_fake(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("pycore::pairwise_pairs_backward")
-def _pairs_backward_fake(
-    grad: Tensor, x: Tensor, y: Tensor, indices: Tensor, euclidean: bool
-) -> tuple[Tensor, Tensor]:
+def _pairs_backward_fake(grad: Tensor, x: Tensor, y: Tensor, indices: Tensor, euclidean: bool) -> tuple[Tensor, Tensor]:
     check_devices("pairwise_pairs_backward", x=x, y=y, grad=grad, indices=indices)
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
@@ -160,7 +156,7 @@ def _hamming_fake(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.int64)
 
 
-# ---- autograd ---------------------------------------------------------------------------------------------------------
+# ---- autograd --------------------------------------------------------------------------------------------------------
 
 
 def _logsumexp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -225,7 +221,8 @@ def _topk_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 def _distances_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _pairs_setup(ctx, *inputs, True)
+    x, y, indices = inputs
+    _pairs_setup(ctx, x, y, indices, True)
 
 
 def _distances_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -241,7 +238,7 @@ no_second_derivative("pairwise_logsumexp_gradients", lambda inputs: "pairwise_lo
 no_second_derivative("pairwise_pairs_backward", lambda inputs: "pairwise_topk")
 
 
-# ---- vmap: a batch more ------------------------------------------------------------------------------------------------
+# ---- vmap: a batch more ----------------------------------------------------------------------------------------------
 
 
 def _register_vmap(name: str) -> None:

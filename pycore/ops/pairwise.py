@@ -25,7 +25,7 @@ def pairwise_logsumexp(
     x: Tensor, y: Tensor, *, scale: float | Tensor = 1.0, x_bias: Tensor | None = None, y_bias: Tensor | None = None,
     target: Tensor | None = None, score: str = "dot",
 ) -> Any:  # fmt: skip
-    """log sum over j of e^(scale s(x_i, y_j) + x_bias_i + y_bias_j), for every row of x.
+    """Log sum over j of e^(scale s(x_i, y_j) + x_bias_i + y_bias_j), for every row of x.
 
     Args:
         x: [..., N, D], float32, bfloat16 or float16 (widened to float32); float64 runs plain loops.

@@ -24,8 +24,8 @@ def sinkhorn(
     """Entropic optimal transport between two clouds of points, by Sinkhorn's iterations on logarithms.
 
     The cost of moving x_i to y_j is their squared distance C_ij. With P_ij = a_i b_j e^((f_i + g_j - C_ij) / epsilon),
-    the least of sum P C + epsilon KL(P | a b) over the couplings P of a and b is sum a f + sum b g. An iteration makes f
-    from g, then g from f, which begins at zero; f is made once more at the end.
+    the least of sum P C + epsilon KL(P | a b) over the couplings P of a and b is sum a f + sum b g. An iteration makes
+    f from g, then g from f, which begins at zero; f is made once more at the end.
 
     Args:
         x: [..., N, D], float32, bfloat16 or float16 (widened to float32); float64 runs plain loops.
@@ -66,9 +66,7 @@ def sinkhorn(
     log_x, log_y = of_x.detach().log(), of_y.detach().log()
 
     def potential(from_: Tensor, to: Tensor, other: Tensor, log_weights: Tensor) -> Tensor:
-        lse = pairwise_logsumexp(
-            from_, to, scale=-1 / epsilon, y_bias=other / epsilon + log_weights, score="euclidean"
-        )
+        lse = pairwise_logsumexp(from_, to, scale=-1 / epsilon, y_bias=other / epsilon + log_weights, score="euclidean")
         return -epsilon * lse
 
     with torch.no_grad():
@@ -81,10 +79,7 @@ def sinkhorn(
                     break
                 before = f
     f = potential(x, y, g.detach(), log_y)
-    # A point of no weight has no part, whatever its potential.
-    cost = torch.where(of_x == 0, 0.0, of_x * f).sum(-1) + torch.where(of_y == 0, 0.0, of_y * g).sum(-1)
-    if a is not None or b is not None:  # weights of zero have a gradient all the same
-        cost = cost + ((of_x - of_x.detach()) * f.detach()).sum(-1) * 0
+    cost = (of_x * f).sum(-1) + (of_y * g).sum(-1)
     return cost, f.detach(), g
 
 
@@ -149,7 +144,7 @@ def kmeans(
         init: "kmeans++", "random" (k of the rows), or centroids [k, D].
 
     Returns:
-        centroids [k, D]; codes int64 [N], the nearest of these centroids; inertia, the sum of squared distances to them.
+        centroids [k, D]; codes int64 [N], the nearest of these centroids; inertia, the sum of squared distances.
         float32, or float64. Nothing to differentiate.
 
     Raises:

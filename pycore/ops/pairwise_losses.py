@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses over rows of scores that are never stored: cross entropy of a linear layer, contrastive loss, late interaction."""
+"""Losses over rows of scores that are never stored: linear cross entropy, contrastive loss, late interaction."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ def _row_weights(kept: Tensor, rows: Tensor, classes: int, smoothing: float, z_l
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Losses of rows [N], or their sum over a count. Where a gradient will be asked for and the rows' weights are
-    known, it is made with the loss, from the same products."""
+    """Losses of rows [N], or their sum over a count.
+
+    Where a gradient will be asked for and the rows' weights are known, it is made with the loss, of one
+    pass.
+    """
 
     generate_vmap_rule = True
 
@@ -37,7 +40,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, kept: Tensor, options: tuple[Any, ...],
         needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ignore_index, smoothing, z_loss, softcap, reduction = options
         rows, classes = x.unsqueeze(0), weight.unsqueeze(0)
         arguments = (rows, classes, None if bias is None else bias.unsqueeze(0), target.unsqueeze(0))
@@ -154,14 +157,14 @@ def linear_cross_entropy(
         raise ValueError(f"{_OP}: target has shape {list(target.shape)} and must have x's {list(x.shape[:-1])}")
     if bias is not None:
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{_OP}: bias has shape {list(bias.shape)} and must have [{weight.shape[0]}], a class each")
+            raise ValueError(
+                f"{_OP}: bias has shape {list(bias.shape)} and must have [{weight.shape[0]}], a class each"
+            )
         if (bias.dtype == torch.float64) != (half == torch.float64) or not bias.dtype.is_floating_point:
             raise ValueError(f"{_OP}: bias has dtype {str(bias.dtype)[6:]} and must have x's {str(half)[6:]}")
         bias = bias.to(classes.dtype)
     flat, targets = rows.reshape(math.prod(x.shape[:-1]), x.shape[-1]), as_index(target).reshape(-1)
-    needs = tuple(
-        torch.is_grad_enabled() and part is not None and part.requires_grad for part in (rows, classes, bias)
-    )
+    needs = tuple(torch.is_grad_enabled() and part is not None and part.requires_grad for part in (rows, classes, bias))
     options = (ignore_index, smoothing, z, cap, reduction)
     loss = _CrossEntropy.apply(flat, classes, bias, targets, targets != ignore_index, options, needs)[0]  # type: ignore[no-untyped-call]
     return loss.reshape(target.shape) if reduction == "none" else loss
@@ -180,7 +183,7 @@ def contrastive_loss(
         positives: [..., N] integers: the row of b that belongs to each row of a, -1 for none. None: row i to row i.
 
     Returns:
-        [...], the mean over the rows (that have a positive). float32, or float64. Differentiable once in a, b and scale.
+        [...], the mean over the rows (that have a positive). float32, or float64. Differentiable once, in all.
 
     Raises:
         ValueError: a shape, dtype, device or number that does not fit.
@@ -193,9 +196,10 @@ def contrastive_loss(
     check_bool(op, "symmetric", symmetric)
     check_tensor(op, "positives", positives, optional=True)
     if not isinstance(scale, Tensor):
-        scale = check_number(op, "scale", scale)
-        if not abs(scale) < math.inf:
-            raise ValueError(f"{op}: scale is {scale} and must be finite")
+        number: Any = check_number(op, "scale", scale)
+        if not abs(number) < math.inf:
+            raise ValueError(f"{op}: scale is {number} and must be finite")
+        scale = number
     elif scale.dim() != 0:
         raise ValueError(f"{op}: scale has shape {list(scale.shape)} and must be a number")
     a, b = widened(op, a=a, b=b)
@@ -208,13 +212,22 @@ def contrastive_loss(
         raise ValueError(f"{op}: positives has shape {list(positives.shape)} and must be [..., {n}], one for each of a")
     positives = as_index(positives)
     kept = positives != -1
-    lse, logit = pairwise_logsumexp(a, b, scale=scale, target=positives)
+    lse, logit = _with_positives(a, b, scale, positives)
     losses = torch.where(kept, lse - logit, 0.0)
     if symmetric:
         of_b = pairwise_logsumexp(b, a, scale=scale)
         index = positives.clamp(min=0).expand(losses.shape)
         losses = (losses + torch.where(kept, of_b.expand(*losses.shape[:-1], m).gather(-1, index) - logit, 0.0)) / 2
     return losses.sum(-1) / kept.sum(-1)
+
+
+def _with_positives(a: Tensor, b: Tensor, scale: float | Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return pairwise_logsumexp(a, b, scale=scale, target=positives)
+    try:
+        return pairwise_logsumexp(a, b, scale=scale, target=positives)
+    except IndexError as error:
+        raise IndexError(str(error).replace("pairwise_logsumexp: target", "contrastive_loss: positives")) from None
 
 
 def maxsim(
@@ -256,7 +269,7 @@ def maxsim(
     of_query = _token_lengths(op, "query_lengths", query_lengths, (q,), length)
     of_document = _token_lengths(op, "document_lengths", document_lengths, (q, p) if pairs else (p,), tokens)
     if tokens == 0 or length == 0:
-        empty = (length > 0) * -math.inf if length else 0.0
+        empty = -math.inf if length > 0 else 0.0
         scores = queries.new_full((q, p), empty) + 0 * (queries.sum() + documents.sum())
     else:
         if pairs:

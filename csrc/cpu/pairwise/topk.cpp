@@ -86,7 +86,9 @@ void topk_item(const PairwiseTopkParams& params, const PairwiseKernels& kernels,
   const int64_t wanted = std::min(k, columns);
   for (int64_t row = all.begin; row < all.end; ++row) {
     const int64_t n = held[row - all.begin], at = list(row);
-    if (row < rows.end && n < wanted) note(&params.faults->score_row, batch * params.rows + row);
+    const bool overflown = n > 0 && !(std::isfinite(number(out, params.dtype, at)) &&
+                                      std::isfinite(number(out, params.dtype, at + n - 1)));
+    if (row < rows.end && (n < wanted || overflown)) note(&params.faults->score_row, batch * params.rows + row);
     for (int64_t i = 0; params.euclidean && i < n; ++i) {
       set_number(out, params.dtype, at + i, -number(out, params.dtype, at + i));
     }

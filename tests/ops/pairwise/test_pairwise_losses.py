@@ -46,7 +46,10 @@ def test_linear_cross_entropy(isa: str, n: int, v: int, d: int, with_bias: bool,
         return [loss.detach(), *torch.autograd.grad(loss, leaves, grad)]
 
     actual = run(ops.linear_cross_entropy, torch.float32)
-    exact, plain = run(reference.linear_cross_entropy, torch.float64), run(reference.linear_cross_entropy, torch.float32)
+    exact, plain = (
+        run(reference.linear_cross_entropy, torch.float64),
+        run(reference.linear_cross_entropy, torch.float32),
+    )
     for mine, truth, theirs, name in zip(actual, exact, plain, ("loss", "x", "weight", "bias"), strict=False):
         assert_as_accurate(mine, truth, theirs, name)
     with torch.no_grad():  # without a gradient there is another pass, and the same loss
@@ -58,9 +61,7 @@ def test_linear_cross_entropy(isa: str, n: int, v: int, d: int, with_bias: bool,
 def test_linear_cross_entropy_gradcheck(options: dict) -> None:
     leaves = [part.double().requires_grad_() for part in (rows(4, 3), rows(6, 3), rows(6))]
     target = torch.tensor([5, 0, -100, 2])
-    assert torch.autograd.gradcheck(
-        lambda x, w, b: ops.linear_cross_entropy(x, w, target, bias=b, **options), leaves
-    )
+    assert torch.autograd.gradcheck(lambda x, w, b: ops.linear_cross_entropy(x, w, target, bias=b, **options), leaves)
 
 
 def test_linear_cross_entropy_follows_torch() -> None:

@@ -185,7 +185,7 @@ def test_min(isa: str, score: str) -> None:
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-6)
 
 
-# ---- the same bits ----------------------------------------------------------------------------------------------------
+# ---- the same bits ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", SCORES)
