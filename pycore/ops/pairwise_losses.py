@@ -230,6 +230,42 @@ def _with_positives(a: Tensor, b: Tensor, scale: float | Tensor, positives: Tens
         raise IndexError(str(error).replace("pairwise_logsumexp: target", "contrastive_loss: positives")) from None
 
 
+class _BestProducts(torch.autograd.Function):
+    """The best product of every row of x [L, D] with each document's tokens [P, M, D]: [P, L], and where it is.
+
+    Its gradient adds up by row, not by row and document.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, documents: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = x.unsqueeze(0).expand(documents.shape[0], -1, -1)
+        best, where = torch.ops.pycore.pairwise_topk(rows, documents, 1, False, None, lengths, "maxsim")
+        return best.squeeze(-1), where.squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, documents, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, documents, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, documents, where = ctx.saved_tensors
+        count, tokens, channels = documents.shape
+        starts = torch.arange(count, device=x.device).unsqueeze(1) * tokens
+        pairs = torch.where(where < 0, where, where + starts).T
+        of_x, of_documents = torch.ops.pycore.pairwise_pairs_backward(
+            grad.T.unsqueeze(0),
+            x.unsqueeze(0),
+            documents.reshape(1, count * tokens, channels),
+            pairs.unsqueeze(0),
+            False,
+        )
+        return of_x.squeeze(0), of_documents.reshape(documents.shape), None
+
+
 def maxsim(
     query: Tensor, document: Tensor, *, query_lengths: Tensor | None = None, document_lengths: Tensor | None = None
 ) -> Tensor:
@@ -272,18 +308,19 @@ def maxsim(
         empty = -math.inf if length > 0 else 0.0
         scores = queries.new_full((q, p), empty) + 0 * (queries.sum() + documents.sum())
     else:
+        of_tokens = None if of_document is None else of_document.reshape(-1)
         if pairs:
-            x = batched(queries.unsqueeze(1), (q, p), 2)
             x_lengths = None if of_query is None else of_query.unsqueeze(1).expand(q, p).reshape(-1)
+            best = torch.ops.pycore.pairwise_topk(
+                batched(queries.unsqueeze(1), (q, p), 2), documents.reshape(q * p, tokens, channels), 1, False,
+                x_lengths, of_tokens, op,
+            )[0].reshape(q, p, length)  # fmt: skip
         else:
-            x, x_lengths = queries.reshape(1, q * length, channels).expand(p, -1, -1), None
+            x = queries.reshape(q * length, channels)
             if of_query is not None:  # what does not count is not read
-                x = torch.where(_counts(of_query, length).reshape(1, -1, 1), x, 0.0)
-        best = torch.ops.pycore.pairwise_topk(
-            x, documents.reshape(-1, tokens, channels), 1, False, x_lengths,
-            None if of_document is None else of_document.reshape(-1), op,
-        )[0]  # fmt: skip
-        best = best.reshape(q, p, length) if pairs else best.reshape(p, q, length).transpose(0, 1)
+                x = torch.where(_counts(of_query, length).reshape(-1, 1), x, 0.0)
+            best = _BestProducts.apply(x, documents, of_tokens)[0]  # type: ignore[no-untyped-call]
+            best = best.reshape(p, q, length).transpose(0, 1)
         if of_query is not None:
             best = torch.where(_counts(of_query, length).unsqueeze(1), best, 0.0)
         scores = best.double().sum(-1).to(best.dtype)
