@@ -12,6 +12,8 @@ using namespace pairwise;
 
 namespace {
 
+#include "insert.inl.h"
+
 constexpr int64_t kMostHeld = 1 << 16;  // entries of an item's lists, where its rows allow
 
 int64_t list_rows(const PairwiseTopkParams& params) {
@@ -61,34 +63,52 @@ void check_rows(const PairwiseParams& params, const PairwiseRows& rows, int64_t 
   });
 }
 
-void topk_item(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t batch, Range all,
-               char* memory) {
+// The lists of some rows, k entries apart.
+struct Lists {
+  char* scores;
+  int64_t *indices, *held;
+};
+
+int64_t rows_of(const PairwiseTopkParams& params, int64_t batch) {
+  return params.x_lengths ? std::min(params.x_lengths[batch], params.rows) : params.rows;
+}
+
+int64_t columns_of(const PairwiseTopkParams& params, int64_t batch) {
+  return params.y_lengths ? std::min(params.y_lengths[batch], params.columns) : params.columns;
+}
+
+// Columns, whole segments but for the last, join the lists. What does not count is not read.
+void scan(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t batch, Range all, Range columns,
+          char* memory, const Lists& lists) {
   const int64_t size = element_size(params.dtype), k = params.k;
   char* const scores = memory + aligned(kernels.scratch);
-  int64_t* const held = reinterpret_cast<int64_t*>(scores + aligned(kPairwiseRows * kSegmentStride * size));
-  const int64_t end = params.x_lengths ? std::min(params.x_lengths[batch], params.rows) : params.rows;
-  const int64_t columns = params.y_lengths ? std::min(params.y_lengths[batch], params.columns) : params.columns;
-  const Range rows = {all.begin, std::max(all.begin, std::min(all.end, end))};
-  const auto list = [&](int64_t row) { return (batch * params.rows + row) * k; };
-  char* const out = static_cast<char*>(params.scores);
-  for (int64_t r = 0; r < all.count(); ++r) held[r] = 0;
-  for (int64_t begin = 0; begin < columns && rows.count() > 0; begin += kPairwiseSegment) {
-    const Range segment = {begin, std::min(begin + kPairwiseSegment, columns)};
+  const Range rows = {all.begin, std::max(all.begin, std::min(all.end, rows_of(params, batch)))};
+  const int64_t end = std::min(columns.end, columns_of(params, batch));
+  for (int64_t r = 0; r < all.count(); ++r) lists.held[r] = 0;
+  for (int64_t begin = columns.begin; begin < end && rows.count() > 0; begin += kPairwiseSegment) {
+    const Range segment = {begin, std::min(begin + kPairwiseSegment, end)};
     kernels.scores(params, batch, rows, segment, scores, memory);
     for (int64_t r = 0; r < rows.count(); ++r) {
       char* const row = scores + r * kSegmentStride * size;
       // The largest come first, so distances change their sign; and what is left of a vector becomes -inf.
       kernels.logits(row, segment.count(), params.euclidean ? -1 : 1, nullptr, 0);
-      const int64_t at = list(rows.begin + r);
-      kernels.select(row, segment.count(), begin, k, held + r, out + at * size, params.indices + at);
+      kernels.select(row, segment.count(), begin, k, lists.held + r, lists.scores + r * k * size,
+                     lists.indices + r * k);
     }
   }
-  const int64_t wanted = std::min(k, columns);
+}
+
+// From lists to results.
+void finish(const PairwiseTopkParams& params, int64_t batch, Range all, const int64_t* held) {
+  const int64_t k = params.k, wanted = std::min(k, columns_of(params, batch));
+  char* const out = static_cast<char*>(params.scores);
   for (int64_t row = all.begin; row < all.end; ++row) {
-    const int64_t n = held[row - all.begin], at = list(row);
+    const int64_t n = held[row - all.begin], at = (batch * params.rows + row) * k;
     const bool overflown = n > 0 && !(std::isfinite(number(out, params.dtype, at)) &&
                                       std::isfinite(number(out, params.dtype, at + n - 1)));
-    if (row < rows.end && (n < wanted || overflown)) note(&params.faults->score_row, batch * params.rows + row);
+    if (row < rows_of(params, batch) && (n < wanted || overflown)) {
+      note(&params.faults->score_row, batch * params.rows + row);
+    }
     for (int64_t i = 0; params.euclidean && i < n; ++i) {
       set_number(out, params.dtype, at + i, -number(out, params.dtype, at + i));
     }
@@ -98,6 +118,46 @@ void topk_item(const PairwiseTopkParams& params, const PairwiseKernels& kernels,
     }
   }
 }
+
+Lists result_lists(const PairwiseTopkParams& params, int64_t batch, int64_t row, int64_t* held) {
+  const int64_t at = (batch * params.rows + row) * params.k;
+  return {static_cast<char*>(params.scores) + at * element_size(params.dtype), params.indices + at, held};
+}
+
+template <class T>
+void join(const Lists& from, int64_t rows, int64_t k, const Lists& to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < from.held[r]; ++i) {
+      insert_largest(reinterpret_cast<const T*>(from.scores)[r * k + i], from.indices[r * k + i], k, to.held + r,
+                     reinterpret_cast<T*>(to.scores) + r * k, to.indices + r * k);
+    }
+  }
+}
+
+// How the work of a call is cut. Where there are fewer blocks of rows than threads, columns are cut too, and the lists
+// of their parts join in order.
+struct Cut {
+  int64_t rows, items, parts, part_columns, thread_bytes, list_bytes;
+
+  Cut(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t threads) {
+    rows = std::min(item_rows(params.batch, params.rows, threads), list_rows(params));
+    items = pairwise::parts(params.rows, rows);
+    const int64_t segments = pairwise::parts(params.columns, kPairwiseSegment);
+    const int64_t blocks = size_product({params.batch, items});
+    const int64_t wanted = blocks > 0 && blocks < threads ? pairwise::parts(threads, blocks) : 1;
+    part_columns = pairwise::parts(segments, std::max<int64_t>(wanted, 1)) * kPairwiseSegment;
+    parts = std::max<int64_t>(part_columns > 0 ? pairwise::parts(params.columns, part_columns) : 1, 1);
+    thread_bytes = topk_bytes(params, kernels);
+    list_bytes = parts > 1 ? aligned(size_product({rows, params.k, 16})) + aligned(rows * 8) : 0;
+  }
+  int64_t bytes(const PairwiseTopkParams& params, int64_t threads) const {
+    return size_sum(size_product({threads, thread_bytes}), size_product({params.batch, items, parts, list_bytes}));
+  }
+  Lists lists(char* memory, int64_t index, int64_t k) const {
+    char* const at = memory + index * list_bytes;
+    return {at, reinterpret_cast<int64_t*>(at + rows * k * 8), reinterpret_cast<int64_t*>(at + aligned(rows * k * 16))};
+  }
+};
 
 // ---- distances in float32: the search that vq has
 // ---------------------------------------------------------------------
@@ -167,7 +227,7 @@ int64_t pairwise_topk_scratch(const PairwiseTopkParams& params, int64_t threads)
   if (!kernels) return 0;
   if (searched_by_vq(params))
     return vq_encode_scratch(vq_params(params, 0, params.rows, params.columns, nullptr), threads);
-  return size_product({threads, topk_bytes(params, *kernels)});
+  return Cut(params, *kernels, threads).bytes(params, threads);
 }
 
 Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel, void* scratch) {
@@ -178,11 +238,35 @@ Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel,
   check_rows(params, params.y, params.columns, params.y_lengths, pool, &params.faults->y_row);
   if (params.faults->x_row != PairwiseFaults::kNone || params.faults->y_row != PairwiseFaults::kNone) return {};
   if (searched_by_vq(params)) return nearest(params, parallel, scratch);
-  const int64_t rows = std::min(item_rows(params.batch, params.rows, pool.threads), list_rows(params));
-  const int64_t items = parts(params.rows, rows), bytes = topk_bytes(params, *kernels);
-  for_each_item(pool, params.batch * items, [&](int64_t slot, int64_t item) {
-    topk_item(params, *kernels, item / items, part(item % items, rows, params.rows),
-              static_cast<char*>(scratch) + slot * bytes);
+  const Cut cut(params, *kernels, pool.threads);
+  char* const memory = static_cast<char*>(scratch);
+  char* const listed = memory + pool.threads * cut.thread_bytes;
+  for_each_item(pool, params.batch * cut.items * cut.parts, [&](int64_t slot, int64_t item) {
+    const int64_t block = item / cut.parts, batch = block / cut.items;
+    const Range rows = part(block % cut.items, cut.rows, params.rows);
+    char* const own = memory + slot * cut.thread_bytes;
+    if (cut.parts > 1) {
+      const Range columns = part(item % cut.parts, cut.part_columns, params.columns);
+      return scan(params, *kernels, batch, rows, columns, own, cut.lists(listed, item, params.k));
+    }
+    int64_t* const held = reinterpret_cast<int64_t*>(own + cut.thread_bytes) - kPairwiseRows;
+    scan(params, *kernels, batch, rows, {0, params.columns}, own, result_lists(params, batch, rows.begin, held));
+    finish(params, batch, rows, held);
+  });
+  for_each_item(pool, cut.parts > 1 ? params.batch * cut.items : 0, [&](int64_t, int64_t block) {
+    const int64_t batch = block / cut.items;
+    const Range rows = part(block % cut.items, cut.rows, params.rows);
+    int64_t held[kPairwiseRows] = {};
+    const Lists to = result_lists(params, batch, rows.begin, held);
+    for (int64_t i = 0; i < cut.parts; ++i) {
+      const Lists from = cut.lists(listed, block * cut.parts + i, params.k);
+      if (params.dtype == DType::kFloat64) {
+        join<double>(from, rows.count(), params.k, to);
+      } else {
+        join<float>(from, rows.count(), params.k, to);
+      }
+    }
+    finish(params, batch, rows, held);
   });
   return {};
 }

@@ -224,6 +224,21 @@ def test_same_bits_of_the_gradient_of_y_on_threads(isa: str) -> None:
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
+@pytest.mark.parametrize("k", [1, 40])
+def test_same_bits_of_few_rows_on_threads(isa: str, k: int) -> None:
+    """One row against many: threads take columns each."""
+    x, y = rows(1, 40), rows(40, 40).repeat(500, 1)  # ties in every part
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append((*ops.pairwise_topk(x, y, k), ops.pairwise_logsumexp(x, y)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[0], results[2]))
+    assert torch.equal(results[0][1], reference.pairwise_topk(x.double(), y.double(), k)[1])
+
+
 @pytest.mark.skipif("avx512" not in native.available_isas(), reason="one set of vectors only")
 @pytest.mark.parametrize("score", SCORES)
 def test_same_bits_on_vectors_of_eight_and_sixteen(score: str) -> None:
