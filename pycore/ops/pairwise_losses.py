@@ -27,6 +27,24 @@ def _row_weights(kept: Tensor, rows: Tensor, classes: int, smoothing: float, z_l
     ).unsqueeze(0)
 
 
+class _Once(torch.autograd.Function):
+    """grad times what was made of `inputs` before: to differentiate it again is refused, and does not give zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(made: Tensor, grad: Tensor, *inputs: Tensor | None) -> Tensor:
+        return made * grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(f"{_OP}: second derivatives are not available")
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Losses of rows [N], or their sum over a count.
 
@@ -72,7 +90,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(*(grad for grad in made if grad is not None))
         ctx.set_materialize_grads(False)
         if any(grad is not None for grad in made):
-            ctx.save_for_backward(*made)
+            ctx.save_for_backward(*made, x, weight, bias)
         else:
             ctx.save_for_backward(x, weight, bias, target, kept)
 
@@ -81,8 +99,12 @@ class _CrossEntropy(torch.autograd.Function):
         if grad is None:
             return None, None, None, None, None, None, None
         ignore_index, smoothing, z_loss, softcap, reduction = ctx.options
-        if len(ctx.saved_tensors) == 3:
-            made = [None if part is None else part * grad for part in ctx.saved_tensors]
+        if len(ctx.saved_tensors) == 6:
+            parts, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+            if torch.compiler.is_compiling():  # which differentiates once, and takes no function within another's
+                made = [None if part is None else part * grad for part in parts]
+            else:
+                made = [None if part is None else _Once.apply(part, grad, *inputs) for part in parts]  # type: ignore[no-untyped-call]
         else:
             x, weight, bias, target, kept = ctx.saved_tensors
             rows = grad if reduction == "none" else grad.expand(x.shape[0])

@@ -96,6 +96,16 @@ def norm_case(seed: int, rows: int, channels: int) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, leaves, draw(rows, channels))]
 
 
+def pairwise_case(seed: int, rows: int, columns: int, channels: int, score: str) -> list[Tensor]:
+    """Log-sum-exp with its gradients, and the best three."""
+    draw = Numbers(seed)
+    leaves = [draw(rows, channels).requires_grad_(), draw(columns, channels).requires_grad_(), draw(columns)]
+    leaves[2].requires_grad_()
+    lse = ops.pairwise_logsumexp(leaves[0], leaves[1], scale=-1 / channels, y_bias=leaves[2], score=score)
+    best = ops.pairwise_topk(leaves[0].detach(), leaves[1].detach(), 3, score=score)
+    return [lse, *torch.autograd.grad(lse, leaves, draw(rows)), *best]
+
+
 def cases() -> dict[str, Callable[[], list[Tensor]]]:
     made: dict[str, Callable[[], list[Tensor]]] = {}
 
@@ -137,6 +147,8 @@ def cases() -> dict[str, Callable[[], list[Tensor]]]:
     for rows in (1, 5, 40):
         add(f"linear, {rows}", linear_case, rows, 333, 77)
         add(f"norm, {rows}", norm_case, rows, 333)
+        for score in ("dot", "cosine", "euclidean"):
+            add(f"pairwise, {score}, {rows}", pairwise_case, rows, 1101, 333, score)
     return made
 
 

@@ -98,6 +98,15 @@ def test_linear_cross_entropy_rows_have_the_same_bits_alone() -> None:
         assert torch.equal(whole[i : i + 1], alone)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_has_no_second_derivative(reduction: str) -> None:
+    x, weight = rows(3, 4).requires_grad_(), rows(5, 4)
+    loss = ops.linear_cross_entropy(x, weight, torch.arange(3), reduction=reduction)
+    (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not available$"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_contrastive_loss(isa: str, symmetric: bool) -> None:
     a, b = rows(150, 24), rows(150, 24, seed=1)
@@ -172,6 +181,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_no_matrix_is_allocated() -> None:
     """65,536 rows against 65,536: the matrix would be 16 GiB. Forward and backward add less than 100 MiB."""
     limit = resource.getrlimit(resource.RLIMIT_AS)
