@@ -195,6 +195,47 @@ def invariant_linear_backward(
     grad_bias: Any = None,
     threads: int | None = None,
 ) -> tuple[Any, Any, Any]: ...
+def pairwise_logsumexp(
+    x: Any,
+    y: Any,
+    y_bias: Any = None,
+    target: Any = None,
+    *,
+    euclidean: bool = False,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -1,
+    need_sum: bool = False,
+    threads: int | None = None,
+) -> tuple[Any, Any, Any]: ...
+def pairwise_logsumexp_gradients(
+    x: Any,
+    y: Any,
+    y_bias: Any,
+    target: Any,
+    weights: Any,
+    *,
+    euclidean: bool = False,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -1,
+    threads: int | None = None,
+) -> tuple[Any, Any, Any, Any, Any, Any]: ...
+def pairwise_topk(
+    x: Any,
+    y: Any,
+    k: int,
+    *,
+    euclidean: bool = False,
+    x_lengths: Any = None,
+    y_lengths: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any]: ...
+def pairwise_distances_at(x: Any, y: Any, indices: Any, *, threads: int | None = None) -> Any: ...
+def pairwise_pairs_backward(
+    grad: Any, x: Any, y: Any, indices: Any, *, euclidean: bool = False, threads: int | None = None
+) -> tuple[Any, Any]: ...
+def hamming_topk(x: Any, y: Any, k: int, *, threads: int | None = None) -> tuple[Any, Any]: ...
 def rms_norm(x: Any, weight: Any = None, eps: float = 1e-6, *, out: Any = None, threads: int | None = None) -> Any: ...
 def rms_norm_backward(
     grad_out: Any,

@@ -51,6 +51,11 @@ struct LaneSum {
     }
     for (; c < end; c += Vec::kWidth) lanes[0] = term(c, lanes[0]);
   }
+  // Adds term(c), the vector of elements from c on.
+  template <class Term>
+  PYCORE_INLINE void add(int64_t begin, int64_t end, const Term& term) {
+    fold(begin, end, [&](int64_t c, Vec sum) __attribute__((always_inline)) { return sum + term(c); });
+  }
 };
 
 // <x, y>, n channels, which the caller has padded with zeros to whole vectors.

@@ -17,6 +17,7 @@ void register_linear(pybind11::module_& m);
 void register_staircase(pybind11::module_& m);
 void register_staircase_attention(pybind11::module_& m);
 void register_staircase_cache(pybind11::module_& m);
+void register_pairwise(pybind11::module_& m);
 void register_vq(pybind11::module_& m);
 
 }  // namespace pycore::python

@@ -75,6 +75,7 @@ PYBIND11_MODULE(native, m) {
   register_staircase(m);
   register_staircase_attention(m);
   register_staircase_cache(m);
+  register_pairwise(m);
   register_vq(m);
 }
 #undef PyInit_native

@@ -14,6 +14,9 @@ from pycore.ops.attention import attention, lambda_attention
 from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import gelu_mul, invariant_linear, layer_norm, rms_norm, silu_mul
+from pycore.ops.pairwise import pairwise_logsumexp, pairwise_min, pairwise_topk
+from pycore.ops.pairwise_clusters import hamming_topk, kmeans, pack_bits, sinkhorn
+from pycore.ops.pairwise_losses import contrastive_loss, linear_cross_entropy, maxsim
 from pycore.ops.staircase import staircase_dequantize, staircase_quantize, staircase_rotation
 from pycore.ops.staircase_attention import staircase_attention
 from pycore.ops.vq import rvq_decode, rvq_encode, vq_encode, vq_statistics
@@ -27,9 +30,18 @@ __all__ = [
     "ac_encode_logits",
     "attention",
     "gelu_mul",
+    "contrastive_loss",
+    "hamming_topk",
     "invariant_linear",
+    "kmeans",
     "lambda_attention",
     "layer_norm",
+    "linear_cross_entropy",
+    "maxsim",
+    "pack_bits",
+    "pairwise_logsumexp",
+    "pairwise_min",
+    "pairwise_topk",
     "pr_block_mask",
     "pr_flash_attention",
     "quantize_cdf",
@@ -40,6 +52,7 @@ __all__ = [
     "staircase_rotation",
     "rvq_decode",
     "rvq_encode",
+    "sinkhorn",
     "vq_encode",
     "vq_statistics",
     "silu_mul",

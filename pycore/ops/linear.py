@@ -453,5 +453,5 @@ torch.library.register_vmap("pycore::layer_norm", _as_rows(_ops.layer_norm))
 torch.library.register_vmap("pycore::layer_norm_backward", _one_by_one(_ops.layer_norm_backward))
 for _name in ("silu_mul", "gelu_mul"):
     torch.library.register_vmap(f"pycore::{_name}", _elementwise(getattr(_ops, _name), 2))
-    _gradients = getattr(_ops, f"{_name}_backward")
-    torch.library.register_vmap(f"pycore::{_name}_backward", _one_by_one(_gradients))
+    _gradient_op = getattr(_ops, f"{_name}_backward")
+    torch.library.register_vmap(f"pycore::{_name}_backward", _one_by_one(_gradient_op))

@@ -125,6 +125,16 @@ def gated_case(seed: int, dtype: torch.dtype) -> list[Tensor]:
     return [*results, *(grad for result, by in each for grad in torch.autograd.grad(result, (gate, up), by))]
 
 
+def pairwise_case(seed: int, rows: int, columns: int, channels: int, score: str) -> list[Tensor]:
+    """Log-sum-exp with its gradients, and the best three."""
+    draw = Numbers(seed)
+    leaves = [draw(rows, channels).requires_grad_(), draw(columns, channels).requires_grad_(), draw(columns)]
+    leaves[2].requires_grad_()
+    lse = ops.pairwise_logsumexp(leaves[0], leaves[1], scale=-1 / channels, y_bias=leaves[2], score=score)
+    best = ops.pairwise_topk(leaves[0].detach(), leaves[1].detach(), 3, score=score)
+    return [lse, *torch.autograd.grad(lse, leaves, draw(rows)), *best]
+
+
 def cases() -> dict[str, Callable[[], list[Tensor]]]:
     made: dict[str, Callable[[], list[Tensor]]] = {}
 
@@ -169,6 +179,8 @@ def cases() -> dict[str, Callable[[], list[Tensor]]]:
         add(f"layer norm, {rows}", layer_norm_case, rows, 333)
         for dtype in (torch.bfloat16, torch.float16):
             add(f"linear {dtype}, {rows}", half_case, rows, 333, 77, dtype)
+        for score in ("dot", "cosine", "euclidean"):
+            add(f"pairwise, {score}, {rows}", pairwise_case, rows, 1101, 333, score)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         add(f"gated {dtype}", gated_case, dtype)
     return made

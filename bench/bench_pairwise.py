@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reductions of pairwise scores beside what a torch user would write, whole and in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bench import inputs
+from bench.case import Case, Options, Outputs, Prepare, largest_error
+
+GROUP = "pairwise reductions"
+TOLERANCE = 2e-5
+CHUNK = 512  # rows of torch's chunks
+
+
+def _rows(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(inputs.SEED)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def _plain(function: Callable[..., Tensor]) -> Prepare:
+    def prepare(tensors: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+        def run() -> Outputs:
+            with torch.no_grad():
+                return (function(*tensors),)
+
+        return run
+
+    return prepare
+
+
+def _check(function: Callable[..., Tensor]) -> Callable[[tuple[Tensor, ...]], Callable[[Outputs], float]]:
+    def check(tensors: tuple[Tensor, ...]) -> Callable[[Outputs], float]:
+        expected = (torch.cat([function(rows.double(), tensors[1].double()) for rows in tensors[0].split(64)]),)
+        return lambda outputs: largest_error(outputs, expected)
+
+    return check
+
+
+def _logsumexp(n: int, d: int) -> Case:
+    from pycore import ops
+
+    def whole(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / d**0.5).logsumexp(-1)
+
+    return Case(
+        name=f"pairwise_logsumexp forward, {n} rows by {n}, {d} channels",
+        group=GROUP,
+        inputs=lambda: _rows((n, d), (n, d)),
+        contenders={
+            "pycore": _plain(lambda x, y: ops.pairwise_logsumexp(x, y, scale=d**-0.5)),
+            "torch chunked": _plain(lambda x, y: torch.cat([whole(rows, y) for rows in x.split(CHUNK)])),
+        },
+        check=_check(whole),
+        tolerance=TOLERANCE,
+        flops=2.0 * n * n * d,
+        memory=("pycore", "torch chunked"),
+    )
+
+
+def _cross_entropy(n: int, d: int, classes: int) -> Case:
+    from pycore import ops
+
+    def make() -> tuple[Tensor, ...]:
+        x, weight = _rows((n, d), (classes, d))
+        target = torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(inputs.SEED))
+        return x.requires_grad_(), (weight / d**0.5).requires_grad_(), target
+
+    def contender(loss: Callable[..., Tensor]) -> Prepare:
+        def prepare(tensors: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+            def run() -> Outputs:
+                value = loss(*tensors)
+                return (value.detach(), *torch.autograd.grad(value, tensors[:2]))
+
+            return run
+
+        return prepare
+
+    def torch_loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight), target)
+
+    def part(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight), target, reduction="sum")
+
+    def chunked(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        parts = zip(x.split(CHUNK), target.split(CHUNK), strict=True)
+        losses = [checkpoint(part, rows, weight, classes, use_reentrant=False) for rows, classes in parts]
+        return torch.stack(losses).sum() / x.shape[0]
+
+    def check(tensors: tuple[Tensor, ...]) -> Callable[[Outputs], float]:
+        doubles = [x.detach().double().requires_grad_() for x in tensors[:2]]
+        value = chunked(*doubles, tensors[2])
+        expected = (value.detach(), *torch.autograd.grad(value, doubles))
+        return lambda outputs: largest_error(outputs, expected)
+
+    return Case(
+        name=f"linear_cross_entropy forward and backward, {n} rows, {d} channels, {classes} classes",
+        group=GROUP,
+        inputs=make,
+        contenders={
+            "pycore": contender(ops.linear_cross_entropy),
+            "torch": contender(torch_loss),
+            "torch chunked, checkpointed": contender(chunked),
+        },
+        check=check,
+        tolerance=5e-5,
+        flops=6.0 * n * d * classes,
+        memory=("pycore", "torch", "torch chunked, checkpointed"),
+    )
+
+
+def _topk(n: int, m: int, d: int, k: int) -> Case:
+    from pycore import ops
+
+    contenders = {
+        "pycore": _plain(lambda x, y: ops.pairwise_topk(x, y, k)[0]),
+        "torch": _plain(lambda x, y: (x @ y.T).topk(k).values),
+    }
+    return Case(
+        name=f"pairwise_topk {k} of {m}, {n} rows, {d} channels",
+        group=GROUP,
+        inputs=lambda: _rows((n, d), (m, d)),
+        contenders=contenders,
+        check=_check(lambda x, y: (x @ y.T).topk(k).values),
+        tolerance=TOLERANCE,
+        flops=2.0 * n * m * d if n > 1 else 0.0,
+        bytes=4.0 * m * d if n == 1 else 0.0,
+    )
+
+
+def _maxsim(queries: int, documents: int) -> Case:
+    from pycore import ops
+
+    def plain(query: Tensor, document: Tensor) -> Tensor:
+        return torch.einsum("qld,pmd->qplm", query, document).amax(-1).sum(-1)
+
+    return Case(
+        name=f"maxsim, {queries} queries of 32 tokens, {documents} documents of 180, 128 channels",
+        group=GROUP,
+        inputs=lambda: _rows((queries, 32, 128), (documents, 180, 128)),
+        contenders={"pycore": _plain(ops.maxsim), "torch": _plain(plain)},
+        check=_check(plain),
+        tolerance=TOLERANCE,
+        flops=2.0 * queries * 32 * documents * 180 * 128,
+    )
+
+
+def cases(options: Options) -> Iterable[Case]:
+    """Shapes of a contrastive batch, a vocabulary, a flat index and late interaction. CPU only."""
+    if options.device != "cpu":
+        return
+    yield _logsumexp(4096 if options.quick else 16384, 128)
+    yield _cross_entropy(*((512, 576, 8192) if options.quick else (2048, 576, 49152)))
+    for rows in (1, 256):
+        yield _topk(rows, 20_000 if options.quick else 200_000, 384, 10)
+    yield _maxsim(8, 64 if options.quick else 512)
+
+
+def bench_pairwise(case: Case, measure_case: Callable[[Case], None]) -> None:
+    measure_case(case)

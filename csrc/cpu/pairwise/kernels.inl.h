@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of one instruction set with vectors. Included inside its namespace, in a target region.
+#pragma once
+
+namespace {
+#include "gradient.inl.h"
+#include "hamming.inl.h"
+#include "reduce.inl.h"
+#include "scores.inl.h"
+#include "select.inl.h"
+}  // namespace
+
+const PairwiseKernels pairwise_float = {sizeof(PairwiseScratch),  pairwise_scores,       pairwise_logits,
+                                        pairwise_reduce,          pairwise_total,        pairwise_gradient,
+                                        pairwise_columns_product, pairwise_rows_product, pairwise_select,
+                                        pairwise_distance,        hamming_rows};
