@@ -16,7 +16,7 @@ from pycore import Staircase, StaircaseKVCache
 from pycore.integrations.transformers import StaircaseCache, register
 from pycore.schedules import Causal, Lambda
 from tests.support.tiny_models import PAD, logits, tiny, tokens, use
-from tests.support.tolerance import assert_as_accurate
+from tests.support.tolerance import assert_model_as_accurate
 
 LENGTH = 400
 GREEDY: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": PAD, "eos_token_id": PAD + 1}
@@ -103,13 +103,13 @@ def test_generate_is_the_loop_by_hand(beams: int) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])
 def test_a_ladder_of_16_is_a_full_cache(model_type: str, name: str) -> None:
     """Packed, and unpacked for another attention; layers with a window beside."""
-    if (model_type, name) == ("gpt_oss", "sdpa"):
-        pytest.skip("transformers has no SDPA with learned sinks")
+    if name == "sdpa" and model_type != "llama":
+        pytest.skip("transformers has no SDPA with softcap or learned sinks")
     ids, sizes = tokens(2, LENGTH), [150, 1, 1, 98, *[1] * 150]
     model, double = use(tiny(model_type), name), use(tiny(model_type, dtype=torch.float64), name)
     full = in_chunks(model, DynamicCache(config=model.config), ids, sizes)
     cache = StaircaseCache(model.config, Staircase((16,), **SMALL))
-    assert_as_accurate(in_chunks(model, cache, ids, sizes), logits(double, ids), full, name)
+    assert_model_as_accurate(in_chunks(model, cache, ids, sizes), logits(double, ids), full, name)
 
 
 @pytest.mark.parametrize("rotation", [None, "hadamard"])
@@ -293,7 +293,6 @@ def test_bytes() -> None:
     cache, full = StaircaseCache(model.config, LADDER, capacity=2048), DynamicCache()
     for each in (cache, full):
         logits(model, ids, past_key_values=each)
-    logits(model, ids[:, :0], past_key_values=cache)
     dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     assert cache.nbytes == sum(layer.store.nbytes for layer in cache.layers)
     assert cache.nbytes < dense / 2
@@ -302,8 +301,9 @@ def test_bytes() -> None:
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
-    model, ids = use(tiny("llama", layers=1), "stairs_causal"), tokens(2, 210)
+@pytest.mark.parametrize("new", [1, 20, 21, 150])
+def test_a_refused_call_leaves_the_cache_as_it_was(new: int) -> None:
+    model, ids = use(tiny("llama", layers=1), "stairs_causal"), tokens(2, 200 + new)
     cache, other = filled(model, ids[:, :200]), filled(model, ids[:, :200])
     attention = model.model.layers[0].self_attn
     attention.scaling, scaling = float("nan"), attention.scaling

@@ -192,10 +192,12 @@ def _attend_staircase(call: _Call, layer: StaircaseLayer, query: Tensor, key: Te
     if options.dropout_p:
         raise ValueError(f"{call.name}: dropout is {options.dropout_p} and must be 0 with a StaircaseCache")
     assert call.rope is None  # under a distance limit the cache gives unpacked tokens
-    # Refuses, before tokens are taken, what the cache would refuse when it has them.
-    call_attention("attention", query[:, :, :0], key[:, :, :0], value[:, :, :0], call.schedule, options)
+    starts = _new_starts(call, query)
+    if not layer.takes_back(key, starts):
+        # Refuses before tokens are taken; a step, of which this would be a good part, takes its token back.
+        call_attention("attention", query[:, :, :0], key[:, :, :0], value[:, :, :0], call.schedule, options)
     return layer.append_and_attend(
-        query, key, value, starts=_new_starts(call, query), schedule=call.schedule, scale=options.scale,
+        query, key, value, starts=starts, schedule=call.schedule, scale=options.scale,
         softcap=options.softcap, sink_logits=options.sink_logits,
     )  # fmt: skip
 

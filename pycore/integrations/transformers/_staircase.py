@@ -69,15 +69,24 @@ class StaircaseLayer(StoreLayer):
             self.store = self._made(batch, kv_heads, head_dim, value.shape[3], key.dtype)
         return self.store
 
+    def takes_back(self, key: Tensor, starts: Tensor | None) -> bool:
+        """Whether `append_and_attend` can undo that it took these tokens."""
+        return starts is None and key.shape[2] <= self.rollback
+
     def append_and_attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, starts: Tensor | None, schedule: Schedule, **options: Any
     ) -> Tensor:
         """Attention of the new tokens over the packed cache, [batch, heads, tokens, value_dim]."""
         store = self._open_store(key, value)
         store.append(key, value, starts=starts)
-        self._seen += key.shape[2]
-        out = store.attend(query, schedule=schedule, prefill=self.prefill, **options)
+        try:
+            out = store.attend(query, schedule=schedule, prefill=self.prefill, **options)
+        except Exception:
+            if self.takes_back(key, starts):
+                store.crop(key.shape[2])
+            raise
         assert isinstance(out, Tensor)
+        self._seen += key.shape[2]
         return out
 
     def _unpacked(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
