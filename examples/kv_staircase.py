@@ -59,6 +59,8 @@ def loaded(folder: Path | None) -> tuple[Any, Any]:
             num_key_value_heads=2, initializer_range=0.2,
         )  # fmt: skip
         return LlamaForCausalLM(config).bfloat16().eval(), lambda text: list(text)
+    if not folder.is_dir():
+        raise UserError(f"--model is {folder} and must be a folder with a model and its tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
