@@ -151,6 +151,35 @@ def test_probabilistic(tmp_path: Path) -> None:
     assert bad.returncode == 2 and bad.stderr == "probabilistic: --windows is 0 and must be at least 1\n"
 
 
+def test_kv_staircase(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    result = run("kv_staircase.py", "--quick", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "kv_staircase_quick.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in written["rows"]}
+    assert len(rows) == 10 and written["tokens"] == 1024 and written["machine"]["cpu"]
+    # What quantizes nothing has the bits of a full cache; what keeps fewer bits is further off and smaller.
+    assert rows["16"]["kl"] == 0 and rows["16"]["same_top"] == 1
+    for more, fewer in (("16", "8"), ("8", "16/8/4"), ("16/8/4", "16/8/4/2"), ("KIVI 4", "KIVI 2")):
+        assert rows[more]["kl"] < rows[fewer]["kl"] and rows[more]["bytes"] > rows[fewer]["bytes"]
+    assert "yes  a staircase that quantizes nothing moves predictions by 0 nats" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tokens", "1023"], "--tokens is 1023 and must be at least 1024"),
+        (["--tokens", "99999999"], "must be at most"),
+        (["--model", "nowhere"], "--model is nowhere and must be a folder"),
+    ],
+)
+def test_kv_staircase_bad_arguments(
+    arguments: list[str], message: str, tmp_path: Path, refuse: Callable[..., None]
+) -> None:
+    pytest.importorskip("transformers")
+    refuse("kv_staircase", "--out", str(tmp_path), *arguments, message=message)
+
+
 def test_equal_info(tmp_path: Path) -> None:
     result = run("equal_info.py", "--quick", "--no-plot", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr

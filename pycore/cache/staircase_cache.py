@@ -230,15 +230,19 @@ class StaircaseKVCache:
         In the cache's dtype, and rotated back where they are kept rotated. Rows with fewer tokens than the longest are
         filled up with zeros.
         """
-        return self._newest(0)
+        return self._as_read_at(0, self._lengths - 1)
 
     def values(self) -> Tensor:
         """The values beside `keys`: [batch, kv_heads, tokens, value_dim]."""
-        return self._newest(1)
+        return self._as_read_at(1, self._lengths - 1)
 
-    def _newest(self, which: int) -> Tensor:
+    def read_next(self) -> tuple[Tensor, Tensor]:
+        """`keys` and `values` as the query of a token still to come reads them; older, so with fewer bits."""
+        return self._as_read_at(0, self._lengths), self._as_read_at(1, self._lengths)
+
+    def _as_read_at(self, which: int, positions: Tensor) -> Tensor:
         rotation = self._sides[which].rotation
-        x = self._read(which, self._lengths - 1, self._lengths, rotation is not None)
+        x = self._read(which, positions, self._lengths, rotation is not None)
         return x if rotation is None else rotate(x, rotation, back=True).to(self.dtype)
 
     def _read(self, which: int, positions: Tensor, ends: Tensor, wide: bool) -> Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycore.integrations.transformers._cache import MARK, LambdaLayer
+from pycore.integrations.transformers._cache import MARK, LambdaLayer, StoreLayer
 from pycore.integrations.transformers._mask import Spans, read_spans, require
 from pycore.integrations.transformers._positions import check_positions, position_offset
 from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate
 from pycore.integrations.transformers._rounds import draw_round, take_back_round
+from pycore.integrations.transformers._staircase import StaircaseLayer
 from pycore.ops.attention_call import AttentionOptions, call_attention
-from pycore.schedules import Lambda, Probabilistic, Schedule, Segments
+from pycore.schedules import Causal, Lambda, Probabilistic, Schedule, Segments
 
 # What a model may hand to its attention that changes the result, and that is not available.
 _REFUSED = {
@@ -29,11 +30,11 @@ _REFUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What was registered under a name; distance_limit None takes inputs as the model rotated them."""
+    """What was registered under a name; distance_limit None takes inputs as they come, window_size None all of them."""
 
     name: str
     sink_size: int
-    window_size: int = 1
+    window_size: int | None = 1
     distance_limit: int | None = None
     interleaved: bool | None = None
     draw: Probabilistic | None = None  # in place of sinks and window; its round is not used
@@ -45,7 +46,7 @@ class _Call:
 
     name: str
     sink_size: int
-    window_size: int
+    window_size: int | None
     schedule: Schedule
     position_ids: Tensor | None  # [batch or 1, queries]
     spans: Spans | None
@@ -71,13 +72,13 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
     ) -> tuple[Tensor, None]:
         """As transformers calls it: query [B, H, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Lq, H, D]."""
         name = registered.name
-        layer: LambdaLayer | None = getattr(key, MARK, None)
+        layer: StoreLayer | None = getattr(key, MARK, None)
         if layer is not None:  # first, so that a refused call leaves nothing waiting
             key, value = layer.take(name)
         _refuse(name, module, kwargs)
         window = _sliding_window(name, module, kwargs)
         sink_size, window_size = (registered.sink_size, registered.window_size) if window is None else (0, window)
-        schedule: Schedule = Lambda(sink_size, window_size)
+        schedule: Schedule = Causal() if window_size is None else Lambda(sink_size, window_size)
         draw, counted = registered.draw if window is None else None, False
         if registered.draw is not None and layer is not None:
             raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
@@ -103,7 +104,7 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         boundaries = None if spans is None else spans.boundaries
         if spans is not None and boundaries is not None:
             if layer is not None or draw is not None:
-                what = "a LambdaCache" if layer is not None else "probabilistic attention"
+                what = "probabilistic attention" if layer is None else f"a {layer.cache_name}"
                 message = (
                     f"{name}: position_ids jump within a row and must be consecutive: packed sequences are not "
                     f"available with {what}"
@@ -125,7 +126,10 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 if counted:
                     take_back_round(module)
                 raise
+        elif isinstance(layer, StaircaseLayer):
+            out = _attend_staircase(call, layer, query, key, value)
         else:
+            assert isinstance(layer, LambdaLayer)
             for size, given, wanted in (
                 ("sink_size", layer.sink_size, registered.sink_size),
                 ("window_size", layer.window_size, registered.window_size),
@@ -167,14 +171,9 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
     name = call.name
     if call.options.dropout_p:
         raise ValueError(f"{name}: dropout is {call.options.dropout_p} and must be 0 with a LambdaCache")
+    assert call.window_size is not None  # it is the layer's
     store = layer.open_store(name, call.sink_size, call.window_size)
-    starts = None
-    if call.spans is not None:
-        all_new = (call.spans.query_lengths == query.shape[2]).all()
-        require(all_new, f"{name}: attention_mask has padding on the right and must have it on the left")
-        starts = call.spans.new_starts
-        if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(starts.any()):
-            starts = None
+    starts = _new_starts(call, query)
     offset = layer.position_offset
     if call.rope is not None:
         assert call.position_ids is not None
@@ -187,8 +186,37 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
     return out
 
 
+def _attend_staircase(call: _Call, layer: StaircaseLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Appends new tokens to a layer of a StaircaseCache and attends to what it holds, packed."""
+    options = call.options
+    if options.dropout_p:
+        raise ValueError(f"{call.name}: dropout is {options.dropout_p} and must be 0 with a StaircaseCache")
+    assert call.rope is None  # under a distance limit the cache gives unpacked tokens
+    starts = _new_starts(call, query)
+    if not layer.takes_back(key, starts):
+        # Refuses before tokens are taken; a step, of which this would be a good part, takes its token back.
+        call_attention("attention", query[:, :, :0], key[:, :, :0], value[:, :, :0], call.schedule, options)
+    return layer.append_and_attend(
+        query, key, value, starts=starts, schedule=call.schedule, scale=options.scale,
+        softcap=options.softcap, sink_logits=options.sink_logits,
+    )  # fmt: skip
+
+
+def _new_starts(call: _Call, query: Tensor) -> Tensor | None:
+    """How many of the new tokens are padding, int64 [batch]; None for none."""
+    if call.spans is None:
+        return None
+    all_new = (call.spans.query_lengths == query.shape[2]).all()
+    require(all_new, f"{call.name}: attention_mask has padding on the right and must have it on the left")
+    starts = call.spans.new_starts
+    if starts.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(starts.any()):
+        return None
+    return starts
+
+
 def _without_middle(call: _Call, queries: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
     """Leaves out, and counts, the rows that no query keeps, where they are most: no step has to un-rotate them."""
+    assert call.window_size is not None
     recent = call.window_size + queries - 1
     evicted = key.shape[2] - call.sink_size - recent
     if evicted <= call.sink_size + recent:

@@ -21,28 +21,25 @@ from pycore.cache import LambdaKVCache
 MARK = "_pycore_layer"  # the attribute of marked keys
 
 
-class LambdaLayer(CacheLayerMixin):
-    """One layer of a LambdaCache.
+class StoreLayer(CacheLayerMixin):
+    """A layer of one of our caches: a store, and the new tokens that wait for the attention which will take them.
 
     Attributes:
+        cache_name: of the cache it belongs to, for messages.
         store: the keys and values, once there are any.
-        position_offset: int64 [batch], what a token's position id exceeds its number by; None as long as none is known.
+        rollback: tokens that can be taken back.
     """
 
     is_compileable = False
     is_sliding = False  # a sliding layer too takes the whole mask
     supports_early_init = False
-
-    def __init__(self, sink_size: int, window_size: int, rollback: int) -> None:
-        """The sizes are LambdaCache's."""
-        super().__init__()
-        self.sink_size, self.window_size, self.rollback = sink_size, window_size, rollback
-        self.reset()
+    cache_name: str
+    rollback: int
+    store: Any  # LambdaKVCache or StaircaseKVCache, None as long as there are no tokens
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.store: LambdaKVCache | None = None
-        self.position_offset: Tensor | None = None
+        self.store = None
         self._seen = 0
         self._new: tuple[Tensor, Tensor] | None = None
 
@@ -66,31 +63,15 @@ class LambdaLayer(CacheLayerMixin):
         return key_states, value_states
 
     def take(self, name: str) -> tuple[Tensor, Tensor]:
-        """The tokens that wait, once; they count with `append`."""
+        """The tokens that wait, once; they count when the store has taken them."""
         if self._new is None:
             raise ValueError(f"{name}: key was attended to before and must come from this call of the cache's update")
         new, self._new = self._new, None
         return new
 
-    def count(self, tokens: int, position_offset: Tensor | None) -> None:
-        """Says that `store` has taken tokens."""
-        self._seen += tokens
-        self.position_offset = position_offset
-
     def forget_new(self) -> None:
         """Lets go of tokens that wait: no attention will come for them."""
         self._new = None
-
-    def open_store(self, name: str, sink_size: int, window_size: int) -> LambdaKVCache:
-        """The store, of these sizes."""
-        if self.store is None or self._seen == 0:
-            self.store = LambdaKVCache(sink_size, window_size, self.rollback)
-        if (self.store.sink_size, self.store.window_size) != (sink_size, window_size):
-            raise ValueError(
-                f"{name}: past_key_values was filled with sink_size {self.store.sink_size} and window_size "
-                f"{self.store.window_size} and must be used with these, not with {sink_size} and {window_size}"
-            )
-        return self.store
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding among them."""
@@ -118,8 +99,6 @@ class LambdaLayer(CacheLayerMixin):
     def _choose(self, index: Tensor) -> None:
         if self.store is not None:
             self.store.select(index.to(self.store.lengths.device, torch.int64))
-        if self.position_offset is not None:
-            self.position_offset = self.position_offset[index.to(self.position_offset.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
@@ -133,8 +112,55 @@ class LambdaLayer(CacheLayerMixin):
         """Every row `repeats` times."""
         if self.store is not None:
             self.store.repeat_interleave(repeats)
-            if self.position_offset is not None:
-                self.position_offset = self.position_offset.repeat_interleave(repeats)
+
+
+class LambdaLayer(StoreLayer):
+    """One layer of a LambdaCache.
+
+    Attributes:
+        position_offset: int64 [batch], what a token's position id exceeds its number by; None as long as none is known.
+    """
+
+    cache_name = "LambdaCache"
+    store: LambdaKVCache | None
+
+    def __init__(self, sink_size: int, window_size: int, rollback: int) -> None:
+        """The sizes are LambdaCache's."""
+        super().__init__()
+        self.sink_size, self.window_size, self.rollback = sink_size, window_size, rollback
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.position_offset: Tensor | None = None
+
+    def count(self, tokens: int, position_offset: Tensor | None) -> None:
+        """Says that `store` has taken tokens."""
+        self._seen += tokens
+        self.position_offset = position_offset
+
+    def open_store(self, name: str, sink_size: int, window_size: int) -> LambdaKVCache:
+        """The store, of these sizes."""
+        if self.store is None or self._seen == 0:
+            self.store = LambdaKVCache(sink_size, window_size, self.rollback)
+        if (self.store.sink_size, self.store.window_size) != (sink_size, window_size):
+            raise ValueError(
+                f"{name}: past_key_values was filled with sink_size {self.store.sink_size} and window_size "
+                f"{self.store.window_size} and must be used with these, not with {sink_size} and {window_size}"
+            )
+        return self.store
+
+    def _choose(self, index: Tensor) -> None:
+        super()._choose(index)
+        if self.position_offset is not None:
+            self.position_offset = self.position_offset[index.to(self.position_offset.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.store is not None and self.position_offset is not None:
+            self.position_offset = self.position_offset.repeat_interleave(repeats)
 
 
 class LambdaCache(Cache):

@@ -14,6 +14,7 @@ from pycore._checks import check_bool, check_int, check_str
 from pycore.integrations.transformers._attention import Options, attention_function
 from pycore.integrations.transformers._mask import spans_function
 from pycore.integrations.transformers._rounds import round_of
+from pycore.integrations.transformers._staircase import READERS
 from pycore.schedules import DistanceFamily, Probabilistic
 from pycore.schedules.attention_blocks import draw_blocks
 
@@ -25,8 +26,8 @@ _REGISTERED: set[str] = set()
 def register(
     name: str = "pycore_lambda",
     *,
-    sink_size: int,
-    window_size: int,
+    sink_size: int = 0,
+    window_size: int | None,
     distance_limit: int | None = None,
     limit_distances: bool = True,
     interleaved: bool | None = None,
@@ -40,7 +41,8 @@ def register(
     Args:
         name: a name of your own; "flash", "sdpa", "flex_attention", "paged" and "/" mean something to transformers.
         sink_size: tokens kept from the start of each text, at least 0.
-        window_size: newest tokens kept, the query's own among them, at least 1.
+        window_size: newest tokens kept, the query's own among them, at least 1. None keeps every token: the model's own
+            attention, as a `StaircaseCache` wants it; then there are no sinks and no limit.
         distance_limit: `window_size` by default, as in LM-Infinite; at least that.
         limit_distances: False takes query and key as the model rotated them: the Λ mask alone, for any rotary or other
             position encoding.
@@ -52,11 +54,15 @@ def register(
         TypeError: an argument of another type.
     """
     _check_name("register", name)
-    sizes = [("sink_size", sink_size, 0), ("window_size", window_size, 1)]
-    if distance_limit is not None:
-        sizes.append(("distance_limit", distance_limit, window_size))
-    for argument, size, least in sizes:
-        check_int("register", argument, size, least)
+    check_int("register", "sink_size", sink_size, 0)
+    if window_size is not None:
+        check_int("register", "window_size", window_size, 1)
+        if distance_limit is not None:
+            check_int("register", "distance_limit", distance_limit, window_size)
+    elif sink_size != 0:
+        raise ValueError(f"register: sink_size is {sink_size} and must be 0 with window_size=None")
+    elif distance_limit is not None:
+        raise ValueError(f"register: distance_limit is {distance_limit!r} and must be None with window_size=None")
     check_bool("register", "limit_distances", limit_distances)
     if interleaved is not None:
         check_bool("register", "interleaved", interleaved)
@@ -138,3 +144,5 @@ def _register(options: Options) -> None:
     AttentionInterface.register(options.name, attention_function(options))
     AttentionMaskInterface.register(options.name, spans_function(options.name))
     _REGISTERED.add(options.name)
+    # A packed cache keeps keys as the model rotated them; to other attention it gives them unpacked.
+    (READERS.add if options.draw is None and options.distance_limit is None else READERS.discard)(options.name)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding on a staircase cache that stays packed, and taking a token into it.
+
+Every contender of a case attends to the same keys and values: those that the staircase holds, which the peers are given
+unpacked. Bytes are what a query has to read of the packed cache, for the peers too: their share of the limit says how
+far they are from a cache of that size, not how fast they read their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.case import Case, Options, Outputs, largest_error
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+STEP, SINK, GROUP_SIZE, NEW = 128, 4, 64, 64
+TOLERANCE = 1.2e-2  # of the largest output: three rounding units of bfloat16, in which the unpacked keys are
+DECODE = f"staircase decode (1 query, {HEADS} heads over {KV_HEADS}, D {HEAD_DIM})"
+APPEND = f"staircase, {NEW} tokens appended one at a time"
+
+Inputs = tuple[Any, ...]  # a cache, and tensors
+
+
+def _drawn(length: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(1, heads, tokens, HEAD_DIM, generator=generator).bfloat16()
+
+    return draw(HEADS, 1), draw(KV_HEADS, length), draw(KV_HEADS, length)
+
+
+def _filled(bits: Sequence[int], length: int, more: int = 0) -> tuple[Any, torch.Tensor]:
+    """A cache with `length` tokens and room for more, and a query."""
+    from pycore import Staircase, StaircaseKVCache
+
+    query, key, value = _drawn(length)
+    stairs = Staircase(bits, step=STEP, sink_size=SINK, group_size=GROUP_SIZE, rollback=NEW)
+    cache = StaircaseKVCache(
+        stairs, batch=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, capacity=length + more, dtype=torch.bfloat16
+    )
+    for at in range(0, length, 1024):
+        cache.append(key[:, :, at : at + 1024], value[:, :, at : at + 1024])
+        cache.attend(query)  # lets go of what a long chunk keeps
+    return cache, query
+
+
+def packed_bytes(bits: Sequence[int], length: int) -> float:
+    """What the newest token's query reads: sinks and the newest step in full, codes and their scales of the rest."""
+    newest, last = (length - 1) // STEP, len(bits) - 1
+    total = 0.0
+    for step in range(newest + 1):
+        tokens = min(length - step * STEP, STEP)
+        width = bits[min(newest - step, last)]
+        sinks = SINK if step == 0 and width < 16 else 0
+        scales = 0 if width == 16 else 8 * 5 / GROUP_SIZE  # lo and hi in bfloat16, and a center
+        total += (tokens - sinks) * (width + scales) + 16 * sinks
+    return 2 * KV_HEADS * HEAD_DIM * total / 8
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
+
+def _decode_inputs(bits: Sequence[int], length: int) -> Inputs:
+    cache, query = _filled(bits, length)
+    return cache, query, cache.keys(), cache.values()
+
+
+def _folded(query: torch.Tensor) -> torch.Tensor:
+    """The heads of a group as rows of one head: what a user does by hand, since all see the same keys."""
+    return query.view(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+
+
+def _packed(tensors: Inputs) -> Callable[[], Outputs]:
+    cache, query = tensors[:2]
+    return lambda: (cache.attend(query),)
+
+
+def _pycore(tensors: Inputs) -> Callable[[], Outputs]:
+    from pycore import ops
+
+    return lambda: (ops.attention(*tensors[1:]),)
+
+
+def _folded_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
+    query, key, value = tensors[1:]
+    return lambda: (scaled_dot_product_attention(_folded(query), key, value).view_as(query),)
+
+
+def _folded_float32(tensors: Inputs) -> Callable[[], Outputs]:
+    query, key, value = (x.float() for x in tensors[1:])
+    return lambda: (scaled_dot_product_attention(_folded(query), key, value).view_as(query),)
+
+
+def _grouped_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
+    query, key, value = tensors[1:]
+    return lambda: (scaled_dot_product_attention(query, key, value, enable_gqa=True),)
+
+
+def _check_decode(tensors: Inputs) -> Callable[[Outputs], float]:
+    query, key, value = (x.double() for x in tensors[1:])
+    reference = scaled_dot_product_attention(_folded(query), key, value).view_as(query)
+    return lambda outputs: largest_error(outputs, [reference])
+
+
+def decode_case(bits: Sequence[int], length: int, quick: bool = False) -> Case:
+    """One query against `length` tokens on a ladder."""
+    contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
+        "pycore, packed": _packed,
+        "pycore, bfloat16": _pycore,
+        "SDPA bfloat16, heads folded": _folded_sdpa,
+    }
+    if not quick:
+        contenders["SDPA float32, heads folded"] = _folded_float32
+        contenders["SDPA bfloat16, enable_gqa"] = _grouped_sdpa
+    return Case(
+        name=f"staircase decode, {'/'.join(map(str, bits))}, {length} keys",
+        group=DECODE,
+        inputs=lambda: _decode_inputs(bits, length),
+        contenders=contenders,
+        check=_check_decode,
+        tolerance=TOLERANCE,
+        bytes=packed_bytes(bits, length),
+    )
+
+
+# ---- appending ------------------------------------------------------------------------------------------------------
+
+
+def _append_inputs(length: int) -> Inputs:
+    cache, _ = _filled((16, 8, 4), length, NEW)
+    return cache, *_drawn(length)[1:], *(x[:, :, :NEW].contiguous() for x in _drawn(length)[1:])
+
+
+def _append(tensors: Inputs) -> Callable[[], Outputs]:
+    """One tile is finished and quantized; the tokens are taken back, so that every round does the same."""
+    cache, (key, value) = tensors[0], tensors[3:]
+    full = cache.state_dict()["key"][0]
+    at = SINK + tensors[1].shape[2] % (full.shape[2] - SINK)
+
+    def step() -> Outputs:
+        for i in range(NEW):
+            cache.append(key[:, :, i : i + 1], value[:, :, i : i + 1])
+        cache.crop(NEW)
+        return (full[:, :, at : at + NEW],)
+
+    return step
+
+
+def _concatenate(tensors: Inputs) -> Callable[[], Outputs]:
+    """What transformers' DynamicCache does."""
+    (keys, values), (key, value) = tensors[1:3], tensors[3:]
+
+    def step() -> Outputs:
+        held = keys, values
+        for i in range(NEW):
+            held = torch.cat([held[0], key[:, :, i : i + 1]], 2), torch.cat([held[1], value[:, :, i : i + 1]], 2)
+        return (held[0][:, :, -NEW:],)
+
+    return step
+
+
+def _write_in_place(tensors: Inputs) -> Callable[[], Outputs]:
+    """What its StaticCache does."""
+    (key, value), length = tensors[3:], tensors[1].shape[2]
+    held = [torch.cat([x, torch.zeros_like(new)], 2) for x, new in zip(tensors[1:3], (key, value), strict=True)]
+
+    def step() -> Outputs:
+        for i in range(NEW):
+            for to, new in zip(held, (key, value), strict=True):
+                to[:, :, length + i : length + i + 1] = new[:, :, i : i + 1]
+        return (held[0][:, :, -NEW:],)
+
+    return step
+
+
+def _check_append(tensors: Inputs) -> Callable[[Outputs], float]:
+    return lambda outputs: largest_error(outputs, [tensors[3].double()])
+
+
+def append_case(length: int) -> Case:
+    """Tokens one at a time after `length` others."""
+    return Case(
+        name=f"staircase append, 16/8/4, after {length} tokens",
+        group=APPEND,
+        inputs=lambda: _append_inputs(length),
+        contenders={"pycore": _append, "torch.cat": _concatenate, "written in place": _write_in_place},
+        check=_check_append,
+        tolerance=0.0,
+    )
+
+
+def cases(options: Options) -> Iterable[Case]:
+    """Three ladders, and appending, at 4 k and 32 k tokens; two ladders in a quick run."""
+    if options.device != "cpu":
+        return
+    ladders = ((16, 8, 4), (16, 8, 4, 2)) if options.quick else ((16, 8), (16, 8, 4), (16, 8, 4, 2))
+    for bits in ladders:
+        for length in (4096, 32768):
+            yield decode_case(bits, length, options.quick)
+    for length in (4096, 32768):
+        yield append_case(length)
+
+
+def bench_staircase(case: Case, measure_case: Callable[[Case], None]) -> None:
+    measure_case(case)
