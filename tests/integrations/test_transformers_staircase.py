@@ -105,7 +105,7 @@ def test_a_ladder_of_16_is_a_full_cache(model_type: str, name: str) -> None:
     """Packed, and unpacked for another attention; layers with a window beside."""
     if name == "sdpa" and model_type != "llama":
         pytest.skip("transformers has no SDPA with softcap or learned sinks")
-    ids, sizes = tokens(2, LENGTH), [150, 1, 1, 98, *[1] * 150]
+    ids, sizes = tokens(2, LENGTH), [150, 1, 1, 98, 1, 149]
     model, double = use(tiny(model_type), name), use(tiny(model_type, dtype=torch.float64), name)
     full = in_chunks(model, DynamicCache(config=model.config), ids, sizes)
     cache = StaircaseCache(model.config, Staircase((16,), **SMALL))
@@ -169,7 +169,7 @@ def test_ladders_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["stairs_causal", "eager"])
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 def test_sliding_layers_are_left_alone(model_type: str, name: str) -> None:
     model = use(tiny(model_type), name)
     cache = StaircaseCache(model.config, LADDER)
@@ -255,7 +255,7 @@ def test_crop(name: str) -> None:
     """What was taken back leaves no trace."""
     model, ids = use(tiny("llama"), name), tokens(2, 240)
     cache, other = filled(model, ids[:, :200]), filled(model, ids[:, :200])
-    assert cache.is_croppable
+    assert all(layer.is_croppable for layer in cache.layers)
     in_chunks(model, cache, tokens(2, 9), [1] * 9)
     cache.crop(-9)
     assert cache.get_seq_length() == 200
