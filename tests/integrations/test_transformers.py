@@ -375,7 +375,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations" / "transfor
 def test_page_runs() -> None:
     """The code of docs/integrations/transformers.md, block after block, with a small model in place of a checkpoint."""
     blocks = PAGE.read_text().split("```")[1::2]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     model, ids = tiny("llama"), tokens(1, LENGTH)
     model.generation_config.eos_token_id = PAD
     model.generation_config.pad_token_id = PAD
@@ -384,8 +384,9 @@ def test_page_runs() -> None:
         exec(compile(block, str(PAGE), "exec"), scope)
         assert model.config._attn_implementation.startswith("pycore_")
         assert scope["out"].shape == (1, LENGTH + 64)
-    with pytest.raises(ValueError, match="rollback"):
-        scope["cache"].crop(-11)
+        if isinstance(scope.get("cache"), LambdaCache):
+            with pytest.raises(ValueError, match="rollback"):
+                scope["cache"].crop(-11)
 
 
 def test_page_names_the_models() -> None:
