@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "../softmax.inl.h"
+#include "../tanh.inl.h"
 #include "kernels.h"
-#include "tanh.inl.h"
 
 void pairwise_logits(void* memory, int64_t count, double scale, const void* bias_memory, double softcap) {
   float* const row = static_cast<float*>(memory);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The hyperbolic tangent on vectors, as attention's softcap has it (attention/logits.inl.h).
+// The hyperbolic tangent on vectors, for softcap.
 #pragma once
 
-#include "../softmax.inl.h"
+#include "softmax.inl.h"
 
 constexpr float kTanh[] = {-3.333333323e-1f, 1.333331329e-1f,  -5.396164700e-2f,
                            2.178906705e-2f,  -8.412441214e-3f, 2.373401437e-3f};
