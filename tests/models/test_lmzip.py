@@ -312,3 +312,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "FILE is '" in capsys.readouterr().err
     assert lmzip.main(["compress", str(tmp_path / "missing")]) == 1
     assert "No such file" in capsys.readouterr().err
+
+
+def golden() -> dict[str, Any]:
+    """What tests/golden/lmzip.json holds: `python -m tests.models.test_lmzip` writes it anew, for other weights."""
+    files = [("source", SOURCE[:1200], 500), ("utf-8", texts()["utf-8"][:300], 4096), ("noise", b"\0\xff\x80", 4096)]
+    entries = [
+        {"name": name, "segment": segment, "text": text.hex(), "packed": compress(text, segment=segment).hex()}
+        for name, text, segment in files
+    ]
+    return {"fingerprint": shipped().fingerprint, "files": entries}
+
+
+if __name__ == "__main__":
+    (ROOT / "tests" / "golden" / "lmzip.json").write_text(json.dumps(golden(), indent=1) + "\n")
