@@ -2,7 +2,7 @@
 """Learn ten digits two at a time, and see what is left of the first when the last are learned.
 
 scikit-learn's digits (1797 images of 8 x 8) come in five tasks, 0 and 1, then 2 and 3, up to 8 and 9. Each task is
-trained by itself, with no example of another, and after the last one all ten classes are tested at once. Three learners:
+trained by itself, with no example of another, and after the last one all ten classes are tested at once. Three learn:
 
   bottleneck   ``pycore.models.memory.BottleneckClassifier``: keys learned from images without classes, then values only
   linear       one linear layer on the pixels

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does it cost a language model to speak in codes, and what do the codes say?
 
-A trained ``pycore.models.bytelm`` gets a codebook of 512 codes before every head is joined
-(``pycore.models.memory.with_codebooks``): what a head gives at a position becomes the mean of its k nearest codes. Codes
-start as the k-means of activations, and a short training makes up for what they leave out. Then
+A trained ``pycore.models.bytelm`` gets a codebook of 512 codes for every head, before heads are joined
+(``pycore.models.memory.with_codebooks``): what a head gives at a position becomes the mean of its k nearest codes.
+Codes start as the k-means of activations, and a short training makes up for what they leave out. Then
 
   cost     bits per byte on held-out source, before that training and after it, for k of 8 and of 1, over three seeds
   reading  for the codes of k = 1, the bytes that come next where the code is active
@@ -87,9 +87,8 @@ def measure(bare: Bytelm, text: Tensor, windows: Tensor, options: argparse.Names
             torch.manual_seed(seed)
             coded = with_codebooks(bare, CODES, k=max(k, 1), loss="aeloss" if k else "base")
             if k:
-                learn_codebooks(
-                    coded, [with_bos(batch) for batch in samples(text, options.kmeans, 1000 + seed)], seed=seed
-                )
+                seen = samples(text, options.kmeans, 1000 + seed)
+                learn_codebooks(coded, [with_bos(batch) for batch in seen], seed=seed)
             else:  # the control has the same training, without codes
                 for layer in codebooks(coded):
                     layer.features = Plain()  # type: ignore[assignment]

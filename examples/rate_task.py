@@ -118,9 +118,7 @@ def plot(rates: dict[str, Any], path: Path) -> None:
         rates["bytes"], rates["accuracy"], yerr=rates["accuracy_spread"], color="#1b4f8a", marker="D", capsize=3
     )
     axes.axhline(rates["undecoded"], color="#1b4f8a", linewidth=0.8, linestyle=":")
-    axes.text(
-        0.99, rates["undecoded"], "undecoded images", transform=axes.get_yaxis_transform(), ha="right", va="bottom"
-    )
+    axes.annotate("undecoded images", (rates["bytes"][0], rates["undecoded"]), va="bottom")
     axes.set_xlabel("bytes an image (1 to 8 codebooks)")
     axes.set_ylabel("accuracy of the nearest neighbours", color="#1b4f8a")
     axes.set_xlim(left=0)

@@ -3,7 +3,7 @@
 
 espeak-ng, where it is installed, reads the standard library's docstrings in several voices; elsewhere synthetic vowels
 have to do. ``pycore.models.codec.Codec`` learns its codebooks on a few minutes of it, twice: with masked channels
-(Language-Codec's MCRVQ), and then its code model too, and without (plain residual quantization). On sound not heard yet:
+(Language-Codec's MCRVQ), and then its code model too, and without (plain residual quantization). On other sound:
 
   SNR        of the waveform after 1 to 8 codebooks
   share      how much of all that the eight codebooks explain the first explains; masking is meant to lower it
@@ -138,7 +138,7 @@ def one_seed(seed: int, options: argparse.Namespace, speech: bool, progress: Pro
     """Both kinds, trained on the same sound and tested on the same other sound."""
     train, test = sound(options.seconds, seed, speech), sound(options.seconds / 10, -1 if speech else 10**6, speech)
     result: dict[str, Any] = {}
-    for number, kind in enumerate(KINDS):
+    for kind in KINDS:
         torch.manual_seed(seed)
         codec = Codec(CodecConfig(masked=3 if kind == "MCRVQ" else 0))
         frames = codec.frames(train)

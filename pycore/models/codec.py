@@ -3,10 +3,10 @@
 
     waveform [n] -- MDCT --> frames [t, hop] -- MaskedChannelRVQ --> codes [t, Q] -- CodeModel, coder --> bytes
 
-The transform is orthonormal, so a frame's error is the waveform's. Neighbouring frequencies go to different bands of the
-masked stages. The code model predicts a frame's codes from the frames before it, and each code from the frame's codes
-before it too. All of it runs on pycore's ops, whose rows have the same bits in any batch: the model that decodes a frame
-at a time, on a cache, gives the distributions that encoding in one pass had.
+The transform is orthonormal, so a frame's error is the waveform's. Neighbouring frequencies go to different bands of
+the masked stages. The code model predicts a frame's codes from the frames before it, and each code from the frame's
+codes before it too. All of it runs on pycore's ops, whose rows have the same bits in any batch: the model that decodes
+a frame at a time, on a cache, gives the distributions that encoding in one pass had.
 """
 
 from __future__ import annotations

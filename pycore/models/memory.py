@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codes as a memory: a classifier that looks up values by nearest keys, and a transformer that speaks in codes.
 
-`BottleneckClassifier` learns one class after another without losing those before it: a step moves the values of the keys
-that its inputs hit, and no other. `with_codebooks` puts a codebook before the output projection of every attention
+`BottleneckClassifier` learns one class after another without losing those before it: a step moves the values of the
+keys that its inputs hit, and no other. `with_codebooks` puts a codebook before the output projection of every attention
 layer, whose codes can then be read, switched off and switched on. Both search on `pycore.ops.vq_encode`.
 """
 

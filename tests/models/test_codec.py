@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codec: an orthonormal transform, codes with the same bits in any company, bytes that decode to them or say why not."""
+"""Codec: an orthonormal transform, codes with the same bits in any company, bytes that give them back or say why."""
 
 from __future__ import annotations
 
