@@ -93,6 +93,7 @@ def attention(
     interleaved: bool = False,
     distance_limit: int | None = None,
     key_ring: int = 0,
+    key_layout: str = "rows",
     scale: float | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -178,6 +179,7 @@ def lambda_cache_append(
     starts: Any = None,
     *,
     sink_size: int,
+    most: int = -1,
     threads: int | None = None,
     stream: int = 0,
 ) -> None: ...

@@ -95,6 +95,7 @@ struct Inputs {
     check_value(!limit || *limit >= 0, op, "distance_limit is ", limit.value_or(0), " and must be at least 0");
     args.distance_limit = limit.value_or(-1);
     args.key_ring = keywords.integer("key_ring").value_or(0);
+    args.key_layout = keywords.number<std::string>("key_layout").value_or("rows");
     const int64_t head_dim = args.query.dims == 4 ? args.query.shape[3] : 1;
     const double usual = head_dim > 0 ? std::pow(static_cast<double>(head_dim), -0.5) : 1.0;
     args.scale = keywords.number<double>("scale").value_or(usual);
@@ -161,6 +162,8 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
   const Inputs inputs(kOp, query, key, value, keywords);
   check_value(inputs.args.query.device == Device::kCpu, kOp,
               "query is on a CUDA device and the backward pass runs on the CPU");
+  check_value(inputs.args.key_layout == "rows", kOp, "key_layout is \"", inputs.args.key_layout,
+              "\" and must be \"rows\": gradients are of keys in rows");
   const Array grad_out_array = input(grad_out, kOp, "grad_out"), out_array = input(out, kOp, "out");
   const Array lse_array = input(lse, kOp, "lse"), grad_lse_array = optional_input(grad_lse, kOp, "grad_lse");
   const Array low_array = optional_input(keywords.object("lse_low"), kOp, "lse_low");
@@ -232,7 +235,9 @@ the node itself, and schedule_args = [] or [sink_size, window_size]), rope_cos a
 alibi_slopes, symmetric_bias, sink_logits, softcap, dropout_p with dropout_seed,
 key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
 distance_limit defaults to none for every schedule, and
-key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and
+key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks.
+key_layout "tiles" says that key lies by channel within tiles of 64 rows, [B, Hkv, ceil(Lk / 64), D, 64] (on the CPU, without
+key_starts and key_offset, and in the forward pass). out and
 lse are new arrays unless given; what rounding lse left out, which gradients need where |lse| is large, goes to lse_low
 [B, H, Lq] if that is given. threads defaults to all processors, and more than 256 and than there are count as that many;
 stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
