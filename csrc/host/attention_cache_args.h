@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both faces check before tokens are appended to a cache, and before the newest are attended to in the same call.
+// What both faces check before tokens are appended to a cache.
 #pragma once
 
 #include <pycore/attention/cache.h>
@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
 #include "checks.h"
 #include "index_copies.h"
@@ -117,15 +116,6 @@ inline CacheAppendParams cache_append_params(const CacheAppendArgs& args) {
   params.key_cache = args.key_cache.as<char>();
   params.value_cache = args.value_cache.as<char>();
   return params;
-}
-
-// The lengths that appending will leave, on the CPU.
-inline std::vector<int64_t> lengths_after(const CacheAppendArgs& args, const CacheAppendParams& params) {
-  std::vector<int64_t> lengths = memory_for<int64_t>(args.op, "lengths", params.batch);
-  for (int64_t b = 0; b < params.batch; ++b) {
-    lengths[b] = params.seen[b] + params.tokens - (params.starts ? params.starts[b] : 0);
-  }
-  return lengths;
 }
 
 }  // namespace pycore

@@ -10,8 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../host/attention_args.h"
-#include "../host/attention_cache_args.h"
+#include "../host/attention_append_args.h"
 #include "tensor.h"
 
 namespace pycore {
@@ -44,19 +43,10 @@ std::tuple<Tensor, Tensor> append_and_attend(
   appended.starts = view(starts, first, "starts");
   appended.sink_size = sink_size;
   appended.most = most;
-  check_on_cpu(append_op, "key_cache", appended.key_cache);
-  const CacheAppendParams append_params = cache_append_params(appended);
-  std::vector<int64_t> after = lengths_after(appended, append_params);
 
   AttentionArgs args;
   args.op = op;
   args.query = view(query, second, "query");
-  args.key = appended.key_cache;
-  args.value = appended.value_cache;
-  args.key_layout = appended.key_cache.dims == 5 ? "tiles" : "rows";
-  args.key_lengths = appended.lengths;
-  args.key_lengths.data = after.data();
-  args.key_lengths.strides[0] = 1;
   for (OptionalTensor* table : {&distance_bias, &alibi_slopes, &sink_logits}) {
     if (*table) *table = dense(**table, op, "a table");
   }
@@ -77,18 +67,8 @@ std::tuple<Tensor, Tensor> append_and_attend(
   const int64_t head_dim = args.query.dims == 4 ? std::max<int64_t>(1, args.query.shape[3]) : 1;
   args.scale = !scale ? std::pow(static_cast<double>(head_dim), -0.5) : given ? given[0] : *scale;
   args.softcap = given ? given[1] : softcap;
-  AttentionParams params = attention_params(args);
-  check_value(params.query_length == append_params.tokens, op, "query has ", params.query_length,
-              " rows and must have ", append_params.tokens, ", one a token");
-  const NamedView written[] = {
-      {"key_cache", appended.key_cache}, {"value_cache", appended.value_cache}, {"lengths", appended.lengths}};
-  const NamedView read[] = {{"query", args.query},
-                            {"rope's cos", args.rope_cos},
-                            {"rope's sin", args.rope_sin},
-                            {"distance_bias", args.distance_bias},
-                            {"alibi_slopes", args.alibi_slopes},
-                            {"sink_logits", args.sink_logits}};
-  check_disjoint(op, written, read);
+  AppendAndAttend all = append_and_attend_params(appended, &args);
+  AttentionParams& params = all.attend;
 
   const Parallel parallel = torch_parallel();
   const ScalarType sum = params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
@@ -98,7 +78,7 @@ std::tuple<Tensor, Tensor> append_and_attend(
   const Scratch scratch(op, query, attention_forward_scratch(params, parallel.threads));
   params.out = out.data_ptr();
   params.lse = lse.data_ptr();
-  throw_if(lambda_cache_append(append_params, parallel), first);
+  throw_if(lambda_cache_append(all.append, parallel), first);
   throw_if(attention_forward(params, parallel, scratch.data), second);
   return {out, lse};
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KVCache: the bits of causal attention over everything that was appended, however it came and whatever was taken back."""
+"""KVCache: the bits of causal attention over all that was appended, however it came and whatever was taken back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from pycore import KVCache, LambdaKVCache
+from pycore import KVCache, LambdaKVCache, native
 from pycore.ops import attention, lambda_attention
 from pycore.positions import alibi_slopes, rope_tables
 from pycore.schedules import Tree
@@ -336,6 +337,65 @@ def test_a_step_of_a_lambda_cache_is_one_call_and_has_its_bits(isa: str) -> None
     outs = [cache.append_and_attend(*part(everything, 0, 150))]
     outs += [cache.append_and_attend(*part(everything, i, i + 1)) for i in range(150, 400)]
     assert torch.equal(torch.cat([x for x in outs if isinstance(x, Tensor)], 2), whole)
+
+
+def test_opcheck() -> None:
+    cache, _ = filled(100, capacity=130)
+    state = cache.state_dict()
+    q, k, v = tokens(2)
+    held = state["key"], state["value"], state["lengths"]
+    arguments = (None, *rope_tables(200, HEAD_DIM), None, None, None, "append", "attend", "causal", [], False, -1, None, 0.0, 0)
+    torch.library.opcheck(torch.ops.pycore.attention_append, (q, k, v, *held, *arguments))
+    torch.library.opcheck(torch.ops.pycore.lambda_cache_append, (*held, k, v, torch.tensor([1, 0]), 0, 130, "append"))
+
+
+def test_native_face(isa: str) -> None:
+    """A step from NumPy arrays, keys by channel and in rows; and what it refuses, before it writes."""
+    q, k, v = everything = tokens(300)
+    whole = lambda_attention(*everything, sink_size=4, window_size=100)
+    for shape in ((2, KV_HEADS, 3, HEAD_DIM, 64), (2, KV_HEADS, 192, HEAD_DIM)):
+        held = np.zeros(shape, np.float32), np.zeros((2, KV_HEADS, 192, VALUE_DIM), np.float32), np.zeros(2, np.int64)
+        options: dict[str, Any] = {"schedule": "lambda", "schedule_args": [4, 100], "key_ring": 128, "sink_size": 64}
+        for i in range(0, 300, 20):
+            new = [x[:, :, i : i + 20].numpy() for x in (q, k, v)]
+            out, _ = native.attention_append(*new, *held, threads=2, **options)
+            assert (out == whole[:, :, i : i + 20].numpy()).all()
+        before = [x.copy() for x in held]
+        for changed, words in (
+            ({"softcap": -1.0}, "softcap is -1"),
+            ({"most": 310}, "most is 310 and must be at most the cache's rows, 192"),
+            ({"most": 190}, "with which a row would have 320, and must leave it with at most 190"),
+            ({"key_lengths": held[2]}, "the cache says where keys are"),
+            ({"starts": np.array([0, 21])}, r"starts\[1\] is 21"),
+        ):
+            with pytest.raises(ValueError, match=f"attention_append: .*{words}"):
+                native.attention_append(*new, *held, **options, **changed)
+            assert all((a == b).all() for a, b in zip(held, before, strict=True))
+        with pytest.raises(ValueError, match="attention_append: query has 1 rows and must have 20, one a token"):
+            native.attention_append(new[0][:, :, :1], *new[1:], *held, **options)
+        with pytest.raises(ValueError, match="attention_append: out overlaps value_cache"):
+            native.attention_append(*new, *held, out=held[1].reshape(-1)[: out.size].reshape(out.shape), **options)
+
+
+@pytest.mark.parametrize("name", ["sinks", "tile", "rows", "channels", "dims"])
+def test_errors_of_tiles(name: str) -> None:
+    _, k, v = (x.numpy() for x in tokens(2))
+    key, value = np.zeros((2, KV_HEADS, 2, HEAD_DIM, 64), np.float32), np.zeros((2, KV_HEADS, 128, VALUE_DIM), np.float32)
+    sinks = 0
+    if name == "sinks":
+        sinks, words = 4, "sink_size is 4 and must be a multiple of 64 where key_cache is in tiles"
+    elif name == "tile":
+        key, words = key[..., :32].copy(), r"key_cache has shape \[2, 2, 2, 16, 32\] and must be"
+    elif name == "rows":
+        value, words = value[:, :, :64].copy(), "value_cache has 64 rows and must have 128 like key_cache"
+    elif name == "channels":
+        k, words = k[..., :8].copy(), "key has 8 channels and must have 16 like key_cache"
+    else:
+        k, words = k[..., None].copy(), "key has 5 dimensions and must have 4"
+    lengths = np.zeros(2, np.int64)
+    with pytest.raises(ValueError, match=f"lambda_cache_append: {words}"):
+        native.lambda_cache_append(key, value, lengths, k, v, sink_size=sinks)
+    assert not key.any() and not value.any() and not lengths.any()
 
 
 def test_a_state_of_rows_is_taken() -> None:
