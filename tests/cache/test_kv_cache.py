@@ -344,7 +344,22 @@ def test_opcheck() -> None:
     state = cache.state_dict()
     q, k, v = tokens(2)
     held = state["key"], state["value"], state["lengths"]
-    arguments = (None, *rope_tables(200, HEAD_DIM), None, None, None, "append", "attend", "causal", [], False, -1, None, 0.0, 0)
+    arguments = (
+        None,
+        *rope_tables(200, HEAD_DIM),
+        None,
+        None,
+        None,
+        "append",
+        "attend",
+        "causal",
+        [],
+        False,
+        -1,
+        None,
+        0.0,
+        0,
+    )
     torch.library.opcheck(torch.ops.pycore.attention_append, (q, k, v, *held, *arguments))
     torch.library.opcheck(torch.ops.pycore.lambda_cache_append, (*held, k, v, torch.tensor([1, 0]), 0, 130, "append"))
 
@@ -380,7 +395,10 @@ def test_native_face(isa: str) -> None:
 @pytest.mark.parametrize("name", ["sinks", "tile", "rows", "channels", "dims"])
 def test_errors_of_tiles(name: str) -> None:
     _, k, v = (x.numpy() for x in tokens(2))
-    key, value = np.zeros((2, KV_HEADS, 2, HEAD_DIM, 64), np.float32), np.zeros((2, KV_HEADS, 128, VALUE_DIM), np.float32)
+    key, value = (
+        np.zeros((2, KV_HEADS, 2, HEAD_DIM, 64), np.float32),
+        np.zeros((2, KV_HEADS, 128, VALUE_DIM), np.float32),
+    )
     sinks = 0
     if name == "sinks":
         sinks, words = 4, "sink_size is 4 and must be a multiple of 64 where key_cache is in tiles"
