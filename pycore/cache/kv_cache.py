@@ -231,7 +231,7 @@ class KVCache(HeldTokens):
         starts = check_starts(op, starts, key, values=False)
         key, value = key.detach(), value.detach()
         needed, on_cpu = self._longest + key.shape[2], key.device.type == "cpu"
-        if self.capacity is not None and needed > self.capacity and (starts is None or not on_cpu):
+        if self.capacity is not None and needed > self.capacity and not on_cpu:  # there the op looks, row by row
             raise ValueError(
                 f"{op}: key has {key.shape[2]} tokens, with which a row would have {needed}, and must leave it with at "
                 f"most {self.capacity}"
@@ -272,6 +272,10 @@ class KVCache(HeldTokens):
 
     def _taken_back(self, tokens: int) -> None:
         self._longest -= tokens
+
+    def _chosen(self) -> None:
+        if self._lengths is not None and not torch.compiler.is_compiling():
+            self._longest = int(self._lengths.max()) if self._lengths.numel() else 0
 
     def _newest(self, method: str, held: Tensor) -> Tensor:
         lengths = self._held(method)[2]

@@ -192,6 +192,18 @@ def test_rows_move() -> None:
     )
 
 
+def test_a_row_that_leaves_takes_its_length_along() -> None:
+    cache, everything = filled(100, capacity=120)
+    cache.append(*tokens(20)[1:], starts=torch.tensor([0, 20]))
+    cache.select(torch.tensor([1]))
+    q, k, v = tokens(20, batch=1)
+    _, held_k, held_v = (x[1:] for x in everything)
+    out = cache.append_and_attend(q, k, v)
+    assert isinstance(out, Tensor) and torch.equal(
+        out, attention(q, torch.cat([held_k, k], 2), torch.cat([held_v, v], 2))
+    )
+
+
 def test_a_tree_and_its_branch() -> None:
     cache, (_, k, v) = filled(100)
     parents = torch.tensor([-1, 0, 1, -1, 3, 1])
