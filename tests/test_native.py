@@ -24,6 +24,7 @@ KERNELS = [
     "ac_encode_bytes",
     "ac_encode_logits",
     "attention",
+    "attention_append",
     "attention_backward",
     "attention_blocks",
     "gelu_mul",
