@@ -63,12 +63,8 @@ def rope_tables(
     check_int("rope_tables", "dim", dim)
     if dim <= 0 or dim % 2 != 0:
         raise ValueError(f"rope_tables: dim is {dim} and must be a positive even number")
-    scaling = scaling or {}
-    theta = _entry(scaling, "rope_theta", theta)
-    if not 0.0 < theta < float("inf"):
-        raise ValueError(f"rope_tables: theta is {theta} and must be positive and finite")
     load_ops()
-    cos, sin = torch.ops.pycore.rotary_tables(torch.arange(n), rope_frequencies(n, dim, theta, scaling))
+    cos, sin = torch.ops.pycore.rotary_tables(torch.arange(n), rope_frequencies(n, dim, theta, scaling or {}))
     return cos.to(device), sin.to(device)
 
 
@@ -143,6 +139,9 @@ def _powers(theta: float, dim: int) -> Tensor:
 
 def rope_frequencies(n: int, dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """Radians a token by pair, float64 [dim / 2] of float32 numbers; the arguments are those of `rope_tables`."""
+    theta = _entry(scaling, "rope_theta", theta)
+    if not 0.0 < theta < float("inf"):
+        raise ValueError(f"rope_tables: theta is {theta} and must be positive and finite")
     return _frequencies(n, dim, theta, scaling).to(torch.float32).to(torch.float64)
 
 

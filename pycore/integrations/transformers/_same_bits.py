@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -223,12 +224,16 @@ class _Attention(_Derived):
         if getattr(self, "use_rope", True):
             assert position_embeddings is not None
             query, key = ops.rotate(query, *position_embeddings), ops.rotate(key, *position_embeddings)
+        options = self._options()
         if past_key_values is not None:
             extra = () if cache_position is None else ({"cache_position": cache_position},)
             key, value = past_key_values.update(key, value, self.layer_idx, *extra)
+            layers = getattr(past_key_values, "layers", ())
+            if self.layer_idx < len(layers) and isinstance(layers[self.layer_idx], DynamicSlidingWindowLayer):
+                options["evicted"] = layers[self.layer_idx].get_seq_length() - key.shape[2]
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = function(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **self._options(), **kwargs
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **options, **kwargs
         )
         return self.o_proj(out.reshape(*rows, -1)), weights
 
