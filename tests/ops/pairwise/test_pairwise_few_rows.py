@@ -17,7 +17,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_as_in_a_batch(x: Tensor, y: Tensor, k: int) -> None:
-    """x has many rows; one to five of them alone have the same scores and indices."""
+    """One to five of the many rows of x alone have the same scores and indices."""
     together = ops.pairwise_topk(x, y, k)
     for count in (1, 2, 3, 4, 5):
         alone = ops.pairwise_topk(x[:count], y, k)
