@@ -17,6 +17,7 @@ from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, u
 from pycore.integrations.transformers._rounds import draw_round, take_back_round
 from pycore.integrations.transformers._staircase import StaircaseLayer
 from pycore.ops.attention_call import AttentionOptions, call_attention
+from pycore.ops.attention_middle import with_middle
 from pycore.schedules import Causal, Lambda, Probabilistic, Schedule, Segments
 
 # What a model may hand to its attention that changes the result, and that is not available.
@@ -38,6 +39,7 @@ class Options:
     distance_limit: int | None = None
     interleaved: bool | None = None
     draw: Probabilistic | None = None  # in place of sinks and window; its round is not used
+    middle_topk: int = 0  # keys between sinks and window that a single query reads too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Call:
     spans: Spans | None
     rope: Rope | None  # None: nothing is un-rotated
     options: AttentionOptions
+    middle_topk: int = 0
 
 
 def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]]:
@@ -118,7 +121,8 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 schedule = Segments(boundaries, True, window_size, sink_size)
         if draw is not None:
             schedule, counted = draw_round(draw, module, query.device)
-        call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options)
+        topk = registered.middle_topk if rope is not None and query.shape[2] == 1 else 0
+        call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options, topk)
         if layer is None:
             try:
                 out = _attend(call, query, key, value)
@@ -153,7 +157,7 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if call.rope is not None:
         assert call.position_ids is not None
         evicted = 0
-        if call.spans is None:
+        if call.spans is None and not call.middle_topk:
             key, value, evicted = _without_middle(call, query.shape[2], key, value)
         if evicted:
             offset = torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
@@ -161,7 +165,11 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key_position = _key_positions(call, query, key, evicted)
         query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.options.interleaved)
         key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.options.interleaved)
-    out = call_attention("attention", query, key, value, call.schedule, options)
+    if call.middle_topk:
+        assert isinstance(call.schedule, Lambda)
+        out = with_middle(call.name, query, key, value, call.schedule, options, call.middle_topk)
+    else:
+        out = call_attention("attention", query, key, value, call.schedule, options)
     assert isinstance(out, Tensor)
     return out
 
@@ -171,6 +179,10 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
     name = call.name
     if call.options.dropout_p:
         raise ValueError(f"{name}: dropout is {call.options.dropout_p} and must be 0 with a LambdaCache")
+    if call.middle_topk:
+        raise ValueError(
+            f"{name}: middle_topk is {call.middle_topk} and must be 0 with a LambdaCache, which forgets the middle"
+        )
     assert call.window_size is not None  # it is the layer's
     store = layer.open_store(name, call.sink_size, call.window_size)
     starts = _new_starts(call, query)
