@@ -204,9 +204,10 @@ def needles(model: Any, tokenizer: Any, length: int, size: Size, quick: bool) ->
             # A token at a time, as in decoding: every one of the question looks for its middle tokens.
             for i, token in enumerate(asked[:-1]):
                 logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
-                if i + 1 >= len(question):
-                    right = right and logits.argmax().item() == asked[i + 1]
-            cache.crop(1 - len(asked))  # as if it had not been asked
+                if i + 1 >= len(question) and logits.argmax().item() != asked[i + 1]:
+                    right = False
+                    break
+            cache.crop(len(text) - cache.get_seq_length())  # as if it had not been asked
             found[way][name] = right
     return {"tokens": len(text), "depth": place, "found": found}
 
