@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,34 @@ def load(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> tuple[Any
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+class Peak:
+    """The most memory that the process held inside a `with`, beyond what it held before; looked at every 10 ms."""
+
+    def __enter__(self) -> Peak:
+        self.before = self.most = _resident()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.01):
+            self.most = max(self.most, _resident())
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    @property
+    def bytes(self) -> int:
+        """Beyond the start."""
+        return self.most - self.before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
 def quick_model(dtype: torch.dtype = torch.float32) -> tuple[Any, Callable[[str], list[int]]]:

@@ -81,7 +81,13 @@ def test_past_its_length(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "past_its_length_quick.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in written["rows"]}
-    assert list(rows) == ["plain", "window 32", "Λ 32", "Λ 64", "Λ 32, no limit"] and written["machine"]["cpu"]
+    assert (
+        list(rows) == ["plain", "window 32", "Λ 32", "Λ 64", "Λ 32, no limit", "plain, begun at 256"]
+        and written["machine"]["cpu"]
+    )
+    anew = rows.pop("plain, begun at 256")
+    assert anew["nll"][:8] == [None] * 8 and all(value > 0 for value in anew["nll"][8:])
+    assert rows["plain"]["before"] == [0, 0] and all(abs(x) > 1e-3 for x in rows["plain"]["behind"])
     assert all(len(row["nll"]) == 16 and all(0 < value < 20 for value in row["nll"]) for row in rows.values())
     # The first bucket is as long as the smallest window, so all read the same there, and differ behind it.
     assert all(row["nll"][0] == pytest.approx(rows["plain"]["nll"][0], abs=2e-4) for row in rows.values())
@@ -98,7 +104,7 @@ def test_past_its_length(tmp_path: Path) -> None:
 
 def test_past_its_length_goes_on_where_it_was(tmp_path: Path) -> None:
     first = run("past_its_length.py", "--quick", "--no-plot", "--out", str(tmp_path), "--only", "read/plain/0")
-    assert first.returncode == 0 and first.stdout.startswith("15 parts are left: "), first.stderr
+    assert first.returncode == 0 and first.stdout.startswith("12 parts are left: "), first.stderr
     parts = json.loads((tmp_path / "past_its_length_quick_parts.json").read_text(encoding="utf-8"))
     assert list(parts) == ["read/plain/0"] and len(parts["read/plain/0"]["nll"]) == 16
 
@@ -177,3 +183,27 @@ def test_chat_bad_arguments(example: Any, arguments: list[str], message: str, ca
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("chat: ") and message in error and error.count("\n") == 1
+
+
+# ---- other parts -----------------------------------------------------------------------------------------------------
+
+
+def test_real_model_parts(tmp_path: Path) -> None:
+    result = run("real_model_parts.py", "--quick", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "real_model_parts_quick.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in written["token"]["rows"]] == ["SDPA, DynamicCache", "Λ(4, 1024), LambdaCache"]
+    assert all(row["ms"] > 0 and row["parts"]["weights"] > 0 for row in written["token"]["rows"])
+    assert all(row["parts"]["attention"] > 0 and row["parts"]["cache"] > 0 for row in written["token"]["rows"])
+    theirs, ours = (row["losses"] for row in written["training"]["rows"])
+    assert len(ours) == 3 and ours == pytest.approx(theirs, abs=1e-4) and ours[0] > 5  # ln 256 is 5.5
+    dense, *drawn = written["probabilistic"]["rows"]
+    assert dense["density"] == 1 and len(drawn) == 6 and drawn[0]["density"] == drawn[1]["density"] < 1
+    assert drawn[0]["nll"] != drawn[1]["nll"] != dense["nll"]
+
+
+def test_real_model_parts_are_joined(tmp_path: Path) -> None:
+    for part in ("token", "probabilistic"):
+        assert run("real_model_parts.py", "--quick", "--part", part, "--out", str(tmp_path)).returncode == 0
+    written = json.loads((tmp_path / "real_model_parts_quick.json").read_text(encoding="utf-8"))
+    assert list(written) == ["name", "quick", "token", "probabilistic"]
