@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench import report
 from tests.test_examples import EXAMPLES
 
 pytest.importorskip("transformers")
@@ -55,6 +56,14 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], str]]:
 )
 def test_tables(page: str, marker: str, tables: dict[str, Callable[[], str]]) -> None:
     assert between(page, marker) == tables[marker]()
+
+
+def test_benchmark_table() -> None:
+    page = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
+    source = report.source_of(page)
+    assert source is not None
+    run = json.loads((ROOT / source).read_text(encoding="utf-8"))
+    assert report.insert(page, run, source) == page and not run["failures"]
 
 
 def test_what_the_pages_say_holds() -> None:
