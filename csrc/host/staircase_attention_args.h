@@ -84,8 +84,8 @@ inline AttentionParams staircase_attention_params(const StaircaseAttentionArgs& 
   params.planes = &planes;
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t end = params.key_lengths[b], first = std::max<int64_t>(end - params.query_length, 0);
-    check_value(end == 0 || first / step == (end - 1) / step, kOp, "query has ", params.query_length,
-                " rows and ends[", b, "] is ", end, "; they must stand in one step of ", step, " tokens");
+    check_value(end == 0 || first / step == (end - 1) / step, kOp, "query has ", params.query_length, " rows and ends[",
+                b, "] is ", end, "; they must stand in one step of ", step, " tokens");
   }
   return params;
 }
