@@ -156,20 +156,25 @@ def test_kv_staircase(tmp_path: Path) -> None:
     result = run("kv_staircase.py", "--quick", "--no-plot", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "kv_staircase_quick.json").read_text(encoding="utf-8"))
-    rows = {row["name"]: row for row in written["rows"]}
-    assert len(rows) == 10 and written["tokens"] == 1024 and written["machine"]["cpu"]
-    # What quantizes nothing has the bits of a full cache; what keeps fewer bits is further off and smaller.
-    assert rows["16"]["kl"] == 0 and rows["16"]["same_top"] == 1
-    for more, fewer in (("16", "8"), ("8", "16/8/4"), ("16/8/4", "16/8/4/2"), ("KIVI 4", "KIVI 2")):
-        assert rows[more]["kl"] < rows[fewer]["kl"] and rows[more]["bytes"] > rows[fewer]["bytes"]
-    assert "yes  a staircase that quantizes nothing moves predictions by 0 nats" in result.stdout
+    byte_model, random_model = written["models"]
+    assert byte_model["scored"] == 8 * 128 and random_model["tokens"] == 768 and written["machine"]["cpu"]
+    for model in written["models"]:
+        rows = {row["name"]: row for row in model["rows"]}
+        assert len(rows) == 13
+        # What quantizes nothing has the bits of a full cache; what keeps fewer bits is further off and smaller.
+        assert rows["16"]["kl"] == 0 and rows["16"]["same_top"] == 1 and rows["16"]["attention_error"] == 0
+        for more, fewer in (("16", "8"), ("8", "4"), ("16/8/4", "16/8/4/2"), ("KIVI 4", "KIVI 2")):
+            assert rows[more]["kl"] < rows[fewer]["kl"] and rows[more]["bytes"] > rows[fewer]["bytes"]
+            assert rows[more]["attention_error"] < rows[fewer]["attention_error"]
+    assert "yes  a staircase that quantizes nothing moves predictions by under 0.01 nats" in result.stdout
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--tokens", "1023"], "--tokens is 1023 and must be at least 1024"),
-        (["--tokens", "99999999"], "must be at most"),
+        (["--tokens", "767"], "--tokens is 767 and must be at least 768"),
+        (["--seeds", "0"], "--seeds is 0 and must be at least 1"),
+        (["--quick", "--tokens", "99999999"], "must be less than"),
         (["--model", "nowhere"], "--model is nowhere and must be a folder"),
     ],
 )
