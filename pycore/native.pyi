@@ -271,12 +271,35 @@ def pairwise_pairs_backward(
     grad: Any, x: Any, y: Any, indices: Any, *, euclidean: bool = False, threads: int | None = None
 ) -> tuple[Any, Any]: ...
 def hamming_topk(x: Any, y: Any, k: int, *, threads: int | None = None) -> tuple[Any, Any]: ...
-def rms_norm(x: Any, weight: Any = None, eps: float = 1e-6, *, out: Any = None, threads: int | None = None) -> Any: ...
+def rms_norm(
+    x: Any,
+    weight: Any = None,
+    eps: float = 1e-6,
+    plus_one: bool = False,
+    *,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any: ...
+def rotary_tables(
+    positions: Any,
+    frequencies: Any,
+    wide: bool = False,
+    *,
+    cos: Any = None,
+    sin: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any]: ...
+def rotate(
+    x: Any, cos: Any, sin: Any, inverse: bool = False, *, out: Any = None, threads: int | None = None
+) -> Any: ...
+def softcap(x: Any, cap: float, *, out: Any = None, threads: int | None = None) -> Any: ...
+def softcap_backward(grad_out: Any, x: Any, cap: float, *, grad_x: Any = None, threads: int | None = None) -> Any: ...
 def rms_norm_backward(
     grad_out: Any,
     x: Any,
     weight: Any = None,
     eps: float = 1e-6,
+    plus_one: bool = False,
     *,
     need_x: bool = True,
     need_weight: bool = True,
