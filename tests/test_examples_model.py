@@ -198,7 +198,7 @@ def test_real_model_parts(tmp_path: Path) -> None:
     theirs, ours = (row["losses"] for row in written["training"]["rows"])
     assert len(ours) == 3 and ours == pytest.approx(theirs, abs=1e-4) and ours[0] > 5  # ln 256 is 5.5
     dense, *drawn = written["probabilistic"]["rows"]
-    assert dense["density"] == 1 and len(drawn) == 6 and drawn[0]["density"] == drawn[1]["density"] < 1
+    assert dense["density"] == 1 and len(drawn) == 4 and drawn[0]["density"] == drawn[1]["density"] < 1
     assert drawn[0]["nll"] != drawn[1]["nll"] != dense["nll"]
 
 
