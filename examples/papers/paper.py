@@ -136,8 +136,7 @@ def _run(paper: Paper, name: str, experiment: Experiment, checks: Checks, option
     results = checks(figures)
     for held, sentence in results:
         print(("yes" if held else "NO ").ljust(4), sentence)
-    held = [held for held, _ in results]
-    verdict = "reproduced" if all(held) else "partly reproduced" if any(held) else "not reproduced"
+    verdict = verdict_of(results)
     result = {
         **asdict(paper),
         "quick": options.quick,
@@ -152,7 +151,13 @@ def _run(paper: Paper, name: str, experiment: Experiment, checks: Checks, option
         print("--quick: nothing is really trained, so these figures mean nothing")
         return 0
     print(verdict)
-    return 0 if all(held) else 1
+    return 0 if verdict == "reproduced" else 1
+
+
+def verdict_of(checks: list[tuple[bool, str]]) -> str:
+    """Whether all, some or none of the checks hold."""
+    held = [held for held, _ in checks]
+    return "reproduced" if all(held) else "partly reproduced" if any(held) else "not reproduced"
 
 
 def digits() -> tuple[Tensor, Tensor]:
