@@ -19,9 +19,11 @@ PAPER = Paper(
     "where classes come one after another and no task boundaries are known, learning sparse values behind frozen keys"
     " forgets much less than layers that share their weights",
     "scikit-learn's digits, five times two classes, each 100 steps of 64 images; 64 codebooks of 128 keys in 8 random"
-    " projections, keys learned without labels; against a linear layer and a network of 128 hidden units",
+    " projections, keys learned without labels; against a linear layer and a network of 128 hidden units,"
+    " each at the best of three learning rates",
 )
 BOOKS, KEYS, KEY_DIM, LABELS = 64, 128, 8, 10
+RATES = (0.3, 0.03, 0.003)
 
 
 class Bottleneck(nn.Module):
@@ -53,7 +55,7 @@ class Layers(nn.Module):
         return self.out(x if self.hidden is None else self.hidden(x).relu())
 
 
-def learn(run: Run, name: str, model: nn.Module, x: Tensor, labels: Tensor, rate: float) -> None:
+def learn(run: Run, model: nn.Module, x: Tensor, labels: Tensor, rate: float) -> None:
     """Two classes at a time, by plain gradient descent."""
     identity = torch.eye(LABELS)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
@@ -73,16 +75,20 @@ def experiment(run: Run) -> dict[str, float]:
     """Accuracy on all ten classes after the last two."""
     x, labels, test, test_labels = split_digits(run)
     figures: dict[str, float] = {}
-    for name, model, rate in (
-        ("bottleneck", Bottleneck(x, run.pick(20, 1)), 10.0),
-        ("linear", Layers(0), 0.1),
-        ("network", Layers(128), 0.1),
+    for name, make, rates in (
+        ("bottleneck", lambda: Bottleneck(x, run.pick(20, 1)), (10.0,)),
+        ("linear", lambda: Layers(0), RATES),
+        ("network", lambda: Layers(128), RATES),
     ):
-        learn(run, name, model, x, labels, rate)
-        model.eval()
-        with torch.no_grad():
-            guess = model(test).argmax(-1)
-        figures[name] = (guess == test_labels).double().mean().item()
+        best = 0.0  # of the baselines' rates, the one that is best in the end
+        for rate in rates:
+            model = make()
+            learn(run, model, x, labels, rate)
+            model.eval()
+            with torch.no_grad():
+                guess = model(test).argmax(-1)
+            best = max(best, (guess == test_labels).double().mean().item())
+        figures[name] = best
     return figures
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bocharova et al., "VacancySBERT: the approach for representation of titles and skills for semantic similarity search".
+"""Bocharova et al., "VacancySBERT: the approach for representation of titles and skills for semantic similarity
+search".
 
 The title of a vacancy is here the name of a function, its skills the words that its body uses. A siamese encoder learns
 which belong together from `pycore.ops.contrastive_loss` and is asked with `pycore.ops.pairwise_topk`.
@@ -32,9 +33,11 @@ def pairs(run: Run) -> Pairs:
 
 
 def word_vectors(data: Pairs, texts: list[str]) -> Tensor:
-    """What knows words from the same text but not the task: means of 64 singular vectors of words' bags."""
-    vectors = torch.svd_lowrank(data.words.bags(data.right), 64, niter=4)[2]
-    return functional.normalize(data.words.bags(texts) @ vectors, dim=-1)
+    """What knows words from the same text but not the task: means of 64 singular vectors of words' bags, whitened."""
+    bags = data.words.bags(data.right)
+    vectors = torch.svd_lowrank(bags, 64, niter=4)[2]
+    usual, spread = (bags @ vectors).mean(0), (bags @ vectors).std(0) + 1e-6
+    return functional.normalize((data.words.bags(texts) @ vectors - usual) / spread, dim=-1)
 
 
 def experiment(run: Run) -> dict[str, float]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Akyürek et al., "What learning algorithm is in-context learning? Investigations with linear models" (arXiv 2211.15661).
+"""Akyürek et al., "What learning algorithm is in-context learning? Investigations with linear models"
+(arXiv 2211.15661).
 
 A decoder reads x₁ y₁ x₂ y₂ … of a new linear function and predicts each y. Whose predictions are its own nearest to?
 """

@@ -36,7 +36,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def code(self, x: Tensor) -> Tensor:
-        """bool [n, 256]."""
+        """Bool [n, 256]."""
         return torch.cat([layer > 0 for layer in self.layers(x)], dim=1)
 
 

@@ -69,9 +69,7 @@ def experiment(run: Run) -> dict[str, float]:
     for name in ("causal", "prefix", "mixed"):
         torch.manual_seed(run.seed)
         net = model()
-        run.fit(
-            name, net, lambda step, name=name, net=net: step_loss(run, name, net, step), 500, learning_rate=4e-3
-        )
+        run.fit(name, net, lambda step, name=name, net=net: step_loss(run, name, net, step), 500, learning_rate=4e-3)
         with torch.no_grad():
             if name == "prefix":
                 half = torch.full((len(held_out),), LENGTH // 2)

@@ -18,8 +18,8 @@ PAPER = Paper(
     "Word and Document Embeddings based on Neural Network Approaches",
     "skip-gram and GloVe fit the same thing: products of their vectors are logarithms of how often words stand"
     " together, so that they serve alike; and a larger text of the same kind makes better vectors",
-    "the 1200 most frequent tokens of 1.5 MB, or a tenth, of the standard library's sources; 64 channels; a linear probe"
-    " says which of six kinds a name is",
+    "the 1200 most frequent tokens of 1.5 MB, or a tenth, of the standard library's sources; 64 channels; a linear"
+    " probe says which of six kinds a name is",
 )
 WORDS, DIM = 1200, 64
 

@@ -102,9 +102,7 @@ Experiment = Callable[[Run], dict[str, float]]
 Checks = Callable[[Figures], list[tuple[bool, str]]]
 
 
-def main(
-    paper: Paper, script: str, experiment: Experiment, checks: Checks, arguments: list[str] | None = None
-) -> int:
+def main(paper: Paper, script: str, experiment: Experiment, checks: Checks, arguments: list[str] | None = None) -> int:
     """Runs an experiment once for each seed, prints and writes what came out.
 
     Returns:

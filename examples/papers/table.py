@@ -80,7 +80,10 @@ _DIFFUSION = "nothing: it changes a pretrained text-to-image model, and none is 
 ELSEWHERE = {
     13: ("examples/length_extrapolation.py", "bits per byte by position for five readings of one model"),
     15: ("examples/equal_info.py", "bytes a token of each rule, and a second model on the tokens"),
-    20: ("examples/probabilistic.py", "bits per byte against the share of blocks; `examples/kv_staircase.py`: the cache"),
+    20: (
+        "examples/probabilistic.py",
+        "bits per byte against the share of blocks; `examples/kv_staircase.py`: the cache",
+    ),
     47: ("examples/positions.py", "accuracy of copying by length for five position schemes"),
 }
 # What no script tries, and why.
@@ -90,14 +93,12 @@ NOTHING = {
     6: "nothing: it starts from CLIP's text and image encoders, and none is there without a network",
     7: "nothing yet: it improves a pretrained language model's sentence vectors with a dictionary",
     9: _DIFFUSION,
-    10: "nothing yet: it distils a large model's judgement of what in a prompt matters",
     11: "nothing yet: it needs text, speech of that text, and a language model that follows instructions",
-    12: "nothing yet: choosing training data needs a corpus of mixed quality",
     19: "nothing: it needs recordings of fMRI",
     24: _DIFFUSION,
     27: _DIFFUSION,
     29: "nothing: its model is a convolutional detector of symbols in a line of handwriting",
-    38: "nothing: it joins a frozen language model to a pretrained image generator, and none is there without a network",
+    38: "nothing: it joins a language model to a pretrained image generator, and none is there without a network",
     45: "nothing: it has a large model write instructions, and is no codec",
     46: _DIFFUSION,
 }
@@ -162,7 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     if parser.parse_args(arguments).check:
         fresh = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page()
-        print("docs/papers.md is up to date" if fresh else "docs/papers.md is out of date: run examples/papers/table.py")
+        print(
+            "docs/papers.md is up to date" if fresh else "docs/papers.md is out of date: run examples/papers/table.py"
+        )
         return 0 if fresh else 1
     PAGE.write_text(page(), encoding="utf-8")
     return 0

@@ -56,9 +56,7 @@ def text(size: int, characters: int) -> Text:
         counts[..., 1].index_put_(pairs, ones, accumulate=True)
         counts[..., 0].index_put_(pairs[::-1], ones, accumulate=True)
     words = sorted(kinds)
-    return Text(
-        tokens, counts, torch.tensor(words), torch.tensor([kinds[word].most_common(1)[0][0] for word in words])
-    )
+    return Text(tokens, counts, torch.tensor(words), torch.tensor([kinds[word].most_common(1)[0][0] for word in words]))
 
 
 def _kind(before: str, word: str, after: str) -> int:

@@ -135,7 +135,7 @@ class Transformer(nn.Module):
         Args:
             x: int64 ``[batch, length]``, or floats ``[batch, length, inputs]``.
             schedule: which keys a query attends to.
-            lengths: int64 ``[batch]``: rows past a length are padding; nothing reads them and their states mean nothing.
+            lengths: int64 ``[batch]``: rows past a length are padding, which nothing reads; their states mean nothing.
             positions: int64 ``[batch, length]``, rows of the learned table; by default those from 0 on.
             memory: ``[batch, rows, dim]``, where the blocks look at one, of which ``memory_lengths`` rows count.
             layers: stop after so many; by default after all.
