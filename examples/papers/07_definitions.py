@@ -90,7 +90,7 @@ def experiment(run: Run) -> dict[str, float]:
                 vectors = 10 * model(tokens[chosen], lengths[chosen])
                 return ops.linear_cross_entropy(vectors, functional.normalize(entries, dim=-1), own[chosen])
 
-            run.fit(name, list({*model.parameters(), entries}), loss, 400, learning_rate=3e-3)
+            run.fit(name, list(dict.fromkeys([*model.parameters(), entries])), loss, 400, learning_rate=3e-3)
         figures[f"{name}, found"], figures[f"{name}, mean cosine"] = judge(model, *tests)
     figures["definitions, single words"], figures["definitions, all"] = float(len(single)), float(len(train))
     return figures

@@ -3,6 +3,7 @@
 
     python examples/papers/table.py            # rewrites the page from bench/results/papers/
     python examples/papers/table.py --check    # says whether it is what the results hold
+    python examples/papers/table.py --again    # also rewrites the sentences in the results, where a script's changed
 
 The sentences are made by the scripts from the figures of the committed results, so none is typed by hand.
 """
@@ -158,7 +159,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Writes the page, or compares it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    if parser.parse_args(arguments).check:
+    parser.add_argument("--again", action="store_true", help="make the results' sentences anew, from their figures")
+    options = parser.parse_args(arguments)
+    if options.again:
+        for script in SCRIPTS:
+            result = load(script)
+            if result is not None:
+                checks, result["verdict"] = again(script, result)
+                result["checks"] = [{"held": held, "sentence": sentence} for held, sentence in checks]
+                text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+                (RESULTS / f"{script}.json").write_text(text, encoding="utf-8")
+    if options.check:
         fresh = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page()
         print(
             "docs/papers.md is up to date" if fresh else "docs/papers.md is out of date: run examples/papers/table.py"
