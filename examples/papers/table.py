@@ -77,15 +77,17 @@ Split, Encode and Aggregate for Long Code Search
 UNFUSED: UNsupervised Finetuning Using SElf supervised Distillation""".splitlines()
 
 _DIFFUSION = "nothing: it changes a pretrained text-to-image model, and none is there without a network"
-# Examples that are not in this folder: where, and what they show.
+# Examples and modules that are not in this folder: what they show. Where a result of theirs is committed, its checks
+# are what was measured.
 ELSEWHERE = {
-    13: ("examples/length_extrapolation.py", "bits per byte by position for five readings of one model"),
-    15: ("examples/equal_info.py", "bytes a token of each rule, and a second model on the tokens"),
+    13: (("examples/length_extrapolation.py", "bits per byte by position, five readings of one model"),),
+    15: (("examples/equal_info.py", "bytes a token of each rule, and a second model on the tokens"),),
     20: (
-        "examples/probabilistic.py",
-        "bits per byte against the share of blocks; `examples/kv_staircase.py`: the cache",
+        ("examples/probabilistic.py", "bits per byte against the share of blocks that take part"),
+        ("examples/kv_staircase.py", "bytes of the cache against what it costs a model"),
     ),
-    47: ("examples/positions.py", "accuracy of copying by length for five position schemes"),
+    31: (("pycore/models/draft.py", "drafts from a table of tri-grams, checked as a tree"),),
+    47: (("examples/positions.py", "copying by length, five position schemes"),),
 }
 # What no script tries, and why.
 NOTHING = {
@@ -133,6 +135,13 @@ def again(script: str, result: dict[str, Any]) -> tuple[list[tuple[bool, str]], 
     return checks, verdict_of(checks)
 
 
+def measured(entry: tuple[str, str]) -> str:
+    """What the newest committed result of an example says."""
+    results = sorted((ROOT / "bench" / "results").glob(f"{Path(entry[0]).stem}_*.json"))
+    checks = json.loads(results[-1].read_text(encoding="utf-8")).get("checks", []) if results else []
+    return "; ".join(("" if check["holds"] else "**does not hold:** ") + check["claim"] for check in checks)
+
+
 def row(number: int, title: str) -> str:
     """A line of the table."""
     script = next((name for name in SCRIPTS if int(name[:2]) == number), None)
@@ -144,9 +153,10 @@ def row(number: int, title: str) -> str:
         return f"| {number} | {title} | {what} | **{verdict}**: {sentences} |"
     if script is not None:
         return f"| {number} | {title} | [{script}.py](../examples/papers/{script}.py) | no result is committed yet |"
-    if number in ELSEWHERE:
-        path, shown = ELSEWHERE[number]
-        return f"| {number} | {title} | [{Path(path).name}](../{path}) | {shown} |"
+    there = [(path, shown) for path, shown in ELSEWHERE.get(number, ()) if (ROOT / path).exists()]
+    if there:
+        what = "; ".join(f"[{Path(path).name}](../{path}): {shown}" for path, shown in there)
+        return f"| {number} | {title} | {what} | {'; '.join(filter(None, map(measured, there)))} |"
     return f"| {number} | {title} | {NOTHING.get(number, 'nothing yet')} | |"
 
 
