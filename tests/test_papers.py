@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PAPERS = Path(__file__).resolve().parents[1] / "examples" / "papers"
 SCRIPTS = sorted(path.stem for path in PAPERS.glob("[0-9][0-9]_*.py"))
-ALWAYS = ("01_prototypes", "17_position_prediction", "22_masked_channel_rvq", "49_long_code_search")
+ALWAYS = ("01_prototypes", "17_position_prediction", "33_prefix_conditioning", "49_long_code_search")
 FORBIDDEN = ("scaled_dot_product", "cdist", "nll_loss", "aten.cross_entropy", "aten.topk", "multi_head_attention")
 
 

@@ -27,9 +27,9 @@ struct BlockKeeps {
 // a[k * a_row + m]. Pairs that are not kept are not touched, so what they hold (NaN too) does not matter. The run of
 // k that every row keeps goes through the block product; the ragged ends go row by row, in the same order. Where all
 // rows keep the same, every run does.
-template <bool kTransposed>
+template <bool kTransposed, class B>
 __attribute__((noinline)) void accumulate_kept(int64_t rows, const BlockKeeps& keeps, const float* a, int64_t a_row,
-                                               const float* b, int64_t b_row, int64_t n, float* c, int64_t c_row) {
+                                               const B* b, int64_t b_row, int64_t n, float* c, int64_t c_row) {
   if (keeps.any == 0) return;
   const auto a_at = [&](int64_t m, int64_t k) { return kTransposed ? a + k * a_row + m : a + m * a_row + k; };
   // Rows m .. m + count - 1, all of which keep `bits`.

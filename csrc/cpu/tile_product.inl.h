@@ -14,6 +14,16 @@
 
 constexpr int kProductRows = 6;
 
+// Columns of B: float32, or integers of eight bits.
+PYCORE_INLINE Vec load_columns(const float* p) { return Vec::load(p); }
+PYCORE_INLINE Vec load_columns(const int8_t* p) { return Vec::load_bytes(p); }
+PYCORE_INLINE Vec load_columns_first(const float* p, int64_t count) { return Vec::load_first(p, count); }
+PYCORE_INLINE Vec load_columns_first(const int8_t* p, int64_t count) {
+  int8_t bytes[Vec::kWidth] = {};
+  __builtin_memcpy(bytes, p, static_cast<size_t>(count));
+  return Vec::load_bytes(bytes);
+}
+
 // A block's accumulators become memory, starting from zero.
 struct StoreBlock {
   float* c;
@@ -42,8 +52,8 @@ struct AccumulateBlock {
 
 // Rows 0..M-1, columns n .. n + V * width - 1 (the last vector cut to `tail` lanes if kTail). A[m][k] is
 // a[m * a_row + k] or, transposed, a[k * a_row + m].
-template <int M, int V, bool kTransposed, bool kTail, class Reduce>
-PYCORE_INLINE void product_block(int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t n,
+template <int M, int V, bool kTransposed, bool kTail, class B, class Reduce>
+PYCORE_INLINE void product_block(int64_t depth, const float* a, int64_t a_row, const B* b, int64_t b_row, int64_t n,
                                  int64_t tail, const Reduce& reduce) {
   Vec acc[M][V];
   for (int m = 0; m < M; ++m) {
@@ -54,12 +64,12 @@ PYCORE_INLINE void product_block(int64_t depth, const float* a, int64_t a_row, c
   }
   const float* a_rows[M];
   for (int m = 0; m < M; ++m) a_rows[m] = kTransposed ? a + m : a + m * a_row;
-  const float* b_k = b + n;
+  const B* b_k = b + n;
   for (int64_t k = 0; k < depth; ++k, b_k += b_row) {
     Vec columns[V];
     for (int v = 0; v < V; ++v) {
-      columns[v] =
-          kTail && v == V - 1 ? Vec::load_first(b_k + v * Vec::kWidth, tail) : Vec::load(b_k + v * Vec::kWidth);
+      const B* at = b_k + v * Vec::kWidth;
+      columns[v] = kTail && v == V - 1 ? load_columns_first(at, tail) : load_columns(at);
     }
     for (int m = 0; m < M; ++m) {
       const Vec x = Vec::broadcast(kTransposed ? a[k * a_row + m] : a_rows[m][k]);
@@ -78,8 +88,8 @@ PYCORE_INLINE void product_block(int64_t depth, const float* a, int64_t a_row, c
   }
 }
 
-template <int M, int V, bool kTransposed, class Reduce>
-PYCORE_INLINE void product_vectors(int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row,
+template <int M, int V, bool kTransposed, class B, class Reduce>
+PYCORE_INLINE void product_vectors(int64_t depth, const float* a, int64_t a_row, const B* b, int64_t b_row,
                                    int64_t n, int64_t tail, const Reduce& reduce) {
   if (tail == Vec::kWidth) {
     product_block<M, V, kTransposed, false>(depth, a, a_row, b, b_row, n, tail, reduce);
@@ -89,8 +99,8 @@ PYCORE_INLINE void product_vectors(int64_t depth, const float* a, int64_t a_row,
 }
 
 // M rows, columns n_begin .. n_end - 1.
-template <int M, bool kTransposed, class Reduce>
-__attribute__((noinline)) void product_rows(int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row,
+template <int M, bool kTransposed, class B, class Reduce>
+__attribute__((noinline)) void product_rows(int64_t depth, const float* a, int64_t a_row, const B* b, int64_t b_row,
                                             int64_t n_begin, int64_t n_end, Reduce reduce) {
   constexpr int64_t kWidth = Vec::kWidth;
   constexpr int kColumns = Vec::kProductColumns;
@@ -110,8 +120,8 @@ __attribute__((noinline)) void product_rows(int64_t depth, const float* a, int64
 }
 
 // `rows` rows (1 .. kProductRows), columns n_begin .. n_end - 1 of B and of the result.
-template <bool kTransposed, class Reduce>
-PYCORE_INLINE void tile_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, const float* b,
+template <bool kTransposed, class B, class Reduce>
+PYCORE_INLINE void tile_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, const B* b,
                                 int64_t b_row, int64_t n_begin, int64_t n_end, Reduce reduce) {
   switch (rows) {
     case 1: return product_rows<1, kTransposed>(depth, a, a_row, b, b_row, n_begin, n_end, reduce);

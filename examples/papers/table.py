@@ -80,13 +80,17 @@ _DIFFUSION = "nothing: it changes a pretrained text-to-image model, and none is 
 # Examples and modules that are not in this folder: what they show. Where a result of theirs is committed, its checks
 # are what was measured.
 ELSEWHERE = {
+    5: (("examples/class_incremental.py", "ten digits learned two at a time, against layers that share weights"),),
     13: (("examples/length_extrapolation.py", "bits per byte by position, five readings of one model"),),
     15: (("examples/equal_info.py", "bytes a token of each rule, and a second model on the tokens"),),
     20: (
         ("examples/probabilistic.py", "bits per byte against the share of blocks that take part"),
         ("examples/kv_staircase.py", "bytes of the cache against what it costs a model"),
     ),
+    21: (("examples/codebook_features.py", "a byte model whose heads speak in codes"),),
+    22: (("examples/speech_codec.py", "speech as codes and bytes, with masked channels and without"),),
     31: (("pycore/models/draft.py", "drafts from a table of tri-grams, checked as a tree"),),
+    40: (("examples/rate_task.py", "bytes of a coded digit against accuracy"),),
     47: (("examples/positions.py", "copying by length, five position schemes"),),
 }
 # What no script tries, and why.
@@ -144,19 +148,19 @@ def measured(entry: tuple[str, str]) -> str:
 
 def row(number: int, title: str) -> str:
     """A line of the table."""
+    there = [(path, shown) for path, shown in ELSEWHERE.get(number, ()) if (ROOT / path).exists()]
+    others = [f"[{Path(path).name}](../{path}): {shown}" for path, shown in there]
     script = next((name for name in SCRIPTS if int(name[:2]) == number), None)
     result = None if script is None else load(script)
     if script is not None and result is not None:
         checks, verdict = again(script, result)
         sentences = "; ".join(("" if held else "**does not hold:** ") + text for held, text in checks)
-        what = f"[{script}.py](../examples/papers/{script}.py): {result['setting']}"
-        return f"| {number} | {title} | {what} | **{verdict}**: {sentences} |"
+        own = f"[{script}.py](../examples/papers/{script}.py): {result['setting']}"
+        return f"| {number} | {title} | {'; also '.join([own, *others])} | **{verdict}**: {sentences} |"
     if script is not None:
         return f"| {number} | {title} | [{script}.py](../examples/papers/{script}.py) | no result is committed yet |"
-    there = [(path, shown) for path, shown in ELSEWHERE.get(number, ()) if (ROOT / path).exists()]
     if there:
-        what = "; ".join(f"[{Path(path).name}](../{path}): {shown}" for path, shown in there)
-        return f"| {number} | {title} | {what} | {'; '.join(filter(None, map(measured, there)))} |"
+        return f"| {number} | {title} | {'; '.join(others)} | {'; '.join(filter(None, map(measured, there)))} |"
     return f"| {number} | {title} | {NOTHING.get(number, 'nothing yet')} | |"
 
 

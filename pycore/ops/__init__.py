@@ -14,6 +14,7 @@ from pycore.ops.attention import attention, lambda_attention
 from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import gelu_mul, invariant_linear, layer_norm, rms_norm, silu_mul
+from pycore.ops.linear_pointwise import rotary_tables, rotate, softcap
 from pycore.ops.pairwise import pairwise_logsumexp, pairwise_min, pairwise_topk
 from pycore.ops.pairwise_clusters import hamming_topk, kmeans, pack_bits, sinkhorn
 from pycore.ops.pairwise_losses import contrastive_loss, linear_cross_entropy, maxsim
@@ -46,6 +47,8 @@ __all__ = [
     "pr_flash_attention",
     "quantize_cdf",
     "rms_norm",
+    "rotary_tables",
+    "rotate",
     "staircase_attention",
     "staircase_dequantize",
     "staircase_quantize",
@@ -56,4 +59,5 @@ __all__ = [
     "vq_encode",
     "vq_statistics",
     "silu_mul",
+    "softcap",
 ]

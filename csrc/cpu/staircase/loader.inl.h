@@ -15,29 +15,34 @@
 #include "unpack.inl.h"
 
 struct StaircaseBuffers {
-  float* key_codes = nullptr;    // [D, 64]
-  float* key_step = nullptr;     // [padded D], zero from D on
-  float* key_base = nullptr;     // [padded D]
-  float* query = nullptr;        // [6, padded D] times key_step
-  float* value_codes = nullptr;  // [64, padded Dv]
-  float* value_step = nullptr;   // [groups, 64]
-  float* value_base = nullptr;   // [groups, 64]
-  float* weights = nullptr;      // [6, 64] times value_step
-  float* full_scores = nullptr;  // [6, 64]
+  int8_t* key_codes = nullptr;    // [D, 64]
+  float* key_step = nullptr;      // [padded D], zero from D on
+  float* key_base = nullptr;      // [padded D]
+  float* query = nullptr;         // [6, padded D] times key_step
+  int8_t* value_codes = nullptr;  // [64, groups, 64]
+  float* value_step = nullptr;    // [groups, 64]
+  float* value_base = nullptr;    // [groups, 64]
+  float* grids = nullptr;         // [2, 64, groups]
+  float* weights = nullptr;       // [6, 64] times value_step
+  float* full_scores = nullptr;   // [6, 64]
   LoaderBuffers rows;
 
   static PYCORE_INLINE int64_t groups(const AttentionParams& params) {
     return (params.value_dim + kPackedGroup - 1) / kPackedGroup;
   }
+  static PYCORE_INLINE int8_t* take_bytes(int64_t bytes, Scratch* scratch) {
+    return reinterpret_cast<int8_t*>(scratch->take(bytes / static_cast<int64_t>(sizeof(float))));
+  }
   PYCORE_INLINE void bind(const AttentionParams& params, Scratch* scratch) {
     const int64_t d = padded(params.head_dim);
-    key_codes = scratch->take(params.head_dim * kKeyTile);
+    key_codes = take_bytes(params.head_dim * kKeyTile, scratch);
     key_step = scratch->take(d);
     key_base = scratch->take(d);
     query = scratch->take(kProductRows * d);
-    value_codes = scratch->take(kKeyTile * padded(params.value_dim));
+    value_codes = take_bytes(groups(params) * kKeyTile * kPackedGroup, scratch);
     value_step = scratch->take(groups(params) * kKeyTile);
     value_base = scratch->take(groups(params) * kKeyTile);
+    grids = scratch->take(2 * groups(params) * kKeyTile);
     weights = scratch->take(kProductRows * kKeyTile);
     full_scores = scratch->take(kProductRows * kKeyTile);
     rows.bind(params, params.planes->dtype, scratch);
@@ -135,7 +140,7 @@ class StaircaseLoader {
     }
     if (full.any) full_.accumulate(rows, full, weights, out, out_row);
     if (packed.any == 0) return;
-    const int64_t stride = padded(params_.value_dim);
+    const int64_t stride = StaircaseBuffers::groups(params_) * kPackedGroup;
     for (int64_t g = 0; g < StaircaseBuffers::groups(params_); ++g) {
       const int64_t first = g * kPackedGroup, count = smaller(kPackedGroup, params_.value_dim - first);
       float added[kProductRows];
@@ -172,37 +177,92 @@ class StaircaseLoader {
 
   PYCORE_INLINE void unpack_keys(const StaircaseTile& tile) {
     const int64_t channels = params_.head_dim;
-    for (int64_t d = 0; d < padded(channels); ++d) {
-      buffers_.key_step[d] = buffers_.key_base[d] = 0;
-      if (d < channels) tile.grid(d, buffers_.key_step + d, buffers_.key_base + d);
-    }
-    for (int64_t d = 0; d < channels; ++d) unpack(tile, tile.offset(0, d), buffers_.key_codes + d * kKeyTile);
+    load_grids(tile, channels, buffers_.key_step, buffers_.key_base);
+    int8_t* const codes = buffers_.key_codes;
+    const Planes planes(tile);
+    with_depth(tile.depth, [=](int32_t depth) __attribute__((always_inline)) {
+      for (int64_t d = 0; d < channels; ++d) {
+        unpack_codes(planes.first, d * (kPackedGroup / 4), depth, codes + d * kKeyTile);
+      }
+    });
   }
 
   PYCORE_INLINE void unpack_values(const StaircaseTile& tile, uint64_t present) {
-    const int64_t stride = padded(params_.value_dim), groups = StaircaseBuffers::groups(params_);
+    const int64_t groups = StaircaseBuffers::groups(params_);
+    float *const step = buffers_.grids, *const base = step + groups * kKeyTile;
+    load_grids(tile, groups * kKeyTile, step, base);
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t count = tile.count(g);
-      for (int64_t t = 0; t < kKeyTile; ++t) {
-        float *step = buffers_.value_step + g * kKeyTile + t, *base = buffers_.value_base + g * kKeyTile + t;
-        *step = *base = 0;
-        if (!(present >> t & 1)) continue;
-        tile.grid(t * groups + g, step, base);
-        float* const out = buffers_.value_codes + t * stride + g * kPackedGroup;
-        if (count == kPackedGroup) {
-          unpack(tile, tile.offset(t, g), out);
-        } else {
-          for (int64_t c = 0; c < count; ++c) out[c] = static_cast<float>(tile.code(tile.offset(t, g), count, c));
+      float *const steps = buffers_.value_step + g * kKeyTile, *const bases = buffers_.value_base + g * kKeyTile;
+      for (int64_t t = 0; t < kKeyTile; ++t) {  // what an absent token's bytes say is not looked at
+        const bool here = present >> t & 1;
+        steps[t] = here ? step[t * groups + g] : 0;
+        bases[t] = here ? base[t * groups + g] : 0;
+      }
+    }
+    const int64_t whole = params_.value_dim / kPackedGroup, rest = params_.value_dim % kPackedGroup;
+    const int64_t token = token_plane_bytes(tile.side, kPackedGroup, 0);
+    int8_t* const codes = buffers_.value_codes;
+    const Planes planes(tile);
+    with_depth(tile.depth, [=](int32_t depth) __attribute__((always_inline)) {
+      for (uint64_t left = present; left; left &= left - 1) {
+        const int64_t t = __builtin_ctzll(left);
+        int8_t* const out = codes + t * groups * kPackedGroup;
+        for (int64_t g = 0; g < whole; ++g) {
+          unpack_codes(planes.first, t * token + g * (kPackedGroup / 4), depth, out + g * kPackedGroup);
         }
       }
+    });
+    for (uint64_t left = rest ? present : 0; left; left &= left - 1) {
+      const int64_t t = __builtin_ctzll(left), offset = tile.offset(t, whole);
+      int8_t* const out = codes + (t * groups + whole) * kPackedGroup;
+      for (int64_t c = 0; c < rest; ++c) out[c] = static_cast<int8_t>(tile.code(offset, rest, c));
     }
   }
 
-  // The 64 codes that begin `offset` bytes into the first plane.
-  static PYCORE_INLINE void unpack(const StaircaseTile& tile, int64_t offset, float* out) {
-    alignas(64) int8_t codes[kPackedGroup];
-    unpack_codes(tile.planes, offset, tile.depth, codes);
-    for (int64_t c = 0; c < kPackedGroup; c += Vec::kWidth) Vec::load_bytes(codes + c).store(out + c);
+  // A copy, which the compiler knows that writing codes does not change.
+  struct Planes {
+    const uint8_t* first[kStaircasePlanes];
+    explicit PYCORE_INLINE Planes(const StaircaseTile& tile) {
+      for (int k = 0; k < kStaircasePlanes; ++k) first[k] = k < tile.depth ? tile.planes[k] : nullptr;
+    }
+  };
+
+  // f(depth), for each depth a loop of its own.
+  template <class F>
+  static PYCORE_INLINE void with_depth(int32_t depth, const F& f) {
+    if (depth == 1) return f(1);
+    if (depth == 2) return f(2);
+    f(3);
+  }
+
+  // StaircaseTile::grid of groups 0 .. count - 1, and zeros to the end of a vector.
+  PYCORE_INLINE void load_grids(const StaircaseTile& tile, int64_t count, float* step, float* middle) const {
+    switch (planes_.dtype) {
+      case DType::kBFloat16: return load_grids_as<DType::kBFloat16>(tile, count, step, middle);
+      case DType::kFloat16: return load_grids_as<DType::kFloat16>(tile, count, step, middle);
+      default: return load_grids_as<DType::kFloat32>(tile, count, step, middle);
+    }
+  }
+  template <DType kType>
+  static PYCORE_INLINE void load_grids_as(const StaircaseTile& tile, int64_t count, float* step, float* middle) {
+    const bool minmax = tile.side.grid == StaircaseGrid::kMinMax;
+    const Vec cells = Vec::broadcast(static_cast<float>((1 << tile.bits) - 1));
+    const Vec cell = Vec::broadcast(1.0f / static_cast<float>(1 << tile.bits));
+    const Vec half = Vec::broadcast(static_cast<float>(tile.half()));
+    for (int64_t g = 0; g < count; g += Vec::kWidth) {
+      const int64_t lanes = smaller(count - g, Vec::kWidth);
+      const Vec low = load_some<kType>(tile.lo, g, lanes), range = load_some<kType>(tile.hi, g, lanes) - low;
+      const Vec width = minmax ? range / cells : range * cell;
+      Vec centre = Vec::broadcast(minmax ? 0.0f : static_cast<float>(kMiddle) * 0x1p-8f);
+      if (!minmax && tile.centers) {
+        int8_t signs[Vec::kWidth] = {};
+        __builtin_memcpy(signs, tile.centers + g, static_cast<size_t>(lanes));
+        for (int8_t& byte : signs) byte = static_cast<int8_t>(byte ^ -128);  // less 128
+        centre = (Vec::load_bytes(signs) + Vec::broadcast(128.0f)) * Vec::broadcast(0x1p-8f);
+      }
+      width.store(step + g);
+      (low + (half + centre) * width).store(middle + g);
+    }
   }
 
   const AttentionParams& params_;

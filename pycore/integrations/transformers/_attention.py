@@ -52,6 +52,7 @@ class _Call:
     spans: Spans | None
     rope: Rope | None  # None: nothing is un-rotated
     options: AttentionOptions
+    evicted: int = 0  # tokens before the first key, of a cache that keeps a sliding window
 
 
 def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]]:
@@ -68,6 +69,7 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         position_ids: Tensor | None = None,
+        evicted: int = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As transformers calls it: query [B, H, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Lq, H, D]."""
@@ -118,7 +120,7 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 schedule = Segments(boundaries, True, window_size, sink_size)
         if draw is not None:
             schedule, counted = draw_round(draw, module, query.device)
-        call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options)
+        call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options, evicted)
         if layer is None:
             try:
                 out = _attend(call, query, key, value)
@@ -150,6 +152,8 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if call.spans is not None:
         starts, ends, queries, _, _ = call.spans
         options = options._replace(key_starts=starts, key_lengths=ends, query_lengths=queries)
+    if call.evicted:  # so that sums are cut where they are cut over all keys
+        options = options._replace(key_offset=_evicted(call, key))
     if call.rope is not None:
         assert call.position_ids is not None
         evicted = 0
@@ -164,6 +168,17 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     out = call_attention("attention", query, key, value, call.schedule, options)
     assert isinstance(out, Tensor)
     return out
+
+
+def _evicted(call: _Call, key: Tensor) -> Tensor:
+    """How many tokens of each row a sliding window has left behind, int64 [B]; padding is none."""
+    evicted = torch.full((key.shape[0],), call.evicted, dtype=torch.int64, device=key.device)
+    if call.spans is None:
+        return evicted
+    if call.position_ids is None:
+        return torch.where(call.spans.key_starts > 0, 0, evicted)
+    tokens = call.position_ids[:, -1] + 1  # with padding on the left
+    return (tokens - (call.spans.key_lengths - call.spans.key_starts)).clamp(min=0).minimum(evicted)
 
 
 def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

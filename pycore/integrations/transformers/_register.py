@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pycore.schedules.attention_blocks import draw_blocks
 
 __all__ = ["register", "register_probabilistic", "set_round"]
 
-_REGISTERED: set[str] = set()
+_REGISTERED: dict[str, Callable[..., Any]] = {}
 
 
 def register(
@@ -129,6 +130,11 @@ def set_round(model: nn.Module, round: int) -> None:
         each.fill_(round)
 
 
+def registered(name: str | None) -> Callable[..., Any] | None:
+    """The attention function that was registered under a name, None for one of another's."""
+    return None if name is None else _REGISTERED.get(name)
+
+
 def _check_name(op: str, name: Any) -> None:
     """A new name, or one of ours."""
     check_str(op, "name", name)
@@ -141,8 +147,9 @@ def _check_name(op: str, name: Any) -> None:
 
 
 def _register(options: Options) -> None:
-    AttentionInterface.register(options.name, attention_function(options))
+    function = attention_function(options)
+    AttentionInterface.register(options.name, function)
     AttentionMaskInterface.register(options.name, spans_function(options.name))
-    _REGISTERED.add(options.name)
+    _REGISTERED[options.name] = function
     # A packed cache keeps keys as the model rotated them; to other attention it gives them unpacked.
     (READERS.add if options.draw is None and options.distance_limit is None else READERS.discard)(options.name)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycore.ops import rotary_tables
+
 # Models whose full-attention layers rotate query and key after everything else, and how they pair channels: False for
 # (i, i + R/2), True for (2i, 2i + 1). tests/integrations/test_transformers.py runs each of them.
 INTERLEAVED = {
@@ -24,6 +26,7 @@ INTERLEAVED = {
 }  # fmt: skip
 _ATTRIBUTE = "_pycore_rope"
 _RESULT = "_pycore_inverse"
+FREQUENCIES = "_pycore_frequencies"  # of a rotary embedding that `same_bits` made its own: layer type -> float64 [R/2]
 _TILE = 65  # rows the op wants beyond the limit
 
 
@@ -48,6 +51,7 @@ class Rope:
         self.version = -1
         self.source: Tensor | None = None
         self.dtype: torch.dtype | None = None
+        self.own: Tensor | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         """Nothing: the copy of a model finds its own rotary embedding."""
@@ -63,19 +67,23 @@ class Rope:
         """Makes the tables anew where the model's frequencies, the limit, dtype or device have changed."""
         source: Tensor = getattr(self.rotary, f"{self.prefix}inv_freq")
         version = _version(source)
-        if source is self.source and version == self.version and self.fits(like, limit):
+        own = getattr(self.rotary, FREQUENCIES, {}).get(self.layer_type if self.nested else None)
+        if source is self.source and version == self.version and own is self.own and self.fits(like, limit):
             return
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             self.frequencies = source.detach().to(like.device, torch.float32)
-            distance = torch.arange(limit + _TILE, dtype=torch.float64, device=like.device)
-            angle = distance[:, None] * self.frequencies.to(torch.float64)
-            self.cos, self.sin = angle.cos().to(wide), angle.sin().to(wide)
+            distance = torch.arange(limit + _TILE, device=like.device)
+            if own is not None:
+                self.cos, self.sin = rotary_tables(distance, own, wide == torch.float64)
+            else:
+                angle = distance[:, None].to(torch.float64) * self.frequencies.to(torch.float64)
+                self.cos, self.sin = angle.cos().to(wide), angle.sin().to(wide)
             here = torch.zeros(1, 1, dtype=torch.int64, device=source.device)
             extra = (self.layer_type,) if self.nested else ()
             table = self.rotary(torch.zeros(1, 1, 1, dtype=like.dtype, device=source.device), here, *extra)[0]
             self.rounded = table.dtype == like.dtype
-        self.source, self.version, self.limit, self.dtype = source, version, limit, like.dtype
+        self.source, self.version, self.limit, self.dtype, self.own = source, version, limit, like.dtype, own
 
     def inverse(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What `unrotate` needs to take the rotation to `position` [B or 1, L] back: two of [B or 1, 1, L, R/2].
@@ -84,14 +92,17 @@ class Rope:
         """
         if torch.compiler.is_compiling() or position.is_inference():
             return self._inverse(position, dtype)
-        source, state, result = getattr(position, _RESULT, (None, None, None))
+        source, own, state, result = getattr(position, _RESULT, (None, None, None, None))
         new = (self.version, self.scaling, dtype, position._version)
-        if source is not self.source or state != new or result is None:
+        if source is not self.source or own is not self.own or state != new or result is None:
             result = self._inverse(position, dtype)
-            setattr(position, _RESULT, (self.source, new, result))
+            setattr(position, _RESULT, (self.source, self.own, new, result))
         return result
 
     def _inverse(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.own is not None:  # rotated by these very tables
+            cos, sin = (x[:, None] for x in rotary_tables(position, self.own, dtype == torch.float64))
+            return (cos, sin) if self.scaling == 1 else (cos * (1 / self.scaling), sin * (1 / self.scaling))
         angle = position[:, None, :, None].to(torch.float32) * self.frequencies
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
         if self.rounded:
