@@ -99,6 +99,8 @@ class StaircasePrefix:
         tokens = int(cache._peak.max()) if cache.batch else 0
         used = -(-tokens // group)
         self._rows = cache._up(tokens + room if cache.capacity is None else cache.capacity)
+        if any(side.full_rows is None for side in cache._sides):  # copied as it is
+            self._rows = cache._rows
         shared = [
             (which, i)
             for which, side in enumerate(cache._sides)
@@ -142,7 +144,7 @@ class StaircasePrefix:
     @property
     def nbytes(self) -> int:
         """Bytes that the prefix keeps, continuations not counted; those have their own `nbytes`."""
-        shared = os.fstat(self._file).st_blocks * 512 if self._parts else 0
+        shared = os.fstat(self._file).st_blocks * 512 if self._file >= 0 else 0
         return shared + sum(x.numel() * x.element_size() for storage in self._own for x in storage)
 
     def fork(self, repeats: int = 1) -> StaircaseKVCache:
