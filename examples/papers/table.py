@@ -80,9 +80,14 @@ _DIFFUSION = "nothing: it changes a pretrained text-to-image model, and none is 
 # Examples and modules that are not in this folder: what they show. Where a result of theirs is committed, its checks
 # are what was measured.
 ELSEWHERE = {
+    1: (("examples/prototypes.py", "the same, with pictures"),),
     5: (("examples/class_incremental.py", "ten digits learned two at a time, against layers that share weights"),),
-    13: (("examples/length_extrapolation.py", "bits per byte by position, five readings of one model"),),
+    13: (
+        ("examples/length_extrapolation.py", "bits per byte by position, five readings of one model"),
+        ("examples/past_its_length.py", "the same of a real model"),
+    ),
     15: (("examples/equal_info.py", "bytes a token of each rule, and a second model on the tokens"),),
+    18: (("examples/contrastive.py", "the same of a pretrained encoder"),),
     20: (
         ("examples/probabilistic.py", "bits per byte against the share of blocks that take part"),
         ("examples/kv_staircase.py", "bytes of the cache against what it costs a model"),
