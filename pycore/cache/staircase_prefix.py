@@ -71,7 +71,7 @@ class _Part(NamedTuple):
     """A tensor of the storage that lies in the file."""
 
     side: int
-    index: int
+    place: int
     offset: int  # bytes into the file
     shape: tuple[int, ...]  # of one row
     dtype: torch.dtype
@@ -128,13 +128,13 @@ class StaircasePrefix:
                 os.truncate(self._file, size)
                 bytes_of_all = mmap.mmap(self._file, size)
                 for part in self._parts:
-                    x = cache._storage[part.side][part.index]
+                    x = cache._storage[part.side][part.place]
                     to = torch.frombuffer(
                         bytes_of_all, dtype=part.dtype, offset=part.offset, count=x.shape[0] * math.prod(part.shape)
                     ).view(x.shape[0], *part.shape)
                     to[:, :, :used] = x[:, :, :used]
             for part in self._parts:
-                self._own[part.side][part.index] = torch.zeros(0, dtype=part.dtype)
+                self._own[part.side][part.place] = torch.zeros(0, dtype=part.dtype)
 
     @property
     def lengths(self) -> Tensor:
@@ -164,7 +164,7 @@ class StaircasePrefix:
         with torch.inference_mode(False):
             storage = [[x.repeat_interleave(repeats, 0) if x.dim() == 4 else x for x in each] for each in self._own]
             for part in self._parts:
-                storage[part.side][part.index] = self._view(part, batch, repeats)
+                storage[part.side][part.place] = self._view(part, batch, repeats)
             cache._lengths = self._lengths.repeat_interleave(repeats)
             cache._peak = self._peak.repeat_interleave(repeats)
         cache.batch, cache._storage, cache._rows = batch, storage, self._rows

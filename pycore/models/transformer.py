@@ -9,6 +9,7 @@ and not logits, so that losses are those of :mod:`pycore.ops`, which store no ma
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +148,7 @@ class Transformer(nn.Module):
         options = AttentionOptions(
             symmetric_bias=symmetric, key_lengths=lengths, query_lengths=lengths, **self.positions()
         )
+        block: Any
         for block in list(self.blocks)[:layers]:
             if memory is None:
                 states = block(states, options, schedule)
