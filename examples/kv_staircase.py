@@ -208,9 +208,7 @@ def finish(options: argparse.Namespace, models: list[dict[str, Any]]) -> int:
     stem = options.out / (f"{NAME}_quick" if options.quick else NAME)
     draw: Callable[[Path], None] = lambda path: plot(models, path)  # noqa: E731
     write(result, stem, None if options.no_plot else draw)
-    print(
-        f"{'yes' if held else 'NO':>4}  a staircase that quantizes nothing moves predictions by under {SAME_KL} nats"
-    )
+    print(f"{'yes' if held else 'NO':>4}  a staircase that quantizes nothing moves predictions by under {SAME_KL} nats")
     if options.quick:
         print("--quick: the models are random, so these figures mean nothing")
     return 0 if held else 1

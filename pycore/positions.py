@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import decimal
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int, check_number
+from pycore._load import load_ops
 from pycore._tensors import check_tensor
 
 __all__ = ["alibi_slopes", "clipped_bias", "rope_alibi_harmonic", "rope_attention_factor", "rope_tables", "t5_bias"]
@@ -31,7 +34,8 @@ def rope_tables(
 
     The frequencies are computed in float64 and rounded to float32, as checkpoints of RoPE models expect. The angles
     are exact products of these, so a far row is as accurate as a near one, and a longer table begins with the
-    shorter one.
+    shorter one. A table has the same bits on every machine: powers and logarithms are decimal arithmetic, cosines and
+    sines those of `pycore.ops.rotary_tables`.
 
     Args:
         n: rows, at least 0.
@@ -59,13 +63,9 @@ def rope_tables(
     check_int("rope_tables", "dim", dim)
     if dim <= 0 or dim % 2 != 0:
         raise ValueError(f"rope_tables: dim is {dim} and must be a positive even number")
-    scaling = scaling or {}
-    theta = _entry(scaling, "rope_theta", theta)
-    if not 0.0 < theta < float("inf"):
-        raise ValueError(f"rope_tables: theta is {theta} and must be positive and finite")
-    frequency = _frequencies(n, dim, theta, scaling).to(torch.float32)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency.to(torch.float64)
-    return angle.cos().to(device, torch.float32), angle.sin().to(device, torch.float32)
+    load_ops()
+    cos, sin = torch.ops.pycore.rotary_tables(torch.arange(n), rope_frequencies(n, dim, theta, scaling or {}))
+    return cos.to(device), sin.to(device)
 
 
 def rope_attention_factor(scaling: Mapping[str, Any] | None) -> float:
@@ -90,7 +90,7 @@ def rope_attention_factor(scaling: Mapping[str, Any] | None) -> float:
     factor = _entry(scaling, "factor")
 
     def grown(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+        return 1.0 if factor <= 1 else 0.1 * weight * _log(factor) + 1.0
 
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         return grown(_entry(scaling, "mscale")) / grown(_entry(scaling, "mscale_all_dim"))
@@ -118,15 +118,43 @@ def _entry(scaling: Mapping[str, Any], name: str, default: float | None = None) 
     return number
 
 
+_DIGITS = decimal.Context(prec=40)
+
+
+def _power(base: float, exponent: decimal.Decimal) -> float:
+    return float(_DIGITS.power(decimal.Decimal(base), exponent))
+
+
+def _log(x: float) -> float:
+    return float(_DIGITS.ln(decimal.Decimal(x)))
+
+
+@functools.lru_cache(maxsize=64)
+def _powers(theta: float, dim: int) -> Tensor:
+    """theta^(-2i/dim), float64 [dim / 2], correctly rounded: the C library's powers differ from machine to machine."""
+    two = decimal.Decimal(-2)
+    return torch.tensor([_power(theta, _DIGITS.divide(two * i, decimal.Decimal(dim))) for i in range(dim // 2)],
+                        dtype=torch.float64)  # fmt: skip
+
+
+def rope_frequencies(n: int, dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Radians a token by pair, float64 [dim / 2] of float32 numbers; the arguments are those of `rope_tables`."""
+    theta = _entry(scaling, "rope_theta", theta)
+    if not 0.0 < theta < float("inf"):
+        raise ValueError(f"rope_tables: theta is {theta} and must be positive and finite")
+    return _frequencies(n, dim, theta, scaling).to(torch.float32).to(torch.float64)
+
+
 def _frequencies(n: int, dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """Radians a token by pair, float64 [dim / 2]."""
     kind = _rope_type(scaling)
     if kind == "dynamic":
         most, factor = _entry(scaling, "max_position_embeddings"), _entry(scaling, "factor")
         length = max(_entry(scaling, "length", max(n, 1)), most)
-        theta *= (factor * length / most - (factor - 1)) ** (dim / (dim - 2)) if dim > 2 else 1.0
+        grown = factor * length / most - (factor - 1)
+        theta *= _power(grown, _DIGITS.divide(decimal.Decimal(dim), decimal.Decimal(dim - 2))) if dim > 2 else 1.0
     pair = torch.arange(dim // 2, dtype=torch.float64)
-    frequency = torch.pow(torch.tensor(theta, dtype=torch.float64), -2 * pair / dim)
+    frequency = _powers(theta, dim)
     if kind in ("default", "dynamic"):
         return frequency
     factor = _entry(scaling, "factor")
@@ -141,7 +169,7 @@ def _frequencies(n: int, dim: int, theta: float, scaling: Mapping[str, Any]) -> 
     else:
         # The same idea, the blend linear in the number of the pair.
         def pair_that_turns(times: float) -> float:
-            return dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
+            return dim * _log(trained / (times * 2 * math.pi)) / (2 * _log(theta))
 
         first = pair_that_turns(_entry(scaling, "beta_fast", 32.0))
         last = pair_that_turns(_entry(scaling, "beta_slow", 1.0))

@@ -60,7 +60,8 @@ def test_places_by_name() -> None:
 def test_a_default_by_name() -> None:
     schema = Schema("rms_norm")
     x, weight, eps = torch.ones(2, 3), torch.ones(3), 0.0
-    assert schema.named([x, weight, eps]) == {"x": x, "weight": weight, "eps": eps, "numbers": None}
+    expected = {"x": x, "weight": weight, "eps": eps, "numbers": None, "plus_one": False}
+    assert schema.named([x, weight, eps]) == expected
     assert torch.equal(schema.call({"numbers": None, "eps": eps, "weight": weight, "x": x, "more": 1}), x)
     assert Schema("attention").get([], "symmetric_bias") is False
 

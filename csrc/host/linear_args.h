@@ -133,18 +133,19 @@ inline LinearBackwardParams linear_backward_params(const TensorView& grad_out, c
   return params;
 }
 
-inline RmsNormParams rms_norm_params(const TensorView& x, const TensorView& weight, double eps) {
+inline RmsNormParams rms_norm_params(const TensorView& x, const TensorView& weight, double eps, bool plus_one) {
   RmsNormParams params;
   params.dtype = x.dtype;
   params.channels = x.shape[x.dims - 1];
   params.x = row_view(x);
   params.weight = weight.data;
   params.eps = eps;
+  params.plus_one = plus_one;
   return params;
 }
 
 inline RmsNormBackwardParams rms_norm_backward_params(const TensorView& grad_out, const TensorView& x,
-                                                      const TensorView& weight, double eps) {
+                                                      const TensorView& weight, double eps, bool plus_one) {
   RmsNormBackwardParams params;
   params.dtype = x.dtype;
   params.channels = x.shape[x.dims - 1];
@@ -152,6 +153,7 @@ inline RmsNormBackwardParams rms_norm_backward_params(const TensorView& grad_out
   params.x = row_view(x);
   params.weight = weight.data;
   params.eps = eps;
+  params.plus_one = plus_one;
   return params;
 }
 

@@ -81,11 +81,11 @@ py::tuple invariant_linear_backward(py::object grad_out, py::object x, py::objec
   return py::make_tuple(of_x.object(), of_weight.object(), of_bias.object());
 }
 
-py::object rms_norm(py::object x, py::object weight, double eps, py::object out, py::object threads) {
+py::object rms_norm(py::object x, py::object weight, double eps, bool plus_one, py::object out, py::object threads) {
   constexpr const char* kOp = "rms_norm";
   const Array x_array = input(x, kOp, "x"), weight_array = optional_input(weight, kOp, "weight");
   check_rms_norm(kOp, x_array.view, weight_array.view, eps);
-  RmsNormParams params = rms_norm_params(x_array.view, weight_array.view, eps);
+  RmsNormParams params = rms_norm_params(x_array.view, weight_array.view, eps, plus_one);
   const Array out_array = cpu_result(out, params.dtype, shape_of(x_array.view), kOp, "out");
   check_disjoint(kOp, {{"out", out_array.view}}, {{"x", x_array.view}, {"weight", weight_array.view}});
   params.out = out_array.view.data;
@@ -97,14 +97,16 @@ py::object rms_norm(py::object x, py::object weight, double eps, py::object out,
   return out_array.object;
 }
 
-py::tuple rms_norm_backward(py::object grad_out, py::object x, py::object weight, double eps, bool need_x,
-                            bool need_weight, py::object grad_x, py::object grad_weight, py::object threads) {
+py::tuple rms_norm_backward(py::object grad_out, py::object x, py::object weight, double eps, bool plus_one,
+                            bool need_x, bool need_weight, py::object grad_x, py::object grad_weight,
+                            py::object threads) {
   constexpr const char* kOp = "rms_norm_backward";
   const Array grad_array = input(grad_out, kOp, "grad_out"), x_array = input(x, kOp, "x");
   const Array weight_array = optional_input(weight, kOp, "weight");
   check_rms_norm(kOp, x_array.view, weight_array.view, eps);
   check_grad_out(kOp, grad_array.view, x_array.view, x_array.view.shape[x_array.view.dims - 1]);
-  RmsNormBackwardParams params = rms_norm_backward_params(grad_array.view, x_array.view, weight_array.view, eps);
+  RmsNormBackwardParams params =
+      rms_norm_backward_params(grad_array.view, x_array.view, weight_array.view, eps, plus_one);
   const Gradient of_x(need_x, grad_x, params.dtype, shape_of(x_array.view), kOp, "grad_x");
   const Gradient of_weight(need_weight, grad_weight, params.dtype, {params.channels}, kOp, "grad_weight");
   check_disjoint(kOp, {{"grad_x", of_x.view()}, {"grad_weight", of_weight.view()}},
@@ -238,6 +240,7 @@ constexpr const char* kLinearBackwardDoc =
 grad_out is like the result. A gradient that is not needed is None.)";
 
 constexpr const char* kNormDoc = R"(x / sqrt(mean(x^2) + eps) * weight over the last dimension: see pycore.ops.rms_norm.
+plus_one: the factor is 1 + weight.
 
 x [..., C], weight [C] or None: NumPy arrays or DLPack tensors of one floating dtype on the CPU, last dimension contiguous. out
 is a new array unless given. threads defaults to all processors. Returns [..., C].)";
@@ -283,12 +286,12 @@ void register_linear(py::module_& m) {
         py::arg("weight"), py::kw_only(), py::arg("need_x") = true, py::arg("need_weight") = true,
         py::arg("need_bias") = true, py::arg("grad_x") = none, py::arg("grad_weight") = none,
         py::arg("grad_bias") = none, py::arg("threads") = none);
-  m.def("rms_norm", &rms_norm, kNormDoc, py::arg("x"), py::arg("weight") = none, py::arg("eps") = 1e-6, py::kw_only(),
-        py::arg("out") = none, py::arg("threads") = none);
+  m.def("rms_norm", &rms_norm, kNormDoc, py::arg("x"), py::arg("weight") = none, py::arg("eps") = 1e-6,
+        py::arg("plus_one") = false, py::kw_only(), py::arg("out") = none, py::arg("threads") = none);
   m.def("rms_norm_backward", &rms_norm_backward, kNormBackwardDoc, py::arg("grad_out"), py::arg("x"),
-        py::arg("weight") = none, py::arg("eps") = 1e-6, py::kw_only(), py::arg("need_x") = true,
-        py::arg("need_weight") = true, py::arg("grad_x") = none, py::arg("grad_weight") = none,
-        py::arg("threads") = none);
+        py::arg("weight") = none, py::arg("eps") = 1e-6, py::arg("plus_one") = false, py::kw_only(),
+        py::arg("need_x") = true, py::arg("need_weight") = true, py::arg("grad_x") = none,
+        py::arg("grad_weight") = none, py::arg("threads") = none);
   m.def("layer_norm", &layer_norm, kLayerNormDoc, py::arg("x"), py::arg("weight") = none, py::arg("bias") = none,
         py::arg("eps") = 1e-5, py::kw_only(), py::arg("out") = none, py::arg("threads") = none);
   m.def("layer_norm_backward", &layer_norm_backward, kLayerNormBackwardDoc, py::arg("grad_out"), py::arg("x"),

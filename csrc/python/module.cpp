@@ -72,6 +72,8 @@ PYBIND11_MODULE(native, m) {
   register_attention_blocks(m);
   register_attention_cache(m);
   register_linear(m);
+  register_linear_pointwise(m);
+  register_ngram(m);
   register_staircase(m);
   register_staircase_attention(m);
   register_staircase_cache(m);

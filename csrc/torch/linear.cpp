@@ -78,14 +78,14 @@ std::tuple<Tensor, Tensor, Tensor> invariant_linear_backward_cpu(const Tensor& g
 }
 
 Tensor rms_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any, double eps,
-                    const std::optional<Tensor>& numbers) {
+                    const std::optional<Tensor>& numbers, bool plus_one) {
   constexpr const char* kOp = "rms_norm";
   if (const double* given = graph_numbers(numbers, 1, kOp, "numbers")) eps = given[0];
   const Tensor x = last_contiguous(x_any, kOp, "x");
   const std::optional<Tensor> weight = last_contiguous(weight_any, kOp, "weight");
   const TensorView x_view = view(x, kOp, "x"), weight_view = view(weight, kOp, "weight");
   check_rms_norm(kOp, x_view, weight_view, eps);
-  RmsNormParams params = rms_norm_params(x_view, weight_view, eps);
+  RmsNormParams params = rms_norm_params(x_view, weight_view, eps, plus_one);
   const Tensor out = new_tensor(kOp, "out", x, shape_of(x), x.scalar_type());
   params.out = out.mutable_data_ptr();
   throw_if(rms_norm_forward(params, torch_parallel()), kOp);
@@ -94,7 +94,8 @@ Tensor rms_norm_cpu(const Tensor& x_any, const std::optional<Tensor>& weight_any
 
 std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad_out_any, const Tensor& x_any,
                                                  const std::optional<Tensor>& weight_any, double eps, bool need_x,
-                                                 bool need_weight, const std::optional<Tensor>& numbers) {
+                                                 bool need_weight, const std::optional<Tensor>& numbers,
+                                                 bool plus_one) {
   constexpr const char* kOp = "rms_norm_backward";
   if (const double* given = graph_numbers(numbers, 1, kOp, "numbers")) eps = given[0];
   const Tensor grad_out = last_contiguous(grad_out_any, kOp, "grad_out"), x = last_contiguous(x_any, kOp, "x");
@@ -103,7 +104,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad_out_any, con
   const TensorView weight_view = view(weight, kOp, "weight");
   check_rms_norm(kOp, x_view, weight_view, eps);
   check_grad_out(kOp, grad_view, x_view, x_view.shape[x_view.dims - 1]);
-  RmsNormBackwardParams params = rms_norm_backward_params(grad_view, x_view, weight_view, eps);
+  RmsNormBackwardParams params = rms_norm_backward_params(grad_view, x_view, weight_view, eps, plus_one);
   const Tensor grad_x = empty_if(need_x, kOp, "grad_x", x, shape_of(x));
   const Tensor grad_weight = empty_if(need_weight, kOp, "grad_weight", x, {params.channels});
   if (need_x) params.grad_x = grad_x.mutable_data_ptr();
@@ -210,10 +211,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
       "invariant_linear_backward(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, "
       "bool need_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   // numbers: eps, where a graph computes it.
-  m.def("rms_norm(Tensor x, Tensor? weight, float eps, Tensor? numbers=None) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor? weight, float eps, Tensor? numbers=None, bool plus_one=False) -> Tensor");
   m.def(
       "rms_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, float eps, bool need_x, bool need_weight, "
-      "Tensor? numbers=None) -> (Tensor grad_x, Tensor grad_weight)");
+      "Tensor? numbers=None, bool plus_one=False) -> (Tensor grad_x, Tensor grad_weight)");
   m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? numbers=None) -> Tensor");
   m.def(
       "layer_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, float eps, bool need_x, bool need_weight, "

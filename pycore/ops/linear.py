@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycore._checks import check_number
+from pycore._checks import check_bool, check_number
 from pycore._schema import Schema
 from pycore._tensors import check_devices, check_tensor, graph_numbers
 from pycore.ops._autograd import no_second_derivative, register_derivatives
@@ -57,7 +57,7 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return torch.ops.pycore.invariant_linear(x, weight, bias)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, plus_one: bool = False) -> Tensor:
     """RMS norm of the last dimension, x / sqrt(mean(x^2) + eps) * weight, every row with one order of summation.
 
     Args:
@@ -65,6 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
             in place.
         weight: [C], of x's dtype, or None for ones.
         eps: finite and not negative.
+        plus_one: the factor is 1 + weight, as in Gemma; that sum too is computed in float32.
 
     Returns:
         [..., C], contiguous, of x's dtype. bfloat16 and float16 are computed in float32, the weight's product included,
@@ -81,9 +82,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     check_tensor("rms_norm", "x", x)
     check_tensor("rms_norm", "weight", weight, optional=True)
     eps = check_number("rms_norm", "eps", eps)
+    check_bool("rms_norm", "plus_one", plus_one)
     if torch.compiler.is_compiling() and eps != 1e-6:
-        return torch.ops.pycore.rms_norm(x, weight, 0.0, graph_numbers(eps))
-    return torch.ops.pycore.rms_norm(x, weight, eps)
+        return torch.ops.pycore.rms_norm(x, weight, 0.0, graph_numbers(eps), plus_one)
+    return torch.ops.pycore.rms_norm(x, weight, eps, None, plus_one)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -198,7 +200,9 @@ def _linear_backward_fake(
 
 
 @torch.library.register_fake("pycore::rms_norm")
-def _norm_fake(x: Tensor, weight: Tensor | None, eps: float, numbers: Tensor | None = None) -> Tensor:
+def _norm_fake(
+    x: Tensor, weight: Tensor | None, eps: float, numbers: Tensor | None = None, plus_one: bool = False
+) -> Tensor:
     check_devices("rms_norm", x=x, weight=weight)
     return x.new_empty(x.shape)
 
@@ -206,7 +210,7 @@ def _norm_fake(x: Tensor, weight: Tensor | None, eps: float, numbers: Tensor | N
 @torch.library.register_fake("pycore::rms_norm_backward")
 def _norm_backward_fake(
     grad_out: Tensor, x: Tensor, weight: Tensor | None, eps: float, need_x: bool, need_weight: bool,
-    numbers: Tensor | None = None,
+    numbers: Tensor | None = None, plus_one: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_devices("rms_norm_backward", x=x, weight=weight, grad_out=grad_out)
     return _empty_if(need_x, x, *x.shape), _empty_if(need_weight, x, x.shape[-1])
@@ -287,14 +291,14 @@ def _linear_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     call = _NORM.named(inputs)
-    ctx.eps = call["eps"]
+    ctx.eps, ctx.plus_one = call["eps"], call["plus_one"]
     ctx.save_for_backward(call["x"], call["weight"], call["numbers"])
 
 
 def _norm_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     need = {name: ctx.needs_input_grad[_NORM.places[name]] for name in ("x", "weight")}
     x, weight, numbers = ctx.saved_tensors
-    grads = torch.ops.pycore.rms_norm_backward(grad_out, x, weight, ctx.eps, *need.values(), numbers)
+    grads = torch.ops.pycore.rms_norm_backward(grad_out, x, weight, ctx.eps, *need.values(), numbers, ctx.plus_one)
     return _gradients(_NORM, grads, need)
 
 
@@ -321,7 +325,7 @@ def _norm_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tens
     tangent = torch.zeros_like(output)
     if x_tangent is not None:
         tangent = factor * (x_tangent - x * factor.square() * (x * x_tangent).mean(-1, keepdim=True))
-        tangent = tangent if weight is None else tangent * weight
+        tangent = tangent if weight is None else tangent * (weight + 1 if call["plus_one"] else weight)
     return tangent if weight_tangent is None else tangent + factor * x * weight_tangent
 
 
@@ -396,7 +400,7 @@ for _name in __all__:
     torch.library.register_autocast(f"pycore::{_name}", "cpu", torch.float32)
 
 
-def _one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
+def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
     """Samples run one after another. Where there are none, one of zeros says what their results' shapes would be."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -422,18 +426,18 @@ def _as_rows(op: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *args: Any) -> tuple[Any, Any]:
         if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]) or x.dim() < 2:
-            return _one_by_one(op)(info, in_dims, x, *args)
+            return one_by_one(op)(info, in_dims, x, *args)
         return op(x.movedim(in_dims[0], 0), *args), 0
 
     return rule
 
 
-def _elementwise(op: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+def elementwise(op: Callable[..., Any], tensors: int) -> Callable[..., Any]:
     """A batch of all tensors is one dimension more; what has none is expanded."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if any(arg.dim() - (dim is not None) < 1 for arg, dim in zip(args[:tensors], in_dims, strict=False)):
-            return _one_by_one(op)(info, in_dims, *args)
+            return one_by_one(op)(info, in_dims, *args)
         given = [
             arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             for arg, dim in zip(args[:tensors], in_dims, strict=False)
@@ -447,11 +451,11 @@ def _elementwise(op: Callable[..., Any], tensors: int) -> Callable[..., Any]:
 _ops = torch.ops.pycore
 torch.library.register_vmap("pycore::invariant_linear", _as_rows(_ops.invariant_linear))
 torch.library.register_vmap("pycore::rms_norm", _as_rows(_ops.rms_norm))
-torch.library.register_vmap("pycore::invariant_linear_backward", _one_by_one(_ops.invariant_linear_backward))
-torch.library.register_vmap("pycore::rms_norm_backward", _one_by_one(_ops.rms_norm_backward))
+torch.library.register_vmap("pycore::invariant_linear_backward", one_by_one(_ops.invariant_linear_backward))
+torch.library.register_vmap("pycore::rms_norm_backward", one_by_one(_ops.rms_norm_backward))
 torch.library.register_vmap("pycore::layer_norm", _as_rows(_ops.layer_norm))
-torch.library.register_vmap("pycore::layer_norm_backward", _one_by_one(_ops.layer_norm_backward))
+torch.library.register_vmap("pycore::layer_norm_backward", one_by_one(_ops.layer_norm_backward))
 for _name in ("silu_mul", "gelu_mul"):
-    torch.library.register_vmap(f"pycore::{_name}", _elementwise(getattr(_ops, _name), 2))
+    torch.library.register_vmap(f"pycore::{_name}", elementwise(getattr(_ops, _name), 2))
     _gradient_op = getattr(_ops, f"{_name}_backward")
-    torch.library.register_vmap(f"pycore::{_name}_backward", _one_by_one(_gradient_op))
+    torch.library.register_vmap(f"pycore::{_name}_backward", one_by_one(_gradient_op))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layer, norms and gated activations in plain torch, for tests and readers; run them in float64."""
+"""Linear layer, norms, gated activations, rotation and softcap in plain torch; run them in float64."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return out if bias is None else out + bias
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, plus_one: bool = False) -> Tensor:
     """Takes x [..., C], weight [C]; gives [..., C]."""
     out = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-    return out if weight is None else out * weight
+    return out if weight is None else out * (weight + 1 if plus_one else weight)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -39,3 +39,22 @@ def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     if approximate == "tanh":
         return gate * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)) * up
     return gate * torch.special.erfc(gate * -math.sqrt(0.5)) / 2 * up
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes positions [...], frequencies [P]; gives two of [..., P]."""
+    angle = positions[..., None] * frequencies
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """Takes x [B, H, L, C], cos and sin [B or 1, L, P]; gives [B, H, L, C]."""
+    pairs = cos.shape[-1]
+    cos, sin = cos[:, None], -sin[:, None] if inverse else sin[:, None]
+    a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """Takes x of any shape."""
+    return cap * torch.tanh(x / cap)

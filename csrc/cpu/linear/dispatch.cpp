@@ -5,6 +5,7 @@
 #include <pycore/cpu_isa.h>
 #include <pycore/dtype.h>
 #include <pycore/float_environment.h>
+#include <pycore/portable_math.h>
 #include <pycore/sizes.h>
 
 #include <algorithm>
@@ -257,6 +258,49 @@ Status gated_backward(const GatedBackwardParams& given, const Parallel& parallel
   GatedBackwardParams params = given;
   for_elements(&params, {&params.grad_out, &params.gate, &params.up}, parallel,
                [&](Range elements) { kernels->gated_backward(params, elements); });
+  return {};
+}
+
+Status rotate_forward(const RotateParams& params, const Parallel& parallel) {
+  const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
+  if (!kernels) return kNoKernel;
+  for_norm_rows(params.x.rows, params.channels, parallel, [&](Range rows) { kernels->rotate(params, rows); });
+  return {};
+}
+
+Status softcap_forward(const SoftcapParams& given, const Parallel& parallel) {
+  const LinearKernels* kernels = kernels_for(given.dtype, given.isa);
+  if (!kernels) return kNoKernel;
+  SoftcapParams params = given;
+  const auto kernel = [&](Range elements) { kernels->softcap(params, elements); };
+  if (params.has_grad) {
+    for_elements(&params, {&params.x, &params.grad_out}, parallel, kernel);
+  } else {
+    for_elements(&params, {&params.x}, parallel, kernel);
+  }
+  return {};
+}
+
+// In float64 and of one formula, on every instruction set.
+Status rotary_tables(const RotaryTablesParams& params, const Parallel& parallel) {
+  const int64_t rows = params.rows, pairs = params.pairs;
+  const int64_t height = std::max<int64_t>(1, 1024 / std::max<int64_t>(pairs, 1));
+  const Parallel pool = limited(parallel, size_product({128, rows, pairs}), kSerialWork);
+  for_each_item(pool, parts(rows, height), [&](int64_t, int64_t item) {
+    const Range range = part(item, height, rows);
+    for (int64_t r = range.begin; r < range.end; ++r) {
+      for (int64_t i = 0; i < pairs; ++i) {
+        const CosSin of = portable_cos_sin(static_cast<double>(params.positions[r]) * params.frequencies[i]);
+        if (params.dtype == DType::kFloat64) {
+          static_cast<double*>(params.cos)[r * pairs + i] = of.cos;
+          static_cast<double*>(params.sin)[r * pairs + i] = of.sin;
+        } else {
+          static_cast<float*>(params.cos)[r * pairs + i] = static_cast<float>(of.cos);
+          static_cast<float*>(params.sin)[r * pairs + i] = static_cast<float>(of.sin);
+        }
+      }
+    }
+  });
   return {};
 }
 

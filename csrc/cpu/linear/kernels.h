@@ -5,6 +5,7 @@
 #include <pycore/dtype.h>
 #include <pycore/key_tile.h>
 #include <pycore/linear/linear.h>
+#include <pycore/linear/pointwise.h>
 
 #include <cstdint>
 
@@ -33,6 +34,9 @@ struct LinearKernels {
   // Elements begin .. end - 1 of [rows, channels], counted along the rows.
   void (*gated)(const GatedParams& params, Range elements);
   void (*gated_backward)(const GatedBackwardParams& params, Range elements);
+
+  void (*rotate)(const RotateParams& params, Range rows);
+  void (*softcap)(const SoftcapParams& params, Range elements);
 };
 
 inline constexpr int64_t kFewRows = 6;  // rows that pass over the weight where it lies

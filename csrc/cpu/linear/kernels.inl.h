@@ -8,6 +8,7 @@ namespace {
 #include "layer_norm.inl.h"
 #include "linear.inl.h"
 #include "norm.inl.h"
+#include "pointwise.inl.h"
 
 template <DType kType>
 constexpr LinearKernels linear_table() {
@@ -23,7 +24,9 @@ constexpr LinearKernels linear_table() {
           layer_norm_rows<kType>,
           layer_norm_backward_rows<kType>,
           gated_elements<kType>,
-          gated_backward_elements<kType>};
+          gated_backward_elements<kType>,
+          rotate_rows<kType>,
+          softcap_elements<kType>};
 }
 }  // namespace
 

@@ -41,6 +41,13 @@ PYCORE_INLINE float inverse_rms(const char* x, int64_t channels, float eps) {
   return 1.0f / __builtin_sqrtf(squares / static_cast<float>(channels) + eps);
 }
 
+// What a normalised row is multiplied by, from channel c on.
+template <DType kType>
+PYCORE_INLINE Vec norm_factor(const char* weight, int64_t c, int64_t count, bool plus_one) {
+  const Vec w = load_some<kType>(weight, c, count);
+  return plus_one ? w + Vec::broadcast(1.0f) : w;
+}
+
 template <DType kType>
 void norm_rows(const RmsNormParams& params, Range rows) {
   const char* weight = static_cast<const char*>(params.weight);
@@ -51,7 +58,7 @@ void norm_rows(const RmsNormParams& params, Range rows) {
     for (int64_t c = 0; c < params.channels; c += Vec::kWidth) {
       const int64_t count = smaller(Vec::kWidth, params.channels - c);
       Vec y = load_some<kType>(x, c, count) * scale;
-      if (weight) y = y * load_some<kType>(weight, c, count);
+      if (weight) y = y * norm_factor<kType>(weight, c, count, params.plus_one);
       store_some<kType>(y, out, c, count);
     }
   }
@@ -75,7 +82,7 @@ void norm_backward_rows(const RmsNormBackwardParams& params, Range rows, void* p
       const float scale = inverse_rms<kType>(x, channels, static_cast<float>(params.eps));
       const float dot = lane_sum(channels, [&](int64_t c, int64_t count, Vec link) __attribute__((always_inline)) {
         Vec h = load_some<kType>(grad, c, count);
-        if (weight) h = h * load_some<kType>(weight, c, count);
+        if (weight) h = h * norm_factor<kType>(weight, c, count, params.plus_one);
         return Vec::fma(h, load_some<kType>(x, c, count), link);
       });
       const Vec mean = Vec::broadcast(dot * scale / static_cast<float>(channels)), scales = Vec::broadcast(scale);
@@ -83,7 +90,7 @@ void norm_backward_rows(const RmsNormBackwardParams& params, Range rows, void* p
         const int64_t count = smaller(Vec::kWidth, channels - c);
         const Vec g = load_some<kType>(grad, c, count), y = load_some<kType>(x, c, count) * scales;
         if (grad_x) {
-          const Vec h = weight ? g * load_some<kType>(weight, c, count) : g;
+          const Vec h = weight ? g * norm_factor<kType>(weight, c, count, params.plus_one) : g;
           store_some<kType>(Vec::fnma(y, mean, h) * scales, grad_x, c, count);
         }
         if (partial) store_lanes(Vec::fma(g, y, load_lanes(chain + c, count)), chain + c, count);

@@ -14,6 +14,7 @@
 namespace pycore::scalar {
 namespace {
 #include "gated.inl.h"
+#include "pointwise.inl.h"
 
 struct BFloat16 {
   BFloat16(float x) : bits(bfloat16_from_float(x)) {}
@@ -110,16 +111,22 @@ S inverse_rms(const T* x, int64_t channels, double eps) {
   return S(1) / std::sqrt(squares / static_cast<S>(channels) + static_cast<S>(eps));
 }
 
+// What a normalised row is multiplied by.
+template <class T, class Params, class S = Sum<T>>
+S norm_factor(const Params& params, int64_t c) {
+  if (!params.weight) return S(1);
+  const S w = S(static_cast<const T*>(params.weight)[c]);
+  return params.plus_one ? w + S(1) : w;
+}
+
 template <class T, class S = Sum<T>>
 void norm(const RmsNormParams& params, Range rows) {
-  const T* weight = static_cast<const T*>(params.weight);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const T* x = params.x.row<T>(r);
     T* out = static_cast<T*>(params.out) + r * params.channels;
     const S scale = inverse_rms(x, params.channels, params.eps);
     for (int64_t c = 0; c < params.channels; ++c) {
-      const S y = S(x[c]) * scale;
-      out[c] = weight ? y * S(weight[c]) : y;
+      out[c] = S(x[c]) * scale * norm_factor<T>(params, c);
     }
   }
 }
@@ -141,11 +148,10 @@ void row_sums(Range rows, int64_t columns, void* partial_memory, void* chain_mem
 template <class T, class S = Sum<T>>
 void norm_backward(const RmsNormBackwardParams& params, Range rows, void* partial, void* chain_memory) {
   const int64_t channels = params.channels;
-  const T* weight = static_cast<const T*>(params.weight);
   row_sums<S>(rows, channels, partial, chain_memory, [&](int64_t r, S* chain) {
     const T* x = params.x.row<T>(r);
     const T* grad = params.grad_out.row<T>(r);
-    const auto h = [&](int64_t c) { return weight ? S(grad[c]) * S(weight[c]) : S(grad[c]); };
+    const auto h = [&](int64_t c) { return S(grad[c]) * norm_factor<T>(params, c); };
     const S scale = inverse_rms(x, channels, params.eps);
     const S dot = lane_sum<S>(channels, [&](int64_t c, S link) { return std::fma(h(c), S(x[c]), link); });
     const S mean = dot * scale / static_cast<S>(channels);
@@ -251,8 +257,34 @@ void gated_backward_double(const GatedBackwardParams& params, Range elements) {
   }
 }
 
+void rotate_double(const RotateParams& params, Range rows) {
+  const int64_t pairs = params.pairs;
+  const double *cos = static_cast<const double*>(params.cos), *sin = static_cast<const double*>(params.sin);
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const double* x = params.x.row<double>(r);
+    double* out = static_cast<double*>(params.out) + r * params.channels;
+    const int64_t table = params.table_row(r) * pairs;
+    std::copy(x, x + params.channels, out);
+    for (int64_t c = 0; c < pairs; ++c) {
+      const double s = params.inverse ? -sin[table + c] : sin[table + c], a = x[c], b = x[pairs + c];
+      out[c] = std::fma(-b, s, a * cos[table + c]);
+      out[pairs + c] = std::fma(a, s, b * cos[table + c]);
+    }
+  }
+}
+
+void softcap_double(const SoftcapParams& params, Range elements) {
+  for (int64_t i = elements.begin; i < elements.end; ++i) {
+    const int64_t row = i / params.channels, c = i % params.channels;
+    const double t = std::tanh(params.x.row<double>(row)[c] / params.cap);
+    static_cast<double*>(params.out)[i] =
+        params.has_grad ? params.grad_out.row<double>(row)[c] * (1 - t * t) : t * params.cap;
+  }
+}
+
 template <class T>
-constexpr LinearKernels table(decltype(LinearKernels::gated) gated, decltype(LinearKernels::gated_backward) backward) {
+constexpr LinearKernels table(decltype(LinearKernels::gated) gated, decltype(LinearKernels::gated_backward) backward,
+                              decltype(LinearKernels::rotate) rotate, decltype(LinearKernels::softcap) softcap) {
   return {0,
           0,
           forward<T>,
@@ -264,17 +296,21 @@ constexpr LinearKernels table(decltype(LinearKernels::gated) gated, decltype(Lin
           layer_norm<T>,
           layer_norm_backward<T>,
           gated,
-          backward};
+          backward,
+          rotate,
+          softcap};
+}
+
+template <class T, DType kType>
+constexpr LinearKernels table_of() {
+  return table<T>(gated_elements<kType>, gated_backward_elements<kType>, rotate_rows<kType>, softcap_elements<kType>);
 }
 
 }  // namespace
 
-const LinearKernels linear_float =
-    table<float>(gated_elements<DType::kFloat32>, gated_backward_elements<DType::kFloat32>);
-const LinearKernels linear_double = table<double>(gated_double, gated_backward_double);
-const LinearKernels linear_bfloat16 =
-    table<BFloat16>(gated_elements<DType::kBFloat16>, gated_backward_elements<DType::kBFloat16>);
-const LinearKernels linear_float16 =
-    table<Float16>(gated_elements<DType::kFloat16>, gated_backward_elements<DType::kFloat16>);
+const LinearKernels linear_float = table_of<float, DType::kFloat32>();
+const LinearKernels linear_double = table<double>(gated_double, gated_backward_double, rotate_double, softcap_double);
+const LinearKernels linear_bfloat16 = table_of<BFloat16, DType::kBFloat16>();
+const LinearKernels linear_float16 = table_of<Float16, DType::kFloat16>();
 
 }  // namespace pycore::scalar

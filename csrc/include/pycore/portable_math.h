@@ -51,4 +51,33 @@ PYCORE_HOST_DEVICE inline double portable_exp(double x) {
   return sum * power(half) * power(whole - half);
 }
 
+struct CosSin {
+  double cos, sin;
+};
+
+// Cosine and sine within two units in the last place of 1, for |x| < 2^29: x = n pi/2 + r, |r| <= pi/4, and the series
+// of r. Larger x stay on the circle, but lose their place on it.
+PYCORE_HOST_DEVICE inline CosSin portable_cos_sin(double x) {
+  if (!(fabs(x) < 0x1p+1023)) return {x - x, x - x};
+  const double n = floor(x * 0.6366197723675814 + 0.5);
+  // pi / 2 in parts of 24 bits, whose products with n are exact.
+  double r = x - n * 0x1.921fb4p+0;
+  r = r - n * 0x1.4442dp-24;
+  r = r - n * 0x1.846988p-48;
+  r = r - n * 0x1.8cc51701b839ap-72;
+  r = r > 0.8 ? 0.8 : r < -0.8 ? -0.8 : r;
+  const double z = r * r;
+  double odd = 0, even = 0;  // sin r / r and cos r, each less its first term
+  for (int k = 18; k >= 2; k -= 2) {
+    even = (even + 1) * z * (-1.0 / ((k - 1) * k));
+    odd = (odd + 1) * z * (-1.0 / (k * (k + 1)));
+  }
+  const double sine = r + r * odd, cosine = 1 + even;
+  const double quarter = n - 4 * floor(n * 0.25);  // 0, 1, 2 or 3
+  if (quarter == 0) return {cosine, sine};
+  if (quarter == 1) return {-sine, cosine};
+  if (quarter == 2) return {-cosine, -sine};
+  return {sine, -cosine};
+}
+
 }  // namespace pycore

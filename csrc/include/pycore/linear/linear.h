@@ -68,7 +68,8 @@ struct RmsNormParams {
   RowView x;                     // [rows, channels]
   const void* weight = nullptr;  // [channels] contiguous, or null: ones
   double eps = 1e-6;
-  void* out = nullptr;  // [rows, channels], contiguous
+  bool plus_one = false;  // the factor is 1 + weight
+  void* out = nullptr;    // [rows, channels], contiguous
 };
 
 struct RmsNormBackwardParams {
@@ -78,6 +79,7 @@ struct RmsNormBackwardParams {
   RowView grad_out, x;           // [rows, channels]
   const void* weight = nullptr;  // [channels] contiguous, or null
   double eps = 1e-6;
+  bool plus_one = false;        // the factor is 1 + weight
   void* grad_x = nullptr;       // [rows, channels], contiguous, or null
   void* grad_weight = nullptr;  // [channels], or null
 };
