@@ -41,8 +41,9 @@ def _pycore(window: int) -> Callable[[Inputs], Callable[[], Outputs]]:
         cache.append(keys, values)
 
         def step() -> Outputs:
-            cache.append(key, value)
-            return (cache.attend(query),)
+            out = cache.append_and_attend(query, key, value)
+            assert isinstance(out, torch.Tensor)
+            return (out,)
 
         return step
 

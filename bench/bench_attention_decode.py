@@ -38,6 +38,22 @@ def _pycore(tensors: Inputs) -> Callable[[], Outputs]:
     return lambda: (ops.attention(*tensors),)
 
 
+def _pycore_tiles(tensors: Inputs) -> Callable[[], Outputs]:
+    """Over the cache that keeps keys as they are read."""
+    from pycore import KVCache
+
+    query, key, value = tensors
+    cache = KVCache(key.shape[2])
+    cache.append(key, value)
+
+    def attend() -> Outputs:
+        out = cache.attend(query)
+        assert isinstance(out, torch.Tensor)
+        return (out,)
+
+    return attend
+
+
 def _folded_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
     query, key, value = tensors
     return lambda: (scaled_dot_product_attention(_folded(query), key, value).view_as(query),)
@@ -62,10 +78,12 @@ def decode_case(
     peer_names: Iterable[str],
     batch: int = 1,
     device: str = "cpu",
+    cached: bool = False,
 ) -> Case:
-    """One query a batch row against `length` keys."""
+    """One query a batch row against `length` keys; `cached`: those of a KVCache."""
     contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
-        "pycore": _pycore,
+        "pycore": _pycore_tiles if cached else _pycore,
+        "pycore, keys in rows": _pycore,
         "SDPA, heads folded": _folded_sdpa,
         "SDPA, enable_gqa": _grouped_sdpa,
     }
@@ -85,15 +103,18 @@ def cases(options: Options) -> Iterable[Case]:
     """One query, 32 heads over 8, head_dim 128, float32 and bfloat16."""
     if options.device != "cpu":
         return
-    for dtype in (torch.float32, torch.bfloat16):
-        for length in (4096, 32768):
-            yield decode_case(
-                f"decode, {length} keys, {str(dtype).removeprefix('torch.')}",
-                "decode (1 query, 32 heads over 8, D 128)",
-                length,
-                dtype,
-                ("SDPA, heads folded",) if options.quick else ("SDPA, heads folded", "SDPA, enable_gqa"),
-            )
+    peers = ("SDPA, heads folded",) if options.quick else ("SDPA, heads folded", "SDPA, enable_gqa")
+    for cached in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            for length in (4096, 32768):
+                yield decode_case(
+                    f"decode{' on a KVCache' if cached else ''}, {length} keys, {str(dtype).removeprefix('torch.')}",
+                    f"decode{' on a KVCache' if cached else ''} (1 query, 32 heads over 8, D 128)",
+                    length,
+                    dtype,
+                    ("pycore, keys in rows", *peers) if cached else peers,
+                    cached=cached,
+                )
 
 
 def bench_attention_decode(case: Case, measure_case: Callable[[Case], None]) -> None:

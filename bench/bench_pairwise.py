@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 
 import torch
@@ -114,6 +115,23 @@ def _cross_entropy(n: int, d: int, classes: int) -> Case:
     )
 
 
+def _faiss_there() -> bool:
+    return importlib.util.find_spec("faiss") is not None
+
+
+def _flat_index(k: int) -> Prepare:
+    def prepare(tensors: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        x, y = (rows.numpy() for rows in tensors)
+        index = faiss.IndexFlatIP(y.shape[1])
+        index.add(y)
+        return lambda: (torch.from_numpy(index.search(x, k)[0]),)
+
+    return prepare
+
+
 def _topk(n: int, m: int, d: int, k: int) -> Case:
     from pycore import ops
 
@@ -121,6 +139,8 @@ def _topk(n: int, m: int, d: int, k: int) -> Case:
         "pycore": _plain(lambda x, y: ops.pairwise_topk(x, y, k)[0]),
         "torch": _plain(lambda x, y: (x @ y.T).topk(k).values),
     }
+    if _faiss_there():
+        contenders["faiss IndexFlatIP"] = _flat_index(k)
     return Case(
         name=f"pairwise_topk {k} of {m}, {n} rows, {d} channels",
         group=GROUP,
@@ -150,6 +170,66 @@ def _maxsim(queries: int, documents: int) -> Case:
     )
 
 
+def _kmeans(n: int, d: int, k: int) -> Case:
+    """Ten iterations from the same kind of start; what is compared is the sum of squared distances to the last
+    centroids, which all make in the same pass.
+    """
+    from pycore import ops
+
+    def ours(tensors: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+        return lambda: (ops.kmeans(tensors[0], k, iterations=10, init="random")[2],)
+
+    def inertia(x: Tensor, centroids: Tensor) -> Tensor:
+        return ops.pairwise_topk(x, centroids, 1, score="euclidean")[0].double().sum().float()
+
+    def plain(tensors: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+        (x,) = tensors
+
+        def run() -> Outputs:
+            centroids = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:k]]
+            for _ in range(10):
+                codes = (centroids.square().sum(1) - 2 * x @ centroids.T).argmin(1)
+                counts = codes.bincount(minlength=k).clamp(min=1)
+                centroids = torch.zeros_like(centroids).index_add_(0, codes, x) / counts.unsqueeze(1)
+            return (inertia(x, centroids),)
+
+        return run
+
+    def theirs(tensors: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        (x,) = tensors
+        rows = x.numpy()
+
+        def run() -> Outputs:
+            parameters = faiss.SuperKMeansParameters()
+            parameters.niter = 10
+            clusters = faiss.SuperKMeans(d, k, parameters)
+            clusters.train(rows)
+            return (inertia(x, torch.from_numpy(faiss.vector_to_array(clusters.centroids)).reshape(k, d)),)
+
+        return run
+
+    contenders: dict[str, Prepare] = {"pycore": ours, "torch": plain}
+    if _faiss_there():
+        import faiss
+
+        if hasattr(faiss, "SuperKMeans"):
+            contenders["faiss SuperKMeans"] = theirs
+    return Case(
+        name=f"kmeans, {n} rows, {d} channels, {k} centroids, 10 iterations",
+        group=GROUP,
+        inputs=lambda: _rows((n, d)),
+        contenders=contenders,
+        check=lambda tensors: (
+            lambda outputs: largest_error(outputs, (ops.kmeans(tensors[0], k, iterations=10, init="random")[2],))
+        ),
+        tolerance=0.02,  # other starts and other empty clusters
+        flops=2.0 * n * d * k * 11,
+    )
+
+
 def cases(options: Options) -> Iterable[Case]:
     """Shapes of a contrastive batch, a vocabulary, a flat index and late interaction. CPU only."""
     if options.device != "cpu":
@@ -159,6 +239,7 @@ def cases(options: Options) -> Iterable[Case]:
     for rows in (1, 256):
         yield _topk(rows, 20_000 if options.quick else 200_000, 384, 10)
     yield _maxsim(8, 64 if options.quick else 512)
+    yield _kmeans(8192 if options.quick else 65536, 128, 256 if options.quick else 1024)
 
 
 def bench_pairwise(case: Case, measure_case: Callable[[Case], None]) -> None:

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench import staircase_peers
 from bench.case import Case, Options, Outputs, largest_error
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 STEP, SINK, GROUP_SIZE, NEW = 128, 4, 64, 64
 TOLERANCE = 1.2e-2  # of the largest output: three rounding units of bfloat16, in which the unpacked keys are
 DECODE = f"staircase decode (1 query, {HEADS} heads over {KV_HEADS}, D {HEAD_DIM})"
+BINDS = f"staircase decode, what binds: the same cache, more query heads over {KV_HEADS}, D {HEAD_DIM}"
+PEERS = f"quantized caches, each in its own way (1 query, {HEADS} heads over {KV_HEADS}, D {HEAD_DIM})"
+OWN_WAY = 0.5  # of the largest output: what 4 bits and a scale for each channel cost on drawn data, and then some
 APPEND = f"staircase, {NEW} tokens appended one at a time"
 
 Inputs = tuple[Any, ...]  # a cache, and tensors
@@ -125,6 +129,61 @@ def decode_case(bits: Sequence[int], length: int, quick: bool = False) -> Case:
         check=_check_decode,
         tolerance=TOLERANCE,
         bytes=packed_bytes(bits, length),
+        memory=() if quick else ("pycore, packed", "SDPA float32, heads folded"),
+    )
+
+
+def binds_case(bits: Sequence[int], length: int, heads: int) -> Case:
+    """The bytes and the unpacking are those of any number of heads; the products grow with them.
+
+    So from times with 8 and 32 heads, the line through them says what is which.
+    """
+
+    def query_of(tensors: Inputs) -> Inputs:
+        first = tensors[1][:, :heads]
+        return tensors[0], first, *tensors[2:]
+
+    def check(tensors: Inputs) -> Callable[[Outputs], float]:
+        query, key, value = (x.double() for x in query_of(tensors)[1:])
+        return lambda outputs: largest_error(
+            outputs, [scaled_dot_product_attention(query, key, value, enable_gqa=True)]
+        )
+
+    return Case(
+        name=f"staircase decode, {'/'.join(map(str, bits))}, {length} keys, {heads} heads",
+        group=BINDS,
+        inputs=lambda: _decode_inputs(bits, length),
+        contenders={
+            "pycore, packed": lambda x: _packed(query_of(x)),
+            "pycore, bfloat16": lambda x: _pycore(query_of(x)),
+        },
+        check=check,
+        tolerance=TOLERANCE,
+        bytes=packed_bytes(bits, length),
+    )
+
+
+def peers_case(length: int) -> Case:
+    """Beside other libraries' quantized caches, all against attention on what was given to them."""
+
+    def inputs() -> Inputs:
+        return {bits: _filled(bits, length)[0] for bits in ((16, 8), (16, 8, 4))}, *_drawn(length)
+
+    def packed(bits: Sequence[int]) -> Callable[[Any], Callable[[], Outputs]]:
+        return lambda tensors: lambda: (tensors[0][tuple(bits)].attend(tensors[1]),)
+
+    others = {
+        name: lambda tensors, prepare=prepare: prepare(tensors[1:])
+        for name, prepare in staircase_peers.available().items()
+    }
+    return Case(
+        name=f"quantized decode, {length} keys",
+        group=PEERS,
+        inputs=inputs,
+        contenders={"pycore, 16/8/4": packed((16, 8, 4)), "pycore, 16/8": packed((16, 8)), **others},
+        check=_check_decode,
+        tolerance=OWN_WAY,
+        bytes=packed_bytes((16, 8, 4), length),
     )
 
 
@@ -195,13 +254,18 @@ def append_case(length: int) -> Case:
 
 
 def cases(options: Options) -> Iterable[Case]:
-    """Three ladders, and appending, at 4 k and 32 k tokens; two ladders in a quick run."""
+    """Ladders, what binds, other libraries and appending, at 4 k and 32 k tokens; less in a quick run."""
     if options.device != "cpu":
         return
-    ladders = ((16, 8, 4), (16, 8, 4, 2)) if options.quick else ((16, 8), (16, 8, 4), (16, 8, 4, 2))
+    ladders = ((16, 8, 4), (16, 8, 4, 2)) if options.quick else ((16, 8), (16, 4), (16, 8, 4), (16, 8, 4, 2))
     for bits in ladders:
         for length in (4096, 32768):
             yield decode_case(bits, length, options.quick)
+    if not options.quick:
+        for heads in (KV_HEADS, HEADS):
+            yield binds_case((16, 8, 4), 32768, heads)
+    for length in (4096,) if options.quick else (4096, 32768):
+        yield peers_case(length)
     for length in (4096, 32768):
         yield append_case(length)
 

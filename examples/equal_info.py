@@ -212,12 +212,12 @@ class TokenModel(nn.Module):
         """Of one token forward, without attention's scores: two for each weight of each product."""
         return 2 * sum(p.numel() for p in self.parameters())
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, target: Tensor) -> Tensor:
         options = AttentionOptions(**self.positions())
         x = functional.embedding(tokens, self.embedding)
         for block in self.blocks:
             x = block(x, options)
-        return ops.invariant_linear(self.norm(x), self.embedding)
+        return ops.linear_cross_entropy(self.norm(x), self.embedding, target)
 
 
 def batches(tokens: Tensor, count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -228,8 +228,7 @@ def batches(tokens: Tensor, count: int, size: int, generator: torch.Generator) -
 
 def token_loss(model: TokenModel, target: Tensor) -> Tensor:
     start = torch.full((len(target), 1), model.vocabulary - 1)
-    logits = model(torch.cat([start, target[:, :-1]], dim=1))
-    return functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+    return model.loss(torch.cat([start, target[:, :-1]], dim=1), target)
 
 
 def second_model(

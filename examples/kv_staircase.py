@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What fewer bits for older keys and values cost a language model: bytes, perplexity, and how far its predictions move.
 
-A model of transformers reads held-out text on a full cache and on staircase caches side by side. Each token reads what
-it would have read alone, a token at a time, so the figures are those of decoding. Rotations are learned from other
-text.
+Two models read held-out text: a byte model trained here, with several seeds, and a model of transformers from a folder
+of yours. The first part of the text is read on a full cache, as a prompt is; then a full cache and each staircase go on
+from there, side by side, and each token reads what it would have read alone, so the figures are those of decoding.
+Rotations are learned from other text.
 
     python examples/kv_staircase.py --model FOLDER     # table, plot and JSON under examples/out/
-    python examples/kv_staircase.py --quick            # a random model in seconds, figures without meaning
+    python examples/kv_staircase.py --quick            # models without training in seconds, figures without meaning
 
-FOLDER holds a causal model and its tokenizer as `save_pretrained` writes them. It exits with 0 if a staircase that
-quantizes nothing predicts what the full cache does, with 1 if not, and with 2 after an error.
+FOLDER holds a causal model and its tokenizer as `save_pretrained` writes them; without --model, the byte model alone is
+read. It exits with 0 if a staircase that quantizes nothing predicts what the full cache does, with 1 if not, and with 2
+after an error.
 """
 
 from __future__ import annotations
@@ -17,137 +19,132 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import Parser, Progress, UserError, facts, figure_class, make_folder, read_corpus, run_main, write
+from common import Parser, facts, figure_class, make_folder, read_corpus, run_main, write
+from kv_staircase_models import CHUNK, Captured, Ladders, Reading, byte_reading, transformers_reading
+from length_extrapolation import Training
+from torch import Tensor
 
 from pycore import Staircase, ops
-from pycore.integrations.transformers import StaircaseCache, register
 
 NAME = "kv_staircase"
-CHUNK = 256
 SAME_KL = 0.01  # nats a token: bfloat16's rounding moves predictions that far at most, quantizing nothing
+BYTE_STEP = 64  # of the byte model's ladders, whose text is short
 
 
-def ladders(rotations: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Staircase | list[Staircase]]:
-    """What is compared, by name."""
+def ladders(learn: list[Captured], step: int) -> dict[str, Ladders]:
+    """What is compared, by name: a staircase for each layer."""
+    turns = [tuple(ops.staircase_rotation(x.float(), method="pca_hadamard") for x in layer[1:]) for layer in learn]
+
+    def plain(bits: tuple[int, ...], **how: Any) -> Ladders:
+        return [Staircase(bits, **({"step": step} | how))] * len(learn)
+
+    def rotated(bits: tuple[int, ...], **how: Any) -> Ladders:
+        how = {"step": step} | how
+        return [Staircase(bits, key_rotation=key, value_rotation=value, **how) for key, value in turns]
+
+    wide = {"sink_size": 64, "step": 2 * step}
     return {
-        "16": Staircase((16,)),
-        "8": Staircase((16, 8)),
-        "4": Staircase((16, 4)),
-        "16/8/4": Staircase((16, 8, 4)),
-        "16/8/4, rotated": [Staircase((16, 8, 4), key_rotation=k, value_rotation=v) for k, v in rotations],
-        "16/8/4/2": Staircase((16, 8, 4, 2)),
-        "16/8/4/2, rotated": [Staircase((16, 8, 4, 2), key_rotation=k, value_rotation=v) for k, v in rotations],
-        "KIVI 4": Staircase((16, 4), sink_size=0, grid="minmax"),
-        "KIVI 2": Staircase((16, 2), sink_size=0, grid="minmax"),
+        "16": plain((16,)),
+        "8": plain((8,)),
+        "4": plain((4,)),
+        "16/8/4": plain((16, 8, 4)),
+        "16/8/4, rotated": rotated((16, 8, 4)),
+        f"16/8/4, 64 sinks, step {2 * step}": plain((16, 8, 4), **wide),
+        "16/8/4/2": plain((16, 8, 4, 2)),
+        "16/8/4/2, rotated": rotated((16, 8, 4, 2)),
+        f"16/8/4/2, rotated, 64 sinks, step {2 * step}": rotated((16, 8, 4, 2), **wide),
+        f"keys 16/8/4, values to 2, rotated, 64 sinks, step {2 * step}": rotated(
+            (16, 8, 4), value_bits=(16, 8, 4, 2), **wide
+        ),
+        "KIVI 4": plain((16, 4), sink_size=0, grid="minmax"),
+        "KIVI 2": plain((16, 2), sink_size=0, grid="minmax"),
     }
 
 
-def loaded(folder: Path | None) -> tuple[Any, Any]:
-    """The model in bfloat16 and what makes tokens of bytes; without a folder, a random one."""
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise UserError("it needs transformers; pip install pycore-kernels[transformers]") from error
-    if folder is None:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.2,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).bfloat16().eval(), lambda text: list(text)
-    if not folder.is_dir():
-        raise UserError(f"--model is {folder} and must be a folder with a model and its tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder} is not a causal model and its tokenizer: {error}".split("\n")[0]) from error
-    return model, lambda text: tokenizer(text.decode("utf-8", "replace"), verbose=False)["input_ids"]
+def measured(
+    reading: Reading, name: str, chosen: Ladders | None, exact: Tensor | None
+) -> tuple[dict[str, Any], Tensor]:
+    """A row of the table, and the predictions it comes from. `exact`: those of the full cache."""
+    log_probs = reading.log_probs(chosen)
+    exact = log_probs if exact is None else exact
+    loss = -log_probs.gather(1, reading.scored[:, None])[:, 0]
+    moved = loss + exact.gather(1, reading.scored[:, None])[:, 0]
+    full = sum(2 * layer.key.nbytes for layer in reading.held)
+    size = full if chosen is None else reading.nbytes(chosen)
+    return {
+        "name": name,
+        "bytes": size,
+        "share": size / full,
+        "nll": loss.mean().item(),
+        "perplexity": math.exp(loss.mean()),
+        "change": math.expm1(moved.mean()),
+        "change_error": (moved.std() / len(moved) ** 0.5).item(),
+        "kl": (exact.exp() * (exact - log_probs)).sum(1).mean().item(),
+        "same_top": (exact.argmax(1) == log_probs.argmax(1)).float().mean().item(),
+        "attention_error": 0.0 if chosen is None else reading.attention_error(chosen),
+    }, log_probs
 
 
-@torch.no_grad()
-def learned(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Rotations of each layer's keys and values."""
-    cache = StaircaseCache(model.config, Staircase((16,)))
-    for at in range(0, ids.shape[1], CHUNK):
-        model(ids[:, at : at + CHUNK], past_key_values=cache, logits_to_keep=1)
-    held = [(layer.store.keys(), layer.store.values()) for layer in cache.layers]
-    return [(_axes(keys), _axes(values)) for keys, values in held]
+def read_all(reading: Reading, step: int) -> list[dict[str, Any]]:
+    """A row for the full cache and each staircase."""
+    row, exact = measured(reading, "full", None, None)
+    rows = [row]
+    for name, chosen in ladders(reading.learn, step).items():
+        rows.append(measured(reading, name, chosen, exact)[0])
+        print(f"{name}: {rows[-1]['change']:+.2%}", file=sys.stderr, flush=True)
+    return rows
 
 
-def _axes(x: torch.Tensor) -> torch.Tensor:
-    return ops.staircase_rotation(x.float(), method="pca_hadamard")
-
-
-@torch.no_grad()
-def compare(model: Any, ids: torch.Tensor, chosen: dict[str, Any], skipped: int) -> list[dict[str, Any]]:
-    """A row for the full cache and each staircase: means over the tokens after the first `skipped`."""
-    from transformers import DynamicCache
-
-    full: Any = DynamicCache(config=model.config)
-    caches = {"full": full} | {
-        name: StaircaseCache(model.config, stairs, capacity=ids.shape[1]) for name, stairs in chosen.items()
-    }
-    sums = {name: {"nll": 0.0, "kl": 0.0, "same_top": 0.0} for name in caches}
-    chunks = range(0, ids.shape[1] - 1, CHUNK)
-    progress, counted = Progress("read", len(chunks)), 0
-    for number, at in enumerate(chunks):
-        inputs, targets = ids[:, at : at + CHUNK], ids[0, at + 1 : at + CHUNK + 1]
-        exact = None
-        for name, cache in caches.items():
-            logits = model(inputs, past_key_values=cache).logits[0, : len(targets)]
-            if at < skipped:
-                continue
-            log_probs = torch.log_softmax(logits.float(), -1)
-            exact = log_probs if exact is None else exact
-            sums[name]["nll"] -= log_probs.gather(1, targets[:, None]).sum().item()
-            sums[name]["kl"] += (exact.exp() * (exact - log_probs)).sum().item()
-            sums[name]["same_top"] += (exact.argmax(-1) == log_probs.argmax(-1)).sum().item()
-        counted += len(targets) if at >= skipped else 0
-        progress.update(number + 1)
-    full_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
-    return [
-        {
-            "name": name,
-            "bytes": full_bytes if name == "full" else cache.nbytes,
-            "share": 1.0 if name == "full" else cache.nbytes / full_bytes,
-            "perplexity": math.exp(sums[name]["nll"] / counted),
-            "kl": sums[name]["kl"] / counted,
-            "same_top": sums[name]["same_top"] / counted,
+def averaged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several seeds: the mean of each figure, and in `spread` half the range of it."""
+    rows = []
+    for each in zip(*runs, strict=True):
+        figures = [name for name in each[0] if name != "name"]
+        row = {"name": each[0]["name"]} | {name: sum(run[name] for run in each) / len(each) for name in figures}
+        row["spread"] = {
+            name: (max(run[name] for run in each) - min(run[name] for run in each)) / 2 for name in figures
         }
-        for name, cache in caches.items()
-    ]
+        rows.append(row)
+    return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
-    head = f"{'cache':<20}{'MiB':>8}{'of bfloat16':>13}{'perplexity':>12}{'change':>9}"
-    lines = [head + f"{'KL, nats':>10}{'same top':>10}"]
-    for row in rows:
-        change = row["perplexity"] / rows[0]["perplexity"] - 1
-        size = f"{row['bytes'] / 2**20:>8.2f}{row['share']:>13.1%}"
-        moved = f"{row['kl']:>10.5f}{row['same_top']:>10.2%}"
-        lines.append(f"{row['name']:<20}{size}{row['perplexity']:>12.3f}{change:>9.2%}{moved}")
+def table(model: dict[str, Any]) -> str:
+    """A model's rows as text."""
+    head = f"{model['name']}: {model['tokens']} tokens, the first {model['prefix']} read in full"
+    lines = [head, f"{'cache':<56}{'MiB':>8}{'share':>8}{'perplexity':>12}{'change':>18}"]
+    lines[1] += f"{'KL, nats':>18}{'same top':>18}{'attention':>11}"
+    for row in model["rows"]:
+        spread = row.get("spread", {"change": row["change_error"]})
+
+        def figure(name: str, style: str, row: Any = row, spread: Any = spread) -> str:
+            return f"{row[name]:{style}}" + (f" ±{spread[name]:{style.lstrip('+')}}" if name in spread else "")
+
+        lines.append(
+            f"{row['name']:<56}{row['bytes'] / 2**20:>8.2f}{row['share']:>8.1%}{row['perplexity']:>12.3f}"
+            f"{figure('change', '+.2%'):>18}{figure('kl', '.5f'):>18}{figure('same_top', '.2%'):>18}"
+            f"{row['attention_error']:>11.2%}"
+        )
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(models: list[dict[str, Any]], path: Path) -> None:
     """How far predictions move against the bytes of the cache."""
-    figure = figure_class()(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for row in rows[1:]:
-        point = (100 * row["share"], max(row["kl"], 1e-7))
-        axes.plot(*point, "o", color="#b2182b" if row["name"].startswith("KIVI") else "#1b4f8a")
-        axes.annotate(row["name"], point, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set_yscale("log")
-    axes.set_xlabel("bytes of the cache, % of bfloat16")
-    axes.set_ylabel("KL divergence of the next token, nats")
-    axes.set_title("Fewer bits for older tokens")
-    axes.grid(alpha=0.3)
+    figure = figure_class()(figsize=(7.5 * len(models), 4.8), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        for row in model["rows"][2:]:
+            point = (100 * row["share"], row["kl"])
+            axes.plot(*point, "o", color="#b2182b" if row["name"].startswith("KIVI") else "#1b4f8a")
+            axes.annotate(row["name"], point, xytext=(5, 4), textcoords="offset points", fontsize=7)
+        axes.set_yscale("log")
+        axes.margins(x=0.2)
+        axes.set_xlabel("bytes of the cache, % of 16 or 32 bits for each value")
+        axes.set_ylabel("KL divergence of the next token, nats")
+        axes.set_title(model["name"])
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
@@ -157,16 +154,64 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a causal model and its tokenizer")
     parser.add_argument("--out", type=Path, default=out, help="folder for the plot and the JSON (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, help="tokens to read (default: 6144); the first quarter is not scored")
-    parser.add_argument("--quick", action="store_true", help="a random model and 1024 tokens")
+    parser.add_argument("--tokens", type=int, help="tokens to read (default: 6144); the last third is scored")
+    parser.add_argument("--seeds", type=int, default=3, help="byte models to train (default: 3)")
+    parser.add_argument("--steps", type=int, help="their training steps (default: 300)")
+    parser.add_argument("--quick", action="store_true", help="a random model, 768 tokens and one byte model, untrained")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     options = parser.parse_args(argv)
-    options.tokens = (1024 if options.quick else 6144) if options.tokens is None else options.tokens
-    if options.tokens < 4 * CHUNK:
-        parser.error(f"--tokens is {options.tokens} and must be at least {4 * CHUNK}")
-    if options.model is None and not options.quick:
-        parser.error("--model is missing and must be a folder, unless --quick is given")
+    options.tokens = (3 * CHUNK if options.quick else 6144) if options.tokens is None else options.tokens
+    options.steps = (1 if options.quick else 300) if options.steps is None else options.steps
+    options.seeds = 1 if options.quick else options.seeds
+    for name, least in (("tokens", 3 * CHUNK), ("seeds", 1), ("steps", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} is {getattr(options, name)} and must be at least {least}")
     return options
+
+
+def byte_model(options: argparse.Namespace) -> dict[str, Any]:
+    """The byte models' part of the result."""
+    train, held_out, fingerprint = read_corpus()
+    runs = []
+    for seed in range(options.seeds):
+        training = Training(steps=options.steps, seed=seed, batch=8, length=512)
+        path = options.out / f"{NAME}{'_quick' if options.quick else ''}_bytelm_{seed}.pt"
+        reading = byte_reading(path, train, held_out, fingerprint, training, windows=8, prefix=384)
+        runs.append(read_all(reading, BYTE_STEP))
+    return described("bytelm, 2 layers", reading, averaged(runs)) | {"seeds": options.seeds, "steps": options.steps}
+
+
+def described(name: str, reading: Reading, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A model's part of the result."""
+    return {
+        "name": name,
+        "tokens": reading.tokens,
+        "prefix": reading.prefix,
+        "scored": len(reading.scored),
+        "rows": rows,
+    }
+
+
+def whole(options: argparse.Namespace, models: list[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """What is written, and whether quantizing nothing changed nothing."""
+    same = [next(row for row in model["rows"] if row["name"] == "16") for model in models]
+    held = all(row["kl"] < SAME_KL for row in same)
+    result = {"name": NAME, "quick": options.quick, **facts(), "text": read_corpus()[2], "models": models, "held": held}
+    return result, held
+
+
+def finish(options: argparse.Namespace, models: list[dict[str, Any]]) -> int:
+    """Prints and writes; returns the exit status."""
+    for model in models:
+        print(table(model), end="\n\n")
+    result, held = whole(options, models)
+    stem = options.out / (f"{NAME}_quick" if options.quick else NAME)
+    draw: Callable[[Path], None] = lambda path: plot(models, path)  # noqa: E731
+    write(result, stem, None if options.no_plot else draw)
+    print(f"{'yes' if held else 'NO':>4}  a staircase that quantizes nothing moves predictions by under {SAME_KL} nats")
+    if options.quick:
+        print("--quick: the models are random, so these figures mean nothing")
+    return 0 if held else 1
 
 
 def run(options: argparse.Namespace) -> int:
@@ -174,33 +219,14 @@ def run(options: argparse.Namespace) -> int:
     if not options.no_plot:
         figure_class()
     make_folder(options.out)
-    train, held_out, fingerprint = read_corpus()
-    model, tokenize = loaded(options.model)
-    register(NAME, window_size=None)
-    model.set_attn_implementation(NAME)
-    texts = []
-    for text, count in ((train, 4 * CHUNK), (b"".join(held_out), options.tokens)):
-        ids = tokenize(text[: 16 * count])[:count]
-        if len(ids) < count:
-            raise UserError(f"--tokens is {options.tokens} and must be at most {len(ids)}, what the text has")
-        texts.append(torch.tensor([ids]))
-    skipped = options.tokens // 4
-    rows = compare(model, texts[1], ladders(learned(model, texts[0])), skipped)
-    same = next(row for row in rows if row["name"] == "16")
-    held = same["kl"] < SAME_KL
-    result = {
-        "name": NAME, "quick": options.quick, **facts(), "model": options.model and options.model.name,
-        "tokens": options.tokens, "skipped": skipped, "text": fingerprint, "rows": rows, "held": held,
-    }  # fmt: skip
-    print(table(rows))
-    stem = options.out / (f"{NAME}_quick" if options.quick else NAME)
-    write(result, stem, None if options.no_plot else lambda path: plot(rows, path))
-    print(
-        f"{'yes' if held else 'NO':>4}  a staircase that quantizes nothing moves predictions by {same['kl']:.2g} nats"
-    )
-    if options.quick:
-        print("--quick: the model is random, so these figures mean nothing")
-    return 0 if held else 1
+    models = []
+    if options.model is not None or options.quick:
+        train, held_out, _ = read_corpus()
+        prefix = options.tokens * 2 // 3
+        reading = transformers_reading(options.model, b"".join(held_out), train, options.tokens, prefix)
+        name = "a random model" if options.model is None else options.model.resolve().name
+        models.append(described(name, reading, read_all(reading, Staircase().step)))  # type: ignore[arg-type]
+    return finish(options, [byte_model(options), *models])
 
 
 def main(argv: list[str] | None = None) -> int:

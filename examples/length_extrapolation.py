@@ -80,8 +80,7 @@ def train(model: Bytelm, text: bytes, training: Training) -> float:
             group["lr"] = training.learning_rate * min(1.0, (step + 1) / training.warmup) * cosine
         starts = torch.randint(len(data) - training.length + 1, (training.batch, 1), generator=generator)
         target = data[starts + reach].long()
-        logits = model(torch.cat([bos, target[:, :-1]], dim=1))
-        loss = functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        loss = model.loss(torch.cat([bos, target[:, :-1]], dim=1), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

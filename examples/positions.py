@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from common import Parser, Progress, facts, figure_class, make_folder, run_main, write
 from torch import Tensor
-from torch.nn import functional
 
 from pycore.models.bytelm import BOS, Bytelm, BytelmConfig
 
@@ -56,8 +55,9 @@ def train(scheme: str, steps: int, seed: int) -> Bytelm:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
         length = int(torch.randint(1, TRAIN_LENGTH + 1, (), generator=generator))
         tokens = strings(length, BATCH, generator)
-        logits = model(tokens[:, :-1])[:, -length:]
-        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, -length:].flatten())
+        targets = tokens[:, 1:].clone()
+        targets[:, :-length] = -100  # only the copy is learned
+        loss = model.loss(tokens[:, :-1], targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

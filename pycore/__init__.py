@@ -17,7 +17,7 @@ from pycore._load import build_info, cpu_isa
 
 if TYPE_CHECKING:
     from pycore import compat, integrations, models, native, nn, ops, positions, reference, schedules
-    from pycore.cache import LambdaKVCache
+    from pycore.cache import KVCache, LambdaKVCache
     from pycore.cache.staircase_cache import Staircase, StaircaseKVCache
     from pycore.coding.arithmetic_coding_table import EqualInfoTable
     from pycore.coding.arithmetic_coding_windows import EqualInfoWindows
@@ -33,6 +33,7 @@ __all__ = [
     "Bitstreams",
     "EqualInfoTable",
     "EqualInfoWindows",
+    "KVCache",
     "LambdaKVCache",
     "Staircase",
     "StaircaseKVCache",
@@ -58,6 +59,7 @@ _HOMES = {
     "Bitstreams": "coding.bitstreams",
     "EqualInfoTable": "coding.arithmetic_coding_table",
     "EqualInfoWindows": "coding.arithmetic_coding_windows",
+    "KVCache": "cache",
     "LambdaKVCache": "cache",
     "Staircase": "cache.staircase",
     "StaircaseKVCache": "cache.staircase_cache",

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_statistics", "is_distributed"]
+__all__ = ["all_gather_rows", "all_reduce_statistics", "is_distributed"]
 
 
 def is_distributed() -> bool:
@@ -28,3 +30,31 @@ def all_reduce_statistics(*tensors: Tensor) -> tuple[Tensor, ...]:
     dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return tuple(part.reshape(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True))
+
+
+class _AllGatherRows(torch.autograd.Function):
+    """The rows of all ranks; a row's gradient is the sum of what every rank makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.count = rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        first = dist.get_rank() * ctx.count
+        return grad[first : first + ctx.count]
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """The rows of every rank, one rank's after the other's, with their gradients.
+
+    Every rank has to call it with rows of the same shape, and to go back through it too. In a single process the rows
+    come back as they are.
+    """
+    gathered: Tensor = _AllGatherRows.apply(rows.contiguous()) if is_distributed() else rows  # type: ignore[no-untyped-call]
+    return gathered

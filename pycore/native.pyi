@@ -8,7 +8,7 @@ def set_cpu_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...
 def build_info() -> dict[str, object]: ...
 def quantize_cdf(
-    values: Any, *, logits: bool = False, precision: int = 16, out: Any = None, threads: int | None = None
+    values: Any, *, logits: bool = False, precision: int | None = 16, out: Any = None, threads: int | None = None
 ) -> Any: ...
 def ac_encode(
     symbols: Any, cdf: Any, *, model_id: int | None = None, lanes: int = 1, threads: int | None = None
@@ -17,14 +17,14 @@ def ac_decode(
     data: Any, offsets: Any, cdf: Any, *, model_id: int | None = None, out: Any = None, threads: int | None = None
 ) -> Any: ...
 def ac_encode_logits(
-    symbols: Any, logits: Any, *, precision: int = 16, model_id: int | None = None, threads: int | None = None
+    symbols: Any, logits: Any, *, precision: int | None = 16, model_id: int | None = None, threads: int | None = None
 ) -> tuple[Any, Any]: ...
 def ac_decode_logits(
     data: Any,
     offsets: Any,
     logits: Any,
     *,
-    precision: int = 16,
+    precision: int | None = 16,
     model_id: int | None = None,
     out: Any = None,
     threads: int | None = None,
@@ -93,6 +93,7 @@ def attention(
     interleaved: bool = False,
     distance_limit: int | None = None,
     key_ring: int = 0,
+    key_layout: str = "rows",
     scale: float | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
@@ -103,6 +104,39 @@ def attention(
     lse_low: Any = None,
     threads: int | None = None,
     stream: int = 0,
+) -> tuple[Any, Any]: ...
+def attention_append(
+    query: Any,
+    key: Any,
+    value: Any,
+    key_cache: Any,
+    value_cache: Any,
+    lengths: Any,
+    *,
+    starts: Any = None,
+    sink_size: int = 0,
+    most: int = -1,
+    rope_cos: Any = None,
+    rope_sin: Any = None,
+    distance_bias: Any = None,
+    alibi_slopes: Any = None,
+    symmetric_bias: bool = False,
+    sink_logits: Any = None,
+    query_lengths: Any = None,
+    schedule: str = "causal",
+    schedule_args: Sequence[int] = [],
+    schedule_tensor: Any = None,
+    interleaved: bool = False,
+    distance_limit: int | None = None,
+    key_ring: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Any = None,
+    block_bias: Any = None,
+    out: Any = None,
+    lse: Any = None,
+    threads: int | None = None,
 ) -> tuple[Any, Any]: ...
 def attention_backward(
     grad_out: Any,
@@ -178,6 +212,7 @@ def lambda_cache_append(
     starts: Any = None,
     *,
     sink_size: int,
+    most: int = -1,
     threads: int | None = None,
     stream: int = 0,
 ) -> None: ...
@@ -271,6 +306,11 @@ def rms_norm_backward(
     grad_x: Any = None,
     grad_weight: Any = None,
     threads: int | None = None,
+) -> tuple[Any, Any]: ...
+def ngram_update(keys: Any, successors: Any, scores: Any, trigrams: Any, weights: Any) -> Any: ...
+def ngram_lookup(keys: Any, successors: Any, scores: Any, contexts: Any) -> tuple[Any, Any]: ...
+def ngram_draft(
+    keys: Any, successors: Any, scores: Any, first: int, second: int, *, nodes: int = 64, depth: int = 8
 ) -> tuple[Any, Any]: ...
 def staircase_quantize(
     x: Any,

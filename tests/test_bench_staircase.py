@@ -7,17 +7,28 @@ from typing import Any
 
 import pytest
 
-from bench import bench_staircase
-from bench.bench_staircase import HEAD_DIM, KV_HEADS, append_case, decode_case, packed_bytes
+from bench import bench_staircase, staircase_peers
+from bench.bench_staircase import HEAD_DIM, KV_HEADS, append_case, binds_case, decode_case, packed_bytes, peers_case
 
 
-@pytest.mark.parametrize("case", [decode_case((16, 8, 4, 2), 600), append_case(576)], ids=lambda case: case.group)
+@pytest.mark.parametrize(
+    "case",
+    [decode_case((16, 8, 4, 2), 600), binds_case((16, 8, 4), 600, KV_HEADS), peers_case(600), append_case(576)],
+    ids=lambda case: case.group,
+)
 def test_contenders_are_within_the_tolerance_twice(case: Any) -> None:
     for name, prepare in case.contenders.items():
         inputs = case.inputs()
         error, call = case.check(inputs), prepare(inputs)
         assert error(call()) <= case.tolerance, name
         assert error(call()) <= case.tolerance, name
+
+
+def test_what_is_not_installed_is_named_and_left_out() -> None:
+    absent, present = staircase_peers.missing(), staircase_peers.available()
+    assert ("onnxruntime int8" in present) == (not {"onnxruntime", "onnx"} & {*absent})
+    assert ("OpenVINO u8" in present) == ("openvino" not in absent)
+    assert {*present} <= {*peers_case(600).contenders}
 
 
 def test_bytes() -> None:

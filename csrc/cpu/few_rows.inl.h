@@ -69,7 +69,9 @@ template <int M, DType kType>
 __attribute__((noinline)) void accumulate_rows(const TilePointers& values, uint64_t bits, const float* weights,
                                                int64_t n, float* accumulator, int64_t accumulator_row) {
   constexpr int64_t kWidth = Vec::kWidth;
-  constexpr int kVectors = 2;
+  // As many as the registers hold: each sweep reads a part of every row, so fewer sweeps read longer runs.
+  constexpr int kVectors = Vec::kProductColumns == 4 || M <= 2 ? 4 : 2;
+  const int64_t ahead = values.stride * kKeyTile;
   int64_t d = 0;
   for (; d + kVectors * kWidth <= n; d += kVectors * kWidth) {
     Vec acc[M][kVectors];
@@ -80,6 +82,9 @@ __attribute__((noinline)) void accumulate_rows(const TilePointers& values, uint6
       const int64_t k = __builtin_ctzll(left);
       Vec value[kVectors];
       for (int v = 0; v < kVectors; ++v) value[v] = load_channels<kType>(values.rows[k], d + v * kWidth);
+      // The same of the next tile, to the second level: a row is short, and the processor guesses along rows.
+      const char* const next = values.rows[k] + ahead + d * kElementBytes<kType>;
+      for (int64_t at = 0; at < kVectors * kWidth * kElementBytes<kType>; at += 64) __builtin_prefetch(next + at, 0, 2);
       for (int m = 0; m < M; ++m) {
         const Vec weight = Vec::broadcast(weights[m * kKeyTile + k]);
         for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec::fma(weight, value[v], acc[m][v]);

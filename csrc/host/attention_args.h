@@ -25,6 +25,49 @@ inline void check_4d(const std::string& op, const char* name, const TensorView& 
               " and must be contiguous");
 }
 
+// The shape and strides of key, in either layout. Value has the length of both.
+inline void check_key(const AttentionArgs& args, AttentionParams* params) {
+  const std::string& op = args.op;
+  const TensorView& key = args.key;
+  const bool tiles = args.key_layout == "tiles";
+  check_value(tiles || args.key_layout == "rows", op, "key_layout is \"", args.key_layout,
+              "\" and must be \"rows\" or \"tiles\"");
+  if (!tiles) {
+    check_4d(op, "key", key);
+  } else {
+    check_value(key.dims == 5, op, "key has ", key.dims,
+                " dimensions and must have 5: [batch, kv_heads, tiles, head_dim, 64]");
+    check_last_contiguous(op, "key", key);
+    check_value(args.query.device == Device::kCpu, op, "key_layout is \"tiles\" and must be \"rows\" on a CUDA device");
+  }
+  check_4d(op, "value", args.value);
+  check_like(op, "key", key, args.query, "query");
+  check_like(op, "value", args.value, args.query, "query");
+  params->kv_heads = key.shape[1];
+  params->key_length = tiles ? args.value.shape[2] : key.shape[2];
+  params->value_dim = args.value.shape[3];
+  check_value(key.shape[0] == params->batch, op, "key has batch ", key.shape[0], " and query has ", params->batch,
+              "; they must be equal");
+  check_value(key.shape[3] == params->head_dim, op, "key has head_dim ", key.shape[3], " and query has ",
+              params->head_dim, "; they must be equal");
+  check_value(params->heads == 0 || (params->kv_heads > 0 && params->heads % params->kv_heads == 0), op, "key has ",
+              params->kv_heads, " heads, which does not divide query's ", params->heads);
+  for (int i = 0; i < (tiles ? 2 : 3); ++i) {
+    check_value(args.value.shape[i] == key.shape[i], op, "value has shape ", shape_text(args.value), " and key has ",
+                shape_text(key), "; their first ", tiles ? "two" : "three", " dimensions must be equal");
+  }
+  params->key_strides = {key.strides[0], key.strides[1], key.strides[2]};
+  if (!tiles) return;
+  const int64_t needed = (params->key_length + kKeyTile - 1) / kKeyTile;
+  check_value(key.shape[4] == kKeyTile && key.shape[2] == needed, op, "key has shape ", shape_text(key),
+              " and must have ", needed, " tiles of ", kKeyTile, " for value's length ", params->key_length);
+  // A dimension of one has any stride, and zero would say that keys lie in rows.
+  params->key_channel_stride = params->head_dim == 1 ? kKeyTile : key.strides[3];
+  check_value(params->key_channel_stride > 0, op, "key's channels have stride ", key.strides[3],
+              " and must have a positive one");
+  check_tiles_in_place(args);
+}
+
 }  // namespace detail
 
 // Everything but out and lse, which the face allocates afterwards.
@@ -35,31 +78,14 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
               " and must be float32, float16, bfloat16 or float64");
   check_value(query.device != Device::kOther, op, "query must be on the CPU or on a CUDA device");
   detail::check_4d(op, "query", query);
-  detail::check_4d(op, "key", args.key);
-  detail::check_4d(op, "value", args.value);
-  check_like(op, "key", args.key, query, "query");
-  check_like(op, "value", args.value, query, "query");
-
   AttentionParams params;
   params.dtype = query.dtype;
   params.batch = query.shape[0];
   params.heads = query.shape[1];
   params.query_length = query.shape[2];
   params.head_dim = query.shape[3];
-  params.kv_heads = args.key.shape[1];
-  params.key_length = args.key.shape[2];
-  params.value_dim = args.value.shape[3];
   check_value(params.head_dim >= 1, op, "query has head_dim 0 and must have at least 1");
-  check_value(args.key.shape[0] == params.batch, op, "key has batch ", args.key.shape[0], " and query has ",
-              params.batch, "; they must be equal");
-  check_value(args.key.shape[3] == params.head_dim, op, "key has head_dim ", args.key.shape[3], " and query has ",
-              params.head_dim, "; they must be equal");
-  check_value(params.heads == 0 || (params.kv_heads > 0 && params.heads % params.kv_heads == 0), op, "key has ",
-              params.kv_heads, " heads, which does not divide query's ", params.heads);
-  for (int i = 0; i < 3; ++i) {
-    check_value(args.value.shape[i] == args.key.shape[i], op, "value has shape ", shape_text(args.value),
-                " and key has ", shape_text(args.key), "; their first three dimensions must be equal");
-  }
+  detail::check_key(args, &params);
   const auto strides = [](const TensorView& view) {
     return AttentionStrides{view.strides[0], view.strides[1], view.strides[2]};
   };
@@ -67,7 +93,6 @@ inline AttentionParams attention_params(const AttentionArgs& args) {
   params.key = args.key.data;
   params.value = args.value.data;
   params.query_strides = strides(query);
-  params.key_strides = strides(args.key);
   params.value_strides = strides(args.value);
 
   detail::check_schedule(args, &params);

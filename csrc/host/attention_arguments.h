@@ -32,6 +32,7 @@ struct AttentionArgs {
   bool interleaved = false;
   int64_t distance_limit = -1;  // -1: none
   int64_t key_ring = 0;
+  std::string key_layout = "rows";  // or "tiles": key is [batch, kv_heads, tiles, head_dim, 64]
   double scale = 1.0;
   double softcap = 0.0;
   double dropout_p = 0.0;

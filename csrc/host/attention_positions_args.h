@@ -35,7 +35,21 @@ inline void check_ring(const AttentionArgs& args, AttentionParams* params) {
               " and ", params->schedule.sink_size, " sinks");
   check_value(args.key_lengths.defined() && !args.key_starts.defined() && !args.key_offset.defined(), args.op,
               "key_ring comes with key_lengths, and without key_starts and key_offset");
+  check_value(params->key_channel_stride == 0 || (params->key_length - args.key_ring) % kKeyTile == 0, args.op,
+              "key has length ", params->key_length, " and must have a multiple of ", kKeyTile,
+              " rows before a ring of tiles");
   params->key_ring = args.key_ring;
+}
+
+// Tiles of rows are tiles of positions.
+inline void check_tiles_in_place(const AttentionArgs& args) {
+  const struct {
+    const char* name;
+    const TensorView& view;
+  } all[] = {{"key_starts", args.key_starts}, {"key_offset", args.key_offset}};
+  for (const auto& [name, view] : all) {
+    check_value(!view.defined(), args.op, name, " is given with key_layout \"tiles\" and must come with \"rows\"");
+  }
 }
 
 // Batch rows to look at: without lengths all are alike, and an expanded batch may have more than can be counted.

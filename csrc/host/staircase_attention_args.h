@@ -76,13 +76,16 @@ inline AttentionParams staircase_attention_params(const StaircaseAttentionArgs& 
     view->shape[3] = side->channels;
     view->strides[3] = 1;
   }
+  // Queries that read alike.
+  const bool begins_full = planes.key.bits[0] == 16 && planes.value.bits[0] == 16;
+  const int64_t step = begins_full ? planes.step : kPackedGroup;
   AttentionParams params = attention_params(args);
   params.key = params.value = nullptr;
   params.planes = &planes;
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t end = params.key_lengths[b], first = std::max<int64_t>(end - params.query_length, 0);
-    check_value(end == 0 || first / planes.step == (end - 1) / planes.step, kOp, "query has ", params.query_length,
-                " rows and ends[", b, "] is ", end, "; they must stand in one step of ", planes.step, " tokens");
+    check_value(end == 0 || first / step == (end - 1) / step, kOp, "query has ", params.query_length, " rows and ends[",
+                b, "] is ", end, "; they must stand in one step of ", step, " tokens");
   }
   return params;
 }

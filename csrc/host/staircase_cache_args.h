@@ -42,7 +42,6 @@ inline void check_ladder(const char* op, const StaircaseLadder& ladder) {
   for (size_t i = 0; i < bits.size(); ++i) {
     check_value(bits[i] == 16 || bits[i] == 8 || bits[i] == 4 || bits[i] == 2, op, name, "[", i, "] is ", bits[i],
                 " and must be 16, 8, 4 or 2");
-    check_value(i > 0 || bits[i] == 16, op, name, "[0] is ", bits[i], " and must be 16");
     check_value(i == 0 || bits[i] <= bits[i - 1], op, name, "[", i, "] is ", bits[i], " and must be at most ",
                 i > 0 ? bits[i - 1] : 16, ", the step before");
     check_value(ladder.grid != "minmax" || bits[i] == 16 || bits[i] == bits.back(), op, name, "[", i, "] is ", bits[i],
@@ -62,6 +61,7 @@ inline StaircaseSide staircase_side(const char* op, const std::string& name, con
   StaircaseSide side;
   side.by_token = by_token;
   side.channels = full.shape[3];
+  side.group = ladder.group_size;
   side.grid = staircase_grid(op, ladder.grid);
   side.steps = static_cast<int32_t>(ladder.bits.size());
   for (int32_t i = 0; i < side.steps; ++i) side.bits[i] = static_cast<int32_t>(ladder.bits[static_cast<size_t>(i)]);

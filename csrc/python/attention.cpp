@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "../host/attention_args.h"
+#include "../host/attention_append_args.h"
 #include "arrays.h"
 #include "bindings.h"
 #include "call.h"
@@ -95,6 +95,7 @@ struct Inputs {
     check_value(!limit || *limit >= 0, op, "distance_limit is ", limit.value_or(0), " and must be at least 0");
     args.distance_limit = limit.value_or(-1);
     args.key_ring = keywords.integer("key_ring").value_or(0);
+    args.key_layout = keywords.number<std::string>("key_layout").value_or("rows");
     const int64_t head_dim = args.query.dims == 4 ? args.query.shape[3] : 1;
     const double usual = head_dim > 0 ? std::pow(static_cast<double>(head_dim), -0.5) : 1.0;
     args.scale = keywords.number<double>("scale").value_or(usual);
@@ -153,6 +154,54 @@ py::tuple attention(py::object query, py::object key, py::object value, py::kwar
   return py::make_tuple(out_array.object, lse_array.object);
 }
 
+py::tuple attention_append(py::object query, py::object key, py::object value, py::object key_cache,
+                           py::object value_cache, py::object lengths, py::kwargs keyword_arguments) {
+  constexpr const char* kOp = "attention_append";
+  const FixedFloats fixed;  // as in attention
+  Keywords keywords(kOp, std::move(keyword_arguments));
+  const Array written[] = {output(key_cache, kOp, "key_cache"), output(value_cache, kOp, "value_cache"),
+                           output(lengths, kOp, "lengths")};
+  const Array read[] = {input(key, kOp, "key"), input(value, kOp, "value"),
+                        optional_input(keywords.object("starts"), kOp, "starts")};
+  CacheAppendArgs appended;
+  appended.op = kOp;
+  appended.key_cache = written[0].view;
+  appended.value_cache = written[1].view;
+  appended.lengths = written[2].view;
+  appended.key = read[0].view;
+  appended.value = read[1].view;
+  appended.starts = read[2].view;
+  appended.sink_size = keywords.integer("sink_size").value_or(0);
+  appended.most = keywords.integer("most").value_or(-1);
+  Inputs inputs(kOp, query, key_cache, value_cache, keywords);
+  inputs.names[1] = "key_cache";
+  inputs.names[2] = "value_cache";
+  for (const TensorView* given : {&inputs.args.key_starts, &inputs.args.key_lengths, &inputs.args.key_offset}) {
+    check_value(!given->defined(), kOp,
+                "the cache says where keys are: key_starts, key_lengths and key_offset must be None");
+  }
+  const py::object out = keywords.object("out"), lse = keywords.object("lse");
+  keywords.finish();
+  AppendAndAttend all = append_and_attend_params(appended, &inputs.args);
+  AttentionParams& params = all.attend;
+  const Array out_array =
+      cpu_result(out, params.dtype, {params.batch, params.heads, params.query_length, params.value_dim}, kOp, "out");
+  const Array lse_array =
+      cpu_result(lse, sum_dtype(params), {params.batch, params.heads, params.query_length}, kOp, "lse");
+  inputs.check_results({{"out", out_array.view}, {"lse", lse_array.view}},
+                       {{"key", appended.key}, {"value", appended.value}, {"lengths", appended.lengths}});
+  params.out = out_array.view.data;
+  params.lse = lse_array.view.data;
+  const Parallel parallel = thread_parallel(inputs.threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(kOp, attention_forward_scratch(params, parallel.threads));
+    throw_if(lambda_cache_append(all.append, parallel), kOp);
+    throw_if(attention_forward(params, parallel, scratch.data), kOp);
+  }
+  return py::make_tuple(out_array.object, lse_array.object);
+}
+
 py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::object out, py::object lse, py::object query,
                              py::object key, py::object value, py::kwargs keyword_arguments) {
   constexpr const char* kOp = "attention_backward";
@@ -161,6 +210,8 @@ py::tuple attention_backward(py::object grad_out, py::object grad_lse, py::objec
   const Inputs inputs(kOp, query, key, value, keywords);
   check_value(inputs.args.query.device == Device::kCpu, kOp,
               "query is on a CUDA device and the backward pass runs on the CPU");
+  check_value(inputs.args.key_layout == "rows", kOp, "key_layout is \"", inputs.args.key_layout,
+              "\" and must be \"rows\": gradients are of keys in rows");
   const Array grad_out_array = input(grad_out, kOp, "grad_out"), out_array = input(out, kOp, "out");
   const Array lse_array = input(lse, kOp, "lse"), grad_lse_array = optional_input(grad_lse, kOp, "grad_lse");
   const Array low_array = optional_input(keywords.object("lse_low"), kOp, "lse_low");
@@ -232,11 +283,20 @@ the node itself, and schedule_args = [] or [sink_size, window_size]), rope_cos a
 alibi_slopes, symmetric_bias, sink_logits, softcap, dropout_p with dropout_seed,
 key_starts, key_lengths, key_offset, query_lengths, interleaved, scale: as in pycore.ops.attention, except that
 distance_limit defaults to none for every schedule, and
-key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks. out and
+key_ring > 0 says that the last key_ring key rows are a ring (position j in row j % key_ring) and the others sinks.
+key_layout "tiles" says that key lies by channel within tiles of 64 rows, [B, Hkv, ceil(Lk / 64), D, 64] (on the CPU, without
+key_starts and key_offset, and in the forward pass). out and
 lse are new arrays unless given; what rounding lse left out, which gradients need where |lse| is large, goes to lse_low
 [B, H, Lq] if that is given. threads defaults to all processors, and more than 256 and than there are count as that many;
 stream is a CUDA stream's address. Returns (out [B, H, Lq, Dv], lse [B, H, Lq]). Raises ValueError or TypeError
 in one sentence.)";
+
+constexpr const char* kAppendDoc =
+    R"(`lambda_cache_append`, then `attention` of the tokens' queries over the cache, in one call. CPU.
+
+query [B, H, n, D], a row for each token; key, value, key_cache, value_cache and lengths, and the keywords starts, sink_size (0 by
+default) and most, as in `lambda_cache_append`; the other keywords as in `attention`, but for key_starts, key_lengths and
+key_offset. Returns (out, lse). What either refuses is refused before anything is written.)";
 
 constexpr const char* kBackwardDoc =
     R"(Gradients of `attention`: (grad_query, grad_key, grad_value, grad_bias, grad_sink_logits), new arrays unless given. CPU.
@@ -251,6 +311,8 @@ they are given.)";
 
 void register_attention(py::module_& m) {
   m.def("attention", &attention, kAttentionDoc, py::arg("query"), py::arg("key"), py::arg("value"));
+  m.def("attention_append", &attention_append, kAppendDoc, py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("key_cache"), py::arg("value_cache"), py::arg("lengths"));
   m.def("attention_backward", &attention_backward, kBackwardDoc, py::arg("grad_out"), py::arg("grad_lse"),
         py::arg("out"), py::arg("lse"), py::arg("query"), py::arg("key"), py::arg("value"));
 }

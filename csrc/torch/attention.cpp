@@ -116,10 +116,11 @@ ScalarType sum_type(const AttentionParams& params) {
 }
 
 // With lse_pair, lse is [2, batch, heads, query length]: rounded, and what that left out.
-std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair) {
+std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair, std::string key_layout) {
   PYCORE_ARRANGE;
   const FixedFloats fixed;  // for the default scale, the checks and the launches
-  const AttentionArgs args = attention_args(PYCORE_NAMES);
+  AttentionArgs args = attention_args(PYCORE_NAMES);
+  args.key_layout = key_layout;
   AttentionParams params = attention_params(args);
   Tensor out = new_tensor(op, "out", query, {params.batch, params.heads, params.query_length, params.value_dim},
                           query.scalar_type());
@@ -204,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tens
 }  // namespace pycore
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
-  m.def("attention(" PYCORE_SCHEMA ", bool lse_pair=False) -> (Tensor out, Tensor lse)");
+  m.def("attention(" PYCORE_SCHEMA ", bool lse_pair=False, str key_layout=\"rows\") -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_gradient, "
       "bool sink_gradient, " PYCORE_SCHEMA

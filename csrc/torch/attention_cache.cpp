@@ -15,25 +15,27 @@ namespace {
 using torch::stable::Tensor;
 
 void append(Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor key, Tensor value,
-            std::optional<Tensor> starts, int64_t sink_size) {
-  constexpr const char* kOp = "lambda_cache_append";
-  key = last_contiguous(key, kOp, "key");
-  value = last_contiguous(value, kOp, "value");
-  if (starts) starts = dense(*starts, kOp, "starts");
+            std::optional<Tensor> starts, int64_t sink_size, int64_t most, std::string op) {
+  const char* const name = op.c_str();
+  key = last_contiguous(key, name, "key");
+  value = last_contiguous(value, name, "value");
+  if (starts) starts = dense(*starts, name, "starts");
   CacheAppendArgs args;
-  args.key_cache = view(key_cache, kOp, "key_cache");
-  args.value_cache = view(value_cache, kOp, "value_cache");
-  args.lengths = view(lengths, kOp, "lengths");
-  args.key = view(key, kOp, "key");
-  args.value = view(value, kOp, "value");
-  args.starts = view(starts, kOp, "starts");
+  args.op = op;
+  args.key_cache = view(key_cache, name, "key_cache");
+  args.value_cache = view(value_cache, name, "value_cache");
+  args.lengths = view(lengths, name, "lengths");
+  args.key = view(key, name, "key");
+  args.value = view(value, name, "value");
+  args.starts = view(starts, name, "starts");
   args.sink_size = sink_size;
+  args.most = most;
   const CacheAppendParams params = cache_append_params(args);
   if (args.key.device == Device::kCuda) {
     const torch::stable::accelerator::DeviceGuard guard(args.key.device_index);
-    throw_if(launch_lambda_cache_append(params, current_cuda_stream(args.key.device_index, kOp)), kOp);
+    throw_if(launch_lambda_cache_append(params, current_cuda_stream(args.key.device_index, name)), name);
   } else {
-    throw_if(lambda_cache_append(params, torch_parallel()), kOp);
+    throw_if(lambda_cache_append(params, torch_parallel()), name);
   }
 }
 
@@ -43,7 +45,7 @@ void append(Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor key, Te
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
   m.def(
       "lambda_cache_append(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) lengths, Tensor key, Tensor value, "
-      "Tensor? starts, SymInt sink_size) -> ()");
+      "Tensor? starts, SymInt sink_size, SymInt most=-1, str op=\"lambda_cache_append\") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) { m.impl("lambda_cache_append", TORCH_BOX(&pycore::append)); }

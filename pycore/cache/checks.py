@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int
-from pycore._limits import FAR
+from pycore._limits import FAR, KEY_TILE
 from pycore._tensors import as_index, check_devices, check_tensor, short_name
 
-__all__ = ["check_index", "check_path", "check_starts", "check_state", "check_tokens"]
+__all__ = ["STATE_VERSION", "check_index", "check_path", "check_starts", "check_state", "check_tokens"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -91,21 +91,31 @@ def check_path(op: str, path: Any, batch: int, tokens: int) -> Tensor:
     return path
 
 
-def check_state(op: str, state: Any, sizes: Mapping[str, int], rows: int) -> tuple[Any, ...] | None:
+STATE_VERSION = 2  # 1, which did not say so: keys in rows
+
+
+def check_state(
+    op: str, state: Any, sizes: Mapping[str, int | None], rows: int | None, old_rows: int | None = None
+) -> tuple[Any, ...] | None:
     """Key, value, lengths and cropped of a `state_dict`, None of an empty cache's.
 
     Args:
-        sizes: what the state must say of the cache.
-        rows: of key and value.
+        sizes: what the state must say of the cache; rollback among it, None where all may be taken back.
+        rows: of key and value, whole tiles; None: any number of them.
+        old_rows: of those of version 1.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"{op}: state is a {type(state).__name__} and must be a dict")
     for name, size in sizes.items():
         if name not in state:
             raise ValueError(f"{op}: {name} is missing")
-        check_int(op, name, state[name])
+        if size is None or state[name] is not None:
+            check_int(op, name, 0 if state[name] is None else state[name])
         if state[name] != size:
             raise ValueError(f"{op}: {name} is {state[name]} and must be {size}")
+    version = state.get("version", 1)
+    check_int(op, "version", version, 1, STATE_VERSION)
+    most_cropped = FAR if sizes["rollback"] is None else sizes["rollback"]
     names = ("key", "value", "lengths", "cropped")
     missing = sorted(set(names) - state.keys())
     if len(missing) == len(names):
@@ -113,13 +123,13 @@ def check_state(op: str, state: Any, sizes: Mapping[str, int], rows: int) -> tup
     if missing:
         raise ValueError(f"{op}: {missing[0]} is missing")
     key, value, lengths, cropped = (state[name] for name in names)
-    _check_rows(op, key, value, rows)
+    _check_rows(op, key, value, old_rows if version == 1 else rows, version > 1)
     batch = key.shape[0]
     if not isinstance(cropped, Tensor):
         check_int(op, "cropped", cropped)
-        if not 0 <= cropped <= sizes["rollback"]:
-            raise ValueError(f"{op}: cropped is {cropped} and must be between 0 and rollback, {sizes['rollback']}")
-    for name, numbers, most in (("lengths", lengths, FAR), ("cropped", cropped, sizes["rollback"])):
+        if not 0 <= cropped <= most_cropped:
+            raise ValueError(f"{op}: cropped is {cropped} and must be between 0 and rollback, {most_cropped}")
+    for name, numbers, most in (("lengths", lengths, FAR), ("cropped", cropped, most_cropped)):
         if name == "cropped" and not isinstance(numbers, Tensor):
             continue
         check_tensor(op, name, numbers)
@@ -135,17 +145,24 @@ def check_state(op: str, state: Any, sizes: Mapping[str, int], rows: int) -> tup
     return key, value, lengths, cropped
 
 
-def _check_rows(op: str, key: Any, value: Any, rows: int) -> None:
+def _check_rows(op: str, key: Any, value: Any, rows: int | None, either: bool) -> None:
     for name, tensor in (("key", key), ("value", value)):
         check_tensor(op, name, tensor)
         if tensor.dtype not in _DTYPES:
             raise ValueError(
                 f"{op}: {name} is {short_name(tensor.dtype)} and must be float32, float16, bfloat16 or float64"
             )
-        if tensor.dim() != 4 or tensor.shape[2] != rows:
-            raise ValueError(
-                f"{op}: {name} has shape {list(tensor.shape)} and must be [batch, kv_heads, {rows}, channels]"
-            )
+    tiles, needed = either and key.dim() == 5, rows
+    if needed is None:
+        needed = -(-value.shape[2] // KEY_TILE) * KEY_TILE if value.dim() == 4 else KEY_TILE
+    for name, tensor in (("key", key), ("value", value)):
+        if tiles and name == "key":
+            form, fits = f"[batch, kv_heads, {needed // KEY_TILE}, head_dim, {KEY_TILE}]", key.shape[4] == KEY_TILE
+            fits = fits and key.shape[2] * KEY_TILE == needed
+        else:
+            form, fits = f"[batch, kv_heads, {needed}, channels]", tensor.dim() == 4 and tensor.shape[2] == needed
+        if not fits:
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)} and must be {form}")
     if value.shape[:2] != key.shape[:2]:
         raise ValueError(
             f"{op}: value has shape {list(value.shape)} and must have {key.shape[0]} batch rows and {key.shape[1]} "

@@ -14,6 +14,7 @@ from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
 from pycore.cache.checks import check_path, check_starts, check_tokens
 from pycore.cache.lambda_tokens import Chunk, LambdaTokens
+from pycore.ops.attention_append import append_and_attend, fuses
 from pycore.ops.attention_cache import lambda_cache_append
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.ops.attention_middle import with_middle
@@ -75,13 +76,13 @@ class LambdaKVCache(LambdaTokens):
         refuse_tangents(op, key=key, value=value)
         first = self._lengths is None
         held = None if first else self._held("append")
-        check_tokens(op, key, value, held and held[:2])
+        check_tokens(op, key, value, self._like_held())
         long = key.shape[2] > self._servable
         starts = check_starts(op, starts, key, values=long and not torch.compiler.is_compiling())
         key, value = key.detach(), value.detach()
         held_key, held_value, lengths = self._allocate(key, value) if held is None else held
         chunk = self._long_chunk(first, key, value, starts) if long else None
-        lambda_cache_append(held_key, held_value, lengths, key, value, starts, self.sink_size)
+        lambda_cache_append(held_key, held_value, lengths, key, value, starts, self._before_ring)
         self._key, self._value, self._lengths = held_key, held_value, lengths
         self._chunk, self._own = chunk, 0 if long else key.shape[2]
         self._catch_up(key.shape[2], starts)
@@ -121,7 +122,7 @@ class LambdaKVCache(LambdaTokens):
         check_int(op, "middle_topk", middle_topk, 0)
         window = Lambda(self.sink_size, self.window_size)
         schedule: Schedule = window
-        rows, ring = (None, lengths, None), self._ring
+        rows, ring, layout = (None, lengths, None), self._ring, self._layout
         if middle_topk and tree is not None:
             raise ValueError(f"{op}: middle_topk is {middle_topk} and must be 0 with a tree")
         if not middle_topk:
@@ -135,7 +136,7 @@ class LambdaKVCache(LambdaTokens):
                 chunk = self._chunk
                 self._check_served(queries, nodes, chunk)
                 assert chunk is not None
-                held_key, held_value, ring = chunk.key, chunk.value, 0
+                held_key, held_value, ring, layout = chunk.key, chunk.value, 0, "rows"
                 rows = (chunk.key_starts, chunk.key_lengths, chunk.key_offset)  # type: ignore[assignment]
         limit = self.window_size if distance_limit is None else distance_limit
         options = AttentionOptions(
@@ -146,7 +147,7 @@ class LambdaKVCache(LambdaTokens):
             held_key, held_value = self._everything(op)
             out = with_middle("lambda_attention", query, held_key, held_value, window, options, middle_topk)
         else:
-            out = call_attention(op, query, held_key, held_value, schedule, options, key_ring=ring)
+            out = call_attention(op, query, held_key, held_value, schedule, options, ring, layout)
         self._chunk = None
         return out
 
@@ -155,17 +156,35 @@ class LambdaKVCache(LambdaTokens):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`append`, then `attend` with as many queries; what either refuses leaves the cache as it was.
 
+        On the CPU it is one native call where the ring serves the queries, unless something learns.
+
         Args:
             query: [batch, heads, tokens, head_dim].
             key, value, starts: as for `append`.
             options: as for `attend`; neither tree nor middle_topk.
         """
-        op = "LambdaKVCache.attend"
+        op, append_op = "LambdaKVCache.attend", "LambdaKVCache.append"
         held = None if self._lengths is None else self._held("append")
-        check_tokens("LambdaKVCache.append", key, value, held and held[:2])
+        check_tokens(append_op, key, value, self._like_held())
+        check_tensor(op, "query", query)
+        given = AttentionOptions(**options) if options.keys() <= _OPTIONS.keys() else None
+        if given is not None and key.shape[2] <= self._servable and fuses(query, key, given):
+            refuse_tangents(append_op, key=key, value=value)
+            starts = check_starts(append_op, starts, key, values=False)
+            key, value = key.detach(), value.detach()
+            tensors = self._allocate(key, value) if held is None else held
+            limit = self.window_size if given.distance_limit is None else given.distance_limit
+            out = append_and_attend(
+                append_op, op, query, key, value, tensors, starts, Lambda(self.sink_size, self.window_size),
+                given._replace(distance_limit=limit), self._before_ring, self._ring,
+            )  # fmt: skip
+            self._key, self._value, self._lengths = tensors
+            self._chunk, self._own = None, key.shape[2]
+            self._catch_up(key.shape[2], starts)
+            return out
         if not torch.compiler.is_compiling():
             on_cpu = isinstance(starts, Tensor) and starts.device.type == "cpu"
-            starts = check_starts("LambdaKVCache.append", starts, key, values=on_cpu)
+            starts = check_starts(append_op, starts, key, values=on_cpu)
             lengths = (starts, None, None if held is None else held[2])
             self._rehearse(op, query, key, value, lengths, options)
         self.append(key, value, starts=starts)
@@ -190,12 +209,7 @@ class LambdaKVCache(LambdaTokens):
         held_key, held_value, lengths = self._held("accept")
         self._check_crop(op, tokens)
         path = check_path(op, path, len(lengths), tokens).to(lengths.device)
-        count = (path >= 0).sum(1)
-        starts = path.shape[1] - count
-        # Padding stands on the left.
-        place = torch.arange(path.shape[1], device=path.device) - starts[:, None]
-        position = (lengths[:, None] - tokens + path.gather(1, place.clamp(min=0))).clamp(min=0)
-        key, value = (self._gather(x, position) for x in (held_key, held_value))
+        key, value, starts = self._branch(held_key, held_value, lengths, path, tokens)
         self.crop(tokens)
         self.append(key, value, starts=starts)
         self._own = 0

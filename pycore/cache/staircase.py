@@ -24,12 +24,14 @@ _MOST_GROUP, _MOST_STEPS = 256, 32  # csrc/host/staircase_cache_args.h, csrc/inc
 class Staircase:
     """How many bits a token of a `StaircaseKVCache` has at which age.
 
-    A query at position p reads key and value j at bits[min(p // step - j // step, last)], the first `sink_size` tokens
-    at bits[0]. 16 stands for the cache's own dtype, whatever it is.
+    A query at position p reads key and value j at bits[min(p // step - j // step, last)], and in full the first
+    `sink_size` tokens and those of its own group, j // group_size == p // group_size, which has no grid until it is
+    whole. 16 stands for the cache's own dtype, whatever it is.
 
     Args:
-        bits: of the newest step of tokens, of the step before it, and so on; the last of all that are older. 16 first,
-            then 16, 8, 4 or 2, never rising. (16, 2) is KIVI's; (16,) quantizes nothing.
+        bits: of the newest step of tokens, of the step before it, and so on; the last of all that are older: 16, 8, 4
+            or 2, never rising. (16, 2) is KIVI's; (8,) has everything but the newest group at 8 bits; (16,) quantizes
+            nothing.
         step: tokens, a multiple of group_size; or a fraction of the cache's given capacity, above 0 and below 1, which
             is rounded down to such a multiple.
         sink_size: first tokens, which stay in full.
@@ -95,8 +97,6 @@ class Staircase:
             check_int(op, f"{name}[{i}]", width)
             if width not in _WIDTHS:
                 raise ValueError(f"{op}: {name}[{i}] is {width} and must be 16, 8, 4 or 2")
-            if i == 0 and width != 16:
-                raise ValueError(f"{op}: {name}[0] is {width} and must be 16: the newest tokens are always full")
             if i > 0 and width > ladder[i - 1]:
                 raise ValueError(f"{op}: {name}[{i}] is {width} and must be at most {ladder[i - 1]}, the step before")
         if self.grid == "minmax" and len({*ladder} - {16}) > 1:

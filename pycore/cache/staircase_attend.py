@@ -34,6 +34,8 @@ class Held(Protocol):
 
     @property
     def _step(self) -> int: ...
+    @property
+    def _alike(self) -> int: ...
     def _read(self, which: int, positions: Tensor, ends: Tensor, wide: bool) -> Tensor: ...
     def _write(self, storage: list[list[Tensor]], key: Tensor, value: Tensor, starts: Tensor | None) -> None: ...
 
@@ -58,7 +60,7 @@ def attend_steps(cache: Held, query: Tensor, options: dict[str, Any]) -> tuple[T
     packed = cache.staircase.group_size == KEY_TILE
     cuts = {0, queries}
     for length in cache._lengths.tolist():
-        cuts.update(range((queries - length) % cache._step, queries, cache._step))
+        cuts.update(range((queries - length) % cache._alike, queries, cache._alike))
     ordered = sorted(cuts)
     parts = []
     for begin, end in zip(ordered[:-1], ordered[1:], strict=True):
@@ -131,7 +133,7 @@ def replay(cache: Held, chunk: Chunk, query: Tensor, options: dict[str, Any]) ->
     starts = torch.zeros_like(cache._lengths) if chunk.starts is None else chunk.starts
     outs, lses, done, error = [], [], 0, None
     while done < tokens:
-        rooms = [cache._step - length % cache._step for length in cache._lengths.tolist()]
+        rooms = [cache._alike - length % cache._alike for length in cache._lengths.tolist()]
         end = min(tokens, done + min(rooms, default=tokens))
         part = slice(done, end)
         padding = (starts - done).clamp(0, end - done)

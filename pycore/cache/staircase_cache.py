@@ -20,6 +20,7 @@ from pycore._tensors import check_devices, check_tensor
 from pycore.cache.checks import check_index, check_starts, check_tokens
 from pycore.cache.staircase import DTYPES, Staircase
 from pycore.cache.staircase_attend import Chunk, attend_full, attend_steps, replay, rotate
+from pycore.cache.staircase_prefix import StaircasePrefix, held_bytes, trimmed
 from pycore.ops import staircase_cache as _rules  # noqa: F401 - registers the rules of its ops
 from pycore.ops.staircase import hadamard
 from pycore.schedules import Causal, Lambda, Schedule
@@ -138,7 +139,8 @@ class StaircaseKVCache:
                 return 0
             if bits[-1] >= least:
                 return None
-            ring = self._up(sum(width >= least for width in bits) * self._step + stairs.rollback)
+            served = sum(width >= least for width in bits) * self._step
+            ring = self._up(max(served, stairs.group_size) + stairs.rollback)  # the newest group is always full
             return ring if limit is None else min(ring, limit)
 
         embedded = stairs.grid == "embedded"
@@ -154,6 +156,12 @@ class StaircaseKVCache:
     @property
     def _step(self) -> int:
         return int(self.staircase.step)
+
+    @property
+    def _alike(self) -> int:
+        """Queries p with the same p // _alike read the same bits."""
+        full = all(side.bits[0] == 16 for side in self._sides)
+        return self._step if full else self.staircase.group_size
 
     def reset(self) -> None:
         """Forgets all tokens."""
@@ -210,12 +218,13 @@ class StaircaseKVCache:
     def nbytes(self) -> int:
         """Bytes of all that the cache keeps: planes, full tokens, lo, hi and centers, room for tokens to come included.
 
-        Also those of a chunk that is too long for the rings, until `attend` or another call lets go of it.
+        Also those of a chunk that is too long for the rings, until `attend` or another call lets go of it. Of a
+        prefix's planes, which continuations share, the pages that this cache has written to.
         """
         tensors = [x for storage in self._storage for x in storage]
         if self._chunk is not None:
             tensors += [self._chunk.key, self._chunk.value, *(x for side in self._chunk.rings for x in side.values())]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return sum(held_bytes(x) for x in tensors)
 
     @property
     def bits_per_value(self) -> float:
@@ -325,7 +334,8 @@ class StaircaseKVCache:
                 if to.shape == of.shape:
                     new[i] = of
                 else:
-                    to[:, :, : of.shape[2]] = of
+                    kept = min(to.shape[2], of.shape[2])  # a prefix's pages may have more
+                    to[:, :, :kept] = of[:, :, :kept]
         return wider, rows
 
     # ---- attention --------------------------------------------------------------------------------------------------
@@ -420,7 +430,8 @@ class StaircaseKVCache:
             for side in self._sides:
                 if side.full_rows is not None:
                     age = sum(width == 16 for width in side.bits)
-                    if side.served_from(query, step, age) < most - side.full_rows:
+                    first_full = side.served_from(query, step, age) if age else query // group * group
+                    if first_full < most - side.full_rows:
                         return False
                 for least, rows in zip((2, 4, 8), side.plane_rows, strict=True):
                     age = sum(width >= least for width in side.bits)
@@ -470,6 +481,28 @@ class StaircaseKVCache:
             self._lengths, self._peak = self._lengths.index_select(0, index), self._peak.index_select(0, index)
         self.batch, self._chunk = len(index), None
 
+    def freeze(self, room: int | None = None) -> StaircasePrefix:
+        """The tokens held now as a prefix, which any number of continuations share: `freeze().fork()` is one.
+
+        The planes of the last width, lo, hi and their centers are in memory once; a continuation has for itself the
+        rings and the pages it writes to. This cache is as before, and need not be kept.
+
+        Args:
+            room: tokens that a continuation may add before it takes a copy of everything to grow; a fourth of the
+                longest row by default. Where capacity is given, it is the room.
+
+        Raises:
+            ValueError: room is negative, or given beside capacity.
+            TypeError: room is not an int.
+        """
+        op = "StaircaseKVCache.freeze"
+        if room is not None:
+            check_int(op, "room", room, 0)
+            if self.capacity is not None:
+                raise ValueError(f"{op}: room is {room} and must be None, since capacity is {self.capacity}")
+        longest = int(self._peak.max()) if self.batch else 0
+        return StaircasePrefix(self, max(longest // 4, 1) if room is None else room)
+
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
@@ -483,9 +516,9 @@ class StaircaseKVCache:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on elsewhere; the tensors are the cache's own."""
-        key, value = self._storage
         rotations = dict(zip(("key_rotation", "value_rotation"), (side.rotation for side in self._sides), strict=True))
-        tensors = {"key": list(key), "value": list(value), "lengths": self._lengths, "peak": self._peak}
+        key, value = (trimmed(side, self._rows // self.staircase.group_size) for side in self._storage)
+        tensors = {"key": key, "value": value, "lengths": self._lengths, "peak": self._peak}
         return self._settings() | rotations | tensors
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -174,7 +174,8 @@ class Bytelm(nn.Module):
 
         Args:
             tokens: int64 ``[batch, length]``, bytes and :data:`BOS`.
-            schedule: which keys a query attends to, from :mod:`pycore.schedules`. With caches, theirs.
+            schedule: which keys a query attends to, from :mod:`pycore.schedules`. With caches, theirs, unless it is a
+                ``Tree`` of drafts, which the tokens then are; the caches' ``accept`` keeps a branch.
             distance_limit: distances beyond it are seen as it. None stands for the window with ``Lambda``, as in
                 LM-Infinite, and for no limit elsewhere.
             caches: from :meth:`caches`; tokens then follow what the caches have seen.
@@ -189,6 +190,43 @@ class Bytelm(nn.Module):
                 for each layer.
             IndexError: a token is not in 0..256.
         """
+        rows = self._rows(tokens, schedule, distance_limit, caches, starts)
+        return ops.invariant_linear(rows, self.embedding)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
+        distance_limit: int | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        """The mean cross entropy, in nats, of the tokens that follow; no logits exist, in neither direction.
+
+        Args:
+            tokens: int64 ``[batch, length]``, as in :meth:`forward`.
+            targets: int64 ``[batch, length]``, the token that follows each position, -100 where none counts.
+            schedule, distance_limit, starts: as in :meth:`forward`.
+
+        Returns:
+            A scalar: ``cross_entropy(self(tokens), targets)``.
+
+        Raises:
+            ValueError, TypeError, IndexError: as :meth:`forward`, and for targets that do not fit.
+        """
+        rows = self._rows(tokens, schedule, distance_limit, None, starts)
+        return ops.linear_cross_entropy(rows, self.embedding, targets)
+
+    def _rows(
+        self,
+        tokens: Tensor,
+        schedule: Schedule,
+        distance_limit: int | None,
+        caches: Sequence[LambdaKVCache] | None,
+        starts: Tensor | None,
+    ) -> Tensor:
+        """What the output projection is given, ``[batch, length, dim]``."""
         check_tensor("Bytelm", "tokens", tokens)
         if tokens.dtype != torch.int64:
             raise TypeError(f"Bytelm: tokens has dtype {tokens.dtype} and must have torch.int64")
@@ -207,7 +245,8 @@ class Bytelm(nn.Module):
             # Layers that read the same blocks could never pass on the others.
             own = schedule.for_layer(layer) if isinstance(schedule, Probabilistic) else schedule
             x = block(x, options, own, None if caches is None else caches[layer], starts)
-        return ops.invariant_linear(self.norm(x), self.embedding)
+        rows: Tensor = self.norm(x)
+        return rows
 
     @property
     def parameter_count(self) -> int:

@@ -2,6 +2,7 @@
 """Modules on pycore's ops."""
 
 from pycore.nn.attention import LambdaAttention
+from pycore.nn.pairwise import ContrastiveLoss, LateInteraction, PrototypeLayer
 from pycore.nn.probabilistic import ProbabilisticAttention
 from pycore.nn.vq import (
     CodebookFeatures,
@@ -15,12 +16,15 @@ from pycore.nn.vq import (
 
 __all__ = [
     "CodebookFeatures",
+    "ContrastiveLoss",
     "DiscreteKeyValueBottleneck",
     "GroupedResidualVQ",
     "GumbelVectorQuantizer",
     "LambdaAttention",
+    "LateInteraction",
     "MaskedChannelRVQ",
     "ProbabilisticAttention",
+    "PrototypeLayer",
     "ResidualVQ",
     "VectorQuantize",
 ]

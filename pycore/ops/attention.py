@@ -37,6 +37,7 @@ def attention(
     key_lengths: Tensor | None = None,
     key_offset: Tensor | None = None,
     query_lengths: Tensor | None = None,
+    key_layout: str = "rows",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query key^T, over the keys the schedule keeps) value, without ever forming the scores.
@@ -73,6 +74,9 @@ def attention(
             each call from torch's generator, the same in the backward pass; under vmap as its randomness says.
         scale: factor of the scores, D ** -0.5 by default; a number or a tensor, as softcap.
         key_starts, key_lengths, key_offset, query_lengths: int64 [B] or smaller integers, see Positions.
+        key_layout: "tiles": on the CPU, key is [B, Hkv, ceil(Lk / 64), D, 64], by channel within tiles of 64 keys, as
+            `KVCache` keeps it; decoding then transposes nothing. Lk is value's, and the result has the same bits.
+            Neither key_starts nor key_offset goes with it.
         return_lse: also return the log of the softmax's denominator, [B, H, Lq], float32 (float64 for float64).
 
     Any strides: query, key and value are read where they lie if their last dimension is contiguous; all else is copied
@@ -92,7 +96,7 @@ def attention(
         rope, interleaved, distance_limit, distance_bias, alibi_slopes, symmetric_bias, sink_logits, softcap, dropout_p,
         scale, key_starts, key_lengths, key_offset, query_lengths, return_lse,
     )  # fmt: skip
-    return call_attention("attention", query, key, value, schedule, options)
+    return call_attention("attention", query, key, value, schedule, options, key_layout=key_layout)
 
 
 def lambda_attention(

@@ -15,9 +15,9 @@ from pycore.schedules import KeySubset, Lambda, Probabilistic, Schedule, Segment
 from pycore.schedules.attention_bitmaps import key_words, tree_nodes
 from pycore.schedules.attention_blocks import LENGTHS, Lengths, draw_blocks
 
-__all__ = ["AttentionOptions", "autocast", "call_attention"]
+__all__ = ["NO_LIMIT", "AttentionOptions", "autocast", "call_attention", "factor", "rope_tables"]
 
-_NO_LIMIT = -1
+NO_LIMIT = -1
 _OPTIONAL = (*LENGTHS, "distance_bias", "alibi_slopes", "sink_logits")
 
 
@@ -71,10 +71,13 @@ def call_attention(
     schedule: Schedule,
     options: AttentionOptions,
     key_ring: int = 0,
+    key_layout: str = "rows",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` under the name `op`; key_ring is how a cache keeps its keys (attention.h in csrc/include)."""
+    """`attention` under the name `op`; key_ring and key_layout: how a cache keeps its keys (attention.h in csrc)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(op, name, tensor)
+    if not isinstance(key_layout, str):
+        raise TypeError(f"{op}: key_layout is a {type(key_layout).__name__} and must be a str")
     _check_schedule(op, schedule)
     lengths, tables = options.lengths, (options.distance_bias, options.alibi_slopes, options.sink_logits)
     for name, option in zip(_OPTIONAL, lengths + tables, strict=True):
@@ -85,12 +88,12 @@ def call_attention(
         check_tensor(op, "prefix_lengths" if schedule.kind == "prefix" else "boundaries", schedule_tensor)
         schedule_tensor = as_index(schedule_tensor)
     check_bool(op, "symmetric_bias", options.symmetric_bias)
-    cos, sin = _rope_tables(op, options.rope)
+    cos, sin = rope_tables(op, options.rope)
     check_bool(op, "interleaved", options.interleaved)
     check_bool(op, "return_lse", options.return_lse)
-    scale = None if options.scale is None else _factor(op, "scale", options.scale)
-    softcap, dropout_p = _factor(op, "softcap", options.softcap), check_number(op, "dropout_p", options.dropout_p)
-    limit = _NO_LIMIT
+    scale = None if options.scale is None else factor(op, "scale", options.scale)
+    softcap, dropout_p = factor(op, "softcap", options.softcap), check_number(op, "dropout_p", options.dropout_p)
+    limit = NO_LIMIT
     if options.distance_limit is not None:
         check_int(op, "distance_limit", options.distance_limit, 0)
         limit = options.distance_limit
@@ -106,12 +109,13 @@ def call_attention(
     if given or (torch.compiler.is_compiling() and (scale is not None or softcap != 0 or dropout_p != 0)):
         numbers = graph_numbers(1.0 if scale is None else scale, softcap, dropout_p)
         scale, softcap, dropout_p = scale if scale is None else 1.0, 0.0, 0.0
-    if isinstance(schedule, Probabilistic) and query.dim() == 4 and key.dim() == 4:
-        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    fits = query.dim() == value.dim() == 4 and key.dim() == (5 if key_layout == "tiles" else 4)
+    if isinstance(schedule, Probabilistic) and fits:
+        shape = (query.shape[0], query.shape[1], query.shape[2], value.shape[2])
         wide = query.dtype == torch.float64
         schedule_tensor, block_bias = draw_blocks(op, schedule, shape, lengths, query.device, wide)
-    elif isinstance(schedule, KeySubset) and key.dim() == 4:
-        schedule_tensor = key_words(op, schedule, key.shape[2], shifted=offsets is not None)
+    elif isinstance(schedule, KeySubset) and fits:
+        schedule_tensor = key_words(op, schedule, value.shape[2], shifted=offsets is not None)
     elif isinstance(schedule, Tree):
         schedule_tensor = tree_nodes(op, schedule)
     # For a gradient, lse comes with what rounding it left out.
@@ -120,7 +124,7 @@ def call_attention(
     out, lse = torch.ops.pycore.attention(
         query, key, value, cos, sin, bias, slopes, sinks, *lengths, schedule_tensor, seed, block_bias, op,
         schedule.kind, schedule.args, bool(options.interleaved), limit, scale, softcap, dropout_p, key_ring,
-        bool(options.symmetric_bias), numbers, pair,
+        bool(options.symmetric_bias), numbers, pair, key_layout,
     )  # fmt: skip
     if not options.return_lse:
         return out
@@ -149,7 +153,7 @@ def _check_schedule(op: str, schedule: Any) -> None:
         check_bool(op, "causal", schedule.causal)
 
 
-def _factor(op: str, name: str, value: Any) -> Any:
+def factor(op: str, name: str, value: Any) -> Any:
     """A number, or a tensor of one, which may want a gradient."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
         check_tensor(op, name, value)
@@ -157,7 +161,8 @@ def _factor(op: str, name: str, value: Any) -> Any:
     return check_number(op, name, value)
 
 
-def _rope_tables(op: str, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+def rope_tables(op: str, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Cos and sin of an option, or None of both."""
     if rope is None:
         return None, None
     if not isinstance(rope, (tuple, list)) or len(rope) != 2 or not all(isinstance(t, Tensor) for t in rope):

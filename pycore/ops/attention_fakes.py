@@ -24,10 +24,10 @@ def _check(call: dict[str, Any]) -> None:
     """Of either op; `numbers` are on the CPU whatever the device."""
     op = call["op"]
     for name in ("query", "key", "value"):
-        if call[name].dim() != 4:
-            raise ValueError(
-                f"{op}: {name} has {call[name].dim()} dimensions and must have 4: [batch, heads, length, head_dim]"
-            )
+        tiles = name == "key" and call.get("key_layout") == "tiles"
+        dims, form = (5, "[batch, kv_heads, tiles, head_dim, 64]") if tiles else (4, "[batch, heads, length, head_dim]")
+        if call[name].dim() != dims:
+            raise ValueError(f"{op}: {name} has {call[name].dim()} dimensions and must have {dims}: {form}")
     names = [name for name in _FORWARD.tensors if name != "numbers"]
     names += [name for name in _BACKWARD.tensors if name not in _FORWARD.places]
     check_devices(op, **{name: call[name] for name in names if name in call})

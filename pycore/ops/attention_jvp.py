@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pycore._schema import Schema
+from pycore.ops.key_tiles import rows_of_tiles
 
 __all__ = ["attention_jvp"]
 
@@ -40,6 +41,11 @@ def attention_jvp(
     for argument, name in _NO_RULE.items():
         if moving[argument] is not None:
             raise NotImplementedError(f"{given['op']}: {name} carries a tangent, and has no forward-mode derivative")
+    if given["key_layout"] == "tiles":
+        length = given["value"].shape[2]
+        given |= {"key": rows_of_tiles(given["key"], length), "key_layout": "rows"}
+        if moving["key"] is not None:
+            moving["key"] = rows_of_tiles(moving["key"], length)
     call = _Call(given)
     parts = [moving[name] for name in ("query", "key", "value")]
     query_tangent, key_tangent, value_tangent = (x if x is None else x.to(call.dtype) for x in parts)

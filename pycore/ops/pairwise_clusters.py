@@ -19,13 +19,13 @@ __all__ = ["hamming_topk", "kmeans", "pack_bits", "sinkhorn"]
 
 def sinkhorn(
     x: Tensor, y: Tensor, *, epsilon: float, iterations: int, a: Tensor | None = None, b: Tensor | None = None,
-    tolerance: float = 0.0,
+    tolerance: float = 0.0, f: Tensor | None = None, g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Entropic optimal transport between two clouds of points, by Sinkhorn's iterations on logarithms.
 
     The cost of moving x_i to y_j is their squared distance C_ij. With P_ij = a_i b_j e^((f_i + g_j - C_ij) / epsilon),
     the least of sum P C + epsilon KL(P | a b) over the couplings P of a and b is sum a f + sum b g. An iteration makes
-    f from g, then g from f, which begins at zero; f is made once more at the end.
+    f from g, then g from f, which begins at zero or where it is said to; f is made once more at the end.
 
     Args:
         x: [..., N, D], float32, bfloat16 or float16 (widened to float32); float64 runs plain loops.
@@ -35,6 +35,8 @@ def sinkhorn(
         a: [..., N], the weights of x's points, not negative, of sum 1. None: all the same.
         b: [..., M], those of y's points.
         tolerance: stops where no f changes by more. 0: after all iterations.
+        f: [..., N], or None: where to begin, an earlier call's, of points that have moved little. g is made from it.
+        g: [..., M], or None: the same; f then plays no part. With an earlier call's g, iterations go on where it ended.
 
     Returns:
         cost [...], f [..., N] and g [..., M]. cost is differentiable once, in x, y, a and b, with f and g held fixed:
@@ -56,6 +58,8 @@ def sinkhorn(
         raise ValueError(f"{op}: tolerance is {tolerance} and must not be negative")
     check_tensor(op, "a", a, optional=True)
     check_tensor(op, "b", b, optional=True)
+    check_tensor(op, "f", f, optional=True)
+    check_tensor(op, "g", g, optional=True)
     x, y = widened(op, x=x, y=y)
     lead, n, m = lead_of(op, x, y), x.shape[-2], y.shape[-2]
     for name, count in (("x", n), ("y", m)):
@@ -70,7 +74,14 @@ def sinkhorn(
         return -epsilon * lse
 
     with torch.no_grad():
-        g, before = torch.zeros_like(of_y), None
+        if g is not None:
+            g = per_row(op, "g", g.detach().to(y.dtype), lead, m).reshape(*lead, m)
+        elif f is not None:
+            f = per_row(op, "f", f.detach().to(x.dtype), lead, n).reshape(*lead, n)
+            g = potential(y.detach(), x.detach(), f, log_x)
+        else:
+            g = torch.zeros_like(of_y)
+        before = None
         for _ in range(iterations):
             f = potential(x.detach(), y.detach(), g, log_y)
             g = potential(y.detach(), x.detach(), f, log_x)

@@ -134,14 +134,14 @@ def hadamard(channels: int) -> Tensor:
     return torch.block_diag(*[matrix / block**0.5] * (channels // block))
 
 
-def staircase_rotation(x: Tensor, *, method: str = "pca") -> Tensor:
+def staircase_rotation(x: Tensor, *, method: str = "pca_hadamard") -> Tensor:
     """An orthogonal matrix for each KV head, learned from captured keys or values, for `Staircase`'s rotations.
 
     Args:
         x: [batch, kv_heads, tokens, head_dim], floating point; keys as they are cached, after RoPE.
-        method: "pca": the principal axes of each head's tokens, the largest first, which makes the channels
-            uncorrelated. "pca_hadamard": the same, then spread evenly over all channels. "hadamard": spread, with no
-            look at x.
+        method: "pca_hadamard": the principal axes of each head's tokens, spread evenly over all channels; for either
+            side. "pca": the axes alone, the largest first: channels are uncorrelated, which helps some keys and makes
+            values worse, whose channels share a range. "hadamard": spread, with no look at x.
 
     Returns:
         float32 [kv_heads, head_dim, head_dim]; a token is rotated as x[b, h] @ rotation[h].

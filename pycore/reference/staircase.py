@@ -69,9 +69,11 @@ def unpack_plane(plane: Tensor, n: int, bits: int) -> Tensor:
     return torch.stack(codes, -1) if codes else plane[..., :0]
 
 
-def bits_read(query: int, key: int, *, bits: Sequence[int], step: int, sink_size: int) -> int:
+def bits_read(query: int, key: int, *, bits: Sequence[int], step: int, sink_size: int, group_size: int) -> int:
     """How many bits a query at one position reads of the token at another, not later, one."""
-    return bits[0] if key < sink_size else bits[min(query // step - key // step, len(bits) - 1)]
+    if key < sink_size or key // group_size == query // group_size:
+        return 16
+    return bits[min(query // step - key // step, len(bits) - 1)]
 
 
 def read(
@@ -88,7 +90,8 @@ def read(
     """
     out = x[..., : query + 1, :].to(dtype or x.dtype).clone()
     for first in range(0, query + 1, group_size):
-        width = bits[min(query // step - first // step, len(bits) - 1)]
+        how_old = {"bits": bits, "step": step, "sink_size": 0, "group_size": group_size}
+        width = bits_read(query, first, **how_old)  # type: ignore[arg-type]
         start = max(first, sink_size)
         group = x[..., start : first + group_size, :]
         if width == 16 or group.shape[-2] == 0:

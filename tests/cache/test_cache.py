@@ -142,7 +142,7 @@ def test_constant_size() -> None:
     cache = LambdaKVCache(4, 100, 28)
     cache.append(k[:, :, :10], v[:, :, :10])
     held = cache.nbytes
-    assert held == BATCH * KV_HEADS * (4 + 128) * (HEAD_DIM + VALUE_DIM) * 4
+    assert held == BATCH * KV_HEADS * (64 + 128) * (HEAD_DIM + VALUE_DIM) * 4  # sinks are whole tiles
     cache.append(k[:, :, 10:600], v[:, :, 10:600])
     assert cache.nbytes > held  # the chunk, which its own queries still need
     cache.attend(q[:, :, 10:600])
@@ -266,7 +266,7 @@ def test_opcheck() -> None:
     state = cache.state_dict()
     for starts in (None, torch.tensor([3, 0])):
         torch.library.opcheck(
-            torch.ops.pycore.lambda_cache_append, (state["key"], state["value"], state["lengths"], k, v, starts, 4)
+            torch.ops.pycore.lambda_cache_append, (state["key"], state["value"], state["lengths"], k, v, starts, 64)
         )
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from pycore import ops
 from pycore.integrations.transformers import LambdaCache, _rope, register
 from tests.support.tiny_models import KINDS, PAD, SINKS, WINDOW, logits, reference, tiny, tokens, use
 from tests.support.tolerance import assert_as_accurate, assert_model_as_accurate
@@ -165,6 +166,42 @@ def test_unknown_models_say_how_they_rotate() -> None:
         logits(tiny("gpt_neox", **changes), ids),
     )
     assert_model_as_accurate(logits(use(tiny("gpt_neox", **changes), "lam_told"), ids), exact, plain)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_middle_tokens(side: str | None) -> None:
+    """A step reads what `lambda_attention` does of the same inputs, un-rotated, with middle_topk."""
+    register("lam_middle", sink_size=SINKS, window_size=WINDOW, middle_topk=3)
+    model, ids = tiny("llama", dtype=torch.float64, num_hidden_layers=1), tokens(2, LENGTH)
+    use(model, "lam_middle")
+    mask = torch.ones_like(ids)
+    if side is not None:
+        mask[0, :5] = 0
+    layer, seen = model.model.layers[0].self_attn, {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(layer, name).register_forward_hook(
+            lambda module, args, out, name=name: seen.__setitem__(name, [*seen.get(name, []), out])
+        )
+    layer.o_proj.register_forward_pre_hook(lambda module, args: seen.__setitem__("out", args[0]))
+    cache = DynamicCache(config=model.config)
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    for part in (slice(0, LENGTH - 1), slice(LENGTH - 1, LENGTH)):
+        logits(model, ids[:, part], past_key_values=cache, attention_mask=mask[:, : part.stop],
+               position_ids=position[:, part])  # fmt: skip
+    query, key, value = (
+        torch.cat(seen[name], 1).unflatten(2, (-1, layer.head_dim)).transpose(1, 2)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    angle = torch.arange(WINDOW + 65.0, dtype=torch.float64)[:, None] * model.model.rotary_emb.inv_freq.double()
+    expected = ops.lambda_attention(
+        query[:, :, -1:], key, value, sink_size=SINKS, window_size=WINDOW, rope=(angle.cos(), angle.sin()),
+        middle_topk=3, key_starts=None if side is None else torch.tensor([5, 0]),
+    )  # fmt: skip
+    torch.testing.assert_close(seen["out"], expected.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-6)
+    without = ops.lambda_attention(
+        query[:, :, -1:], key, value, sink_size=SINKS, window_size=WINDOW, rope=(angle.cos(), angle.sin())
+    )
+    assert (without.transpose(1, 2).flatten(2) - seen["out"]).abs().max() > 1e-3
 
 
 # ---- padding -------------------------------------------------------------------------------------------------------

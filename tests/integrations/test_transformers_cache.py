@@ -218,6 +218,34 @@ def test_crop() -> None:
     assert torch.equal(in_chunks(model, cache, ids[:, 60:], rest), in_chunks(model, other, ids[:, 60:], rest))
 
 
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "reset"])
+def test_positions_are_counted_anew(change: str) -> None:
+    """A step trusts the ids of the pass before it; not after rows or tokens have changed."""
+    model, ids = use(tiny("llama"), "lam"), tokens(2, 60)
+    cache = filled(model, ids[:, :40], rollback=9)
+    logits(model, ids[:, 40:41], past_key_values=cache)
+    if change == "crop":
+        cache.crop(-3)
+    elif change == "reorder":
+        cache.reorder_cache(torch.tensor([1, 0]))
+    elif change == "repeat":
+        cache.batch_repeat_interleave(2)
+    else:
+        cache.reset()
+        logits(model, ids[:, :41], past_key_values=cache)
+    seen = cache.get_seq_length()
+    rows = 4 if change == "repeat" else 2
+    next_ids = tokens(rows, 1)
+    before = copy.deepcopy(cache)
+    for wrong in (seen + 1, seen - 1):
+        with pytest.raises(ValueError, match="position_ids do not go on where past_key_values ends"):
+            logits(model, next_ids, past_key_values=cache, position_ids=torch.full((rows, 1), wrong))
+    right = logits(model, next_ids, past_key_values=cache, position_ids=torch.full((rows, 1), seen))
+    assert torch.equal(right, logits(model, next_ids, past_key_values=before))
+    with pytest.raises(ValueError, match="position_ids do not go on where past_key_values ends"):
+        logits(model, next_ids, past_key_values=cache, position_ids=torch.full((rows, 1), seen))
+
+
 def test_crop_to_a_length() -> None:
     """As transformers 4 asks for it."""
     model, ids = use(tiny("llama"), "lam"), tokens(1, 30)

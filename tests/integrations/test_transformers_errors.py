@@ -46,6 +46,17 @@ def exactly(message: str) -> str:
         *(
             (
                 ValueError,
+                "register: middle_topk is 2 and must be 0 unless distances are limited to window_size, where middle "
+                "tokens are put",
+                {"middle_topk": 2, **more},
+            )
+            for more in ({"limit_distances": False}, {"distance_limit": 9}, {"sink_size": 0, "window_size": None})
+        ),
+        (ValueError, "register: middle_topk is -1 and must be at least 0", {"middle_topk": -1}),
+        (TypeError, "register: middle_topk is a float and must be an int", {"middle_topk": 2.0}),
+        *(
+            (
+                ValueError,
                 f"register: name is {name!r} and must be a new name without flash, sdpa, flex_attention, paged, / and "
                 "|, which mean something to transformers",
                 {"name": name},
@@ -367,6 +378,15 @@ def test_cache_and_padding_on_the_right() -> None:
         attention_mask=mask,
         past_key_values=LambdaCache(SINKS, WINDOW),
     )
+
+
+def test_cache_and_middle_tokens() -> None:
+    register("lam_middle", sink_size=SINKS, window_size=WINDOW, middle_topk=2)
+    model, cache = use(tiny("llama"), "lam_middle"), LambdaCache(SINKS, WINDOW)
+    logits(model, tokens(1, 20), past_key_values=cache)
+    with pytest.raises(ValueError, match="middle_topk is 2 and must be 0 with a LambdaCache, which forgets the middle"):
+        logits(model, tokens(1, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 20
 
 
 def test_cache_and_dropout() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +32,13 @@ def registered() -> None:
     register("stairs_limit", sink_size=3, window_size=100)
     AttentionInterface.register("stairs_by_hand", _by_hand)
     AttentionMaskInterface.register("stairs_by_hand", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def no_dynamo_state() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 class ByHand(DynamicCache):
@@ -285,6 +293,19 @@ def test_second_turn() -> None:
     cache.reset()
     assert cache.nbytes == 0 and cache.get_seq_length() == 0
     assert torch.equal(model.generate(tokens(1, 100), **GREEDY, past_key_values=cache), said)
+
+
+def test_compiled_with_static_shapes(no_dynamo_state: None) -> None:
+    """Token by token through a compiled model, whose graphs break at the cache and are not made anew as it fills."""
+    model, ids = use(tiny("llama"), "stairs_causal"), tokens(2, 160)
+    cache, other = (StaircaseCache(model.config, LADDER, capacity=256) for _ in range(2))
+    expected = in_chunks(model, other, ids, [100, *[1] * 60])
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    first = in_chunks(compiled, cache, ids[:, :104], [100, 1, 1, 1, 1])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        rest = in_chunks(compiled, cache, ids[:, 104:], [1] * 56)
+    torch.testing.assert_close(torch.cat([first, rest], 1), expected, rtol=0, atol=1e-5)
+    assert cache.layers[0].store.lengths.tolist() == [160, 160]
 
 
 def test_bytes() -> None:

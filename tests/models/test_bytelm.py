@@ -65,7 +65,7 @@ def test_learns_a_string() -> None:
     tokens = tokens_from_bytes(TEXT[:48])[None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(120):
-        loss = functional.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:])
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,6 +82,25 @@ def test_backward_reaches_every_parameter() -> None:
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_loss_is_the_cross_entropy_of_the_logits() -> None:
+    torch.manual_seed(0)
+    model = Bytelm(BytelmConfig(heads=4, kv_heads=2))
+    tokens = random_tokens(2, 67)
+    targets = tokens[:, 1:].clone()
+    targets[0, :9] = -100
+    for options in ({}, {"schedule": Lambda(2, 16)}, {"distance_limit": 8}, {"starts": torch.tensor([9, 0])}):
+        losses = [
+            model.loss(tokens[:, :-1], targets, **options),
+            functional.cross_entropy(model(tokens[:, :-1], **options).flatten(0, 1), targets.flatten()),
+        ]
+        torch.testing.assert_close(*losses)
+        mine, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+        for grad, expected in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="linear_cross_entropy: target has shape"):
+        model.loss(tokens, targets)
 
 
 def test_rotation_is_relative_and_limited() -> None:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // An evicting cache under the sanitizers: buffers of exactly the size the contract asks for, tokens appended in random
-// chunks with padding, and attention over the ring compared, bit for bit, with attention over all tokens.
+// chunks with padding, and attention over the ring, its keys in rows or by channel, compared, bit for bit, with
+// attention over all tokens.
 #include <pycore/attention/attention.h>
 #include <pycore/attention/cache.h>
 
@@ -50,7 +51,9 @@ void attend(const pycore::AttentionParams& params, int64_t threads) {
 struct Problem {
   const int64_t batch = draw(1, 3), kv_heads = draw(1, 2), heads = kv_heads * draw(1, 4), dim = draw(1, 40);
   const int64_t sinks = draw(0, 80), window = draw(1, 150), ring = (window + draw(0, 70) + 63) / 64 * 64;
-  const int64_t rows = sinks + ring, longest = 600;
+  const bool tiles = draw(0, 1);                                // keys by channel
+  const int64_t kept = tiles ? (sinks + 63) / 64 * 64 : sinks;  // rows before the ring
+  const int64_t rows = kept + ring, longest = 600;
   Buffer key_cache = normal(batch * kv_heads * rows * dim), value_cache = normal(batch * kv_heads * rows * dim);
   // All tokens, by row and head; NaN where none has come yet.
   Buffer keys = Buffer(batch * kv_heads * longest * dim, NAN), values = keys;
@@ -72,7 +75,8 @@ struct Problem {
     params.batch = batch;
     params.kv_heads = kv_heads;
     params.tokens = tokens;
-    params.sinks = sinks;
+    params.sinks = kept;
+    params.key_element = tiles ? static_cast<int64_t>(sizeof(float)) : 0;
     params.ring = ring;
     const auto source = [&](const Buffer& x) {
       const int64_t row = dim * static_cast<int64_t>(sizeof(float));
@@ -107,6 +111,10 @@ struct Problem {
       params.value = full ? values.data() : value_cache.data();
       params.query_strides = {heads * queries * dim, queries * dim, dim};
       params.key_strides = params.value_strides = {kv_heads * params.key_length * dim, params.key_length * dim, dim};
+      if (tiles && !full) {
+        params.key_strides = {kv_heads * rows * dim, rows * dim, 64 * dim};
+        params.key_channel_stride = 64;
+      }
       params.out = out[full].data();
       params.lse = lse[full].data();
       params.schedule.kind = pycore::ScheduleKind::kLambda;

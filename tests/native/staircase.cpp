@@ -119,11 +119,12 @@ StaircaseSide make_side(Side* side, bool by_token, int64_t channels, const std::
   StaircaseSide out;
   out.by_token = by_token;
   out.channels = channels;
+  out.group = group;
   out.steps = static_cast<int32_t>(bits.size());
   std::copy(bits.begin(), bits.end(), out.bits);
   const auto rows = [&](int32_t least) {
     const int64_t steps = std::count_if(bits.begin(), bits.end(), [&](int32_t width) { return width >= least; });
-    return bits.back() >= least ? up(capacity, group) : up(steps * step + rollback, group);
+    return bits.back() >= least ? up(capacity, group) : up(std::max(steps * step, group) + rollback, group);
   };
   out.full_rows = rows(16);
   side->full.assign(static_cast<size_t>(pairs * (sinks + out.full_rows) * channels * 4), 0);
@@ -152,8 +153,8 @@ void check_cache() {
     const int64_t heads = draw(1, 2), group = draw(1, 20), step = group * draw(1, 3), sinks = draw(0, 25);
     const int64_t rollback = draw(0, 30), capacity = draw(1, 200), key_channels = draw(1, 40),
                   value_channels = draw(1, 40);
-    const std::vector<int32_t> ladder =
-        round % 2 ? std::vector<int32_t>{16, 8, 4, 2} : std::vector<int32_t>{16, 8, 8, 4, 2};
+    const std::vector<int32_t> ladders[] = {{16, 8, 4, 2}, {16, 8, 8, 4, 2}, {8, 4, 2}};
+    const std::vector<int32_t>& ladder = ladders[round % 3];
     Side keys, values;
     StaircaseCacheParams params;
     params.batch = 1;

@@ -82,6 +82,21 @@ def attention_case(
     return [out, lse, *gradients]
 
 
+def tiles_case(seed: int, queries: int, dtype: torch.dtype, rope: int = 0, interleaved: bool = False) -> list[Tensor]:
+    """Keys by channel: of a cache of all tokens, and of one that evicts."""
+    draw = Numbers(seed)
+    query, key = draw(2, 8, queries, 48, dtype=dtype), draw(2, 2, 203, 48, dtype=dtype)
+    value = draw(2, 2, 203, 40, dtype=dtype)
+    options: dict[str, Any] = {"rope": rotations(300, rope // 2), "interleaved": interleaved} if rope else {}
+    full, window = pycore.KVCache(), pycore.LambdaKVCache(5, 70)
+    outs = []
+    for cache in (full, window):
+        cache.append(key[:, :, : 203 - queries], value[:, :, : 203 - queries])
+        tokens = key[:, :, 203 - queries :], value[:, :, 203 - queries :]
+        outs.append(cache.append_and_attend(query, *tokens, **options))
+    return [x for x in outs if isinstance(x, Tensor)]
+
+
 def linear_case(seed: int, rows: int, ins: int, outs: int) -> list[Tensor]:
     draw = Numbers(seed)
     leaves = [draw(rows, ins).requires_grad_(), draw(outs, ins).requires_grad_(), draw(outs).requires_grad_()]
@@ -173,6 +188,11 @@ def cases() -> dict[str, Callable[[], list[Tensor]]]:
     add("dropout", attention_case, Causal(), (1, 2, 2, 77, 77, 64, 64), dropout_p=0.25)
     ragged = {"key_starts": torch.tensor([0, 70]), "key_lengths": torch.tensor([203, 180])}
     add("ragged", attention_case, Causal(), (2, 2, 1, 60, 203, 32, 32), query_lengths=torch.tensor([60, 11]), **ragged)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for queries in (1, 3, 20):
+            add(f"tiles, {dtype}, {queries}", tiles_case, queries, dtype)
+        add(f"tiles, {dtype}, rope", tiles_case, 1, dtype, rope=40)
+        add(f"tiles, {dtype}, interleaved", tiles_case, 1, dtype, rope=48, interleaved=True)
     for rows in (1, 5, 40):
         add(f"linear, {rows}", linear_case, rows, 333, 77)
         add(f"norm, {rows}", norm_case, rows, 333)

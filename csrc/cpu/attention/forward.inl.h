@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "logits.inl.h"
 #include "row_loader.inl.h"
+#include "tile_loader.inl.h"
 
 struct ForwardBuffers {
   float* query = nullptr;        // [rows, padded D] unrotated
@@ -26,6 +27,7 @@ struct ForwardBuffers {
   float* scores_far = nullptr;   // [6, 64]
   SoftmaxRows softmax;
   LoaderBuffers rows;
+  TileBuffers tiles;
   StaircaseBuffers planes;
 
   int64_t bind(const AttentionParams& params, void* memory) {
@@ -34,6 +36,8 @@ struct ForwardBuffers {
     query = scratch.take(kForwardRows * d);
     if (params.planes) {
       planes.bind(params, &scratch);
+    } else if (params.key_channel_stride) {
+      tiles.bind(params, &scratch);
     } else {
       rows.bind(params, params.dtype, &scratch);
     }
@@ -296,6 +300,10 @@ void forward(const AttentionParams& params, const RowMap& map, const QueryTile& 
   const ForwardRows all(params, map, queries, buffers);
   if (params.planes) {
     StaircaseLoader loader(params, map, queries, buffers.planes);
+    forward_tiles(all, &loader, segments);
+  } else if (params.key_channel_stride) {
+    TileLoader loader(params, key_tiles_of(params, queries.batch, queries.kv_head, map),
+                      value_rows_of(params, queries.batch, queries.kv_head, map), queries.rows(), buffers.tiles);
     forward_tiles(all, &loader, segments);
   } else {
     RowLoader loader(params, key_rows_of(params, queries.batch, queries.kv_head, map),

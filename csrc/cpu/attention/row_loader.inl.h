@@ -12,8 +12,9 @@
 // So a cache in another form (packed bit planes, codes of a codebook) is another Loader and not another loop: it can
 // unpack into the same columns, or fold its scales into the query and the weights.
 //
-// RowLoader is the Loader of rows in memory, of any dtype, rotated on the way where there is rotary embedding. One
-// block of query rows reads them where they lie; several share a transposed copy.
+// RowLoader is the Loader of rows in memory, of any dtype, rotated on the way where there is rotary embedding
+// (tile_loader.inl.h is that of keys by channel). One block of query rows reads them where they lie; several share a
+// transposed copy.
 #pragma once
 
 #include <pycore/attention/rows.h>
@@ -85,6 +86,16 @@ struct LoaderBuffers {
   }
 };
 
+// accumulate for one block. Rows that keep the same keys go together, the others one by one.
+PYCORE_INLINE void accumulate_block(DType dtype, int64_t rows, const TilePointers& values, const BlockKeeps& keeps,
+                                    const float* weights, int64_t n, float* out, int64_t out_row) {
+  const bool same = keeps.any == keeps.all;
+  for (int64_t m = 0; m < rows; m += same ? rows : 1) {
+    accumulate_few(dtype, same ? rows : 1, values, keeps.bits[m], weights + m * kKeyTile, n, out + m * out_row,
+                   out_row);
+  }
+}
+
 class RowLoader {
  public:
   PYCORE_INLINE RowLoader(const AttentionParams& params, const HeadRows& keys, const HeadRows& values, int64_t rows,
@@ -114,12 +125,7 @@ class RowLoader {
       return accumulate_kept<false>(rows, keeps, weights, kKeyTile, value_.data, value_.stride, params_.value_dim, out,
                                     out_row);
     }
-    // Rows that keep the same keys go together, the others one by one.
-    const bool same = keeps.any == keeps.all;
-    for (int64_t m = 0; m < rows; m += same ? rows : 1) {
-      accumulate_few(values_.dtype, same ? rows : 1, value_rows_, keeps.bits[m], weights + m * kKeyTile,
-                     params_.value_dim, out + m * out_row, out_row);
-    }
+    accumulate_block(values_.dtype, rows, value_rows_, keeps, weights, params_.value_dim, out, out_row);
   }
 
   // A few rows are asked for as they are read.

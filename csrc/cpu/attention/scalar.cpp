@@ -150,11 +150,23 @@ struct RowTile {
   }
   const T* seen_key(int64_t c) const {
     if (params.planes) return unpacked(false, c, rows.key);
-    const char* row = row_of(params, params.key, params.key_strides, b, kv_head, key_row(c));
-    const T* key = load_row(params.dtype, row, params.head_dim, rows.key);
+    const T* key = held_key(c);
     if (!params.rope_cos || is_far(c)) return key;
     rotate_row<T>(params, key, key_turn(map.schedule, tile, c), rows.key_near);
     return rows.key_near;
+  }
+  const T* held_key(int64_t c) const {
+    if (params.key_channel_stride == 0) {
+      const char* row = row_of(params, params.key, params.key_strides, b, kv_head, key_row(c));
+      return load_row(params.dtype, row, params.head_dim, rows.key);
+    }
+    const int64_t row = key_row(c), size = dtype_size(params.dtype);
+    const char* tile = row_of(params, params.key, params.key_strides, b, kv_head, row / kKeyTile);
+    for (int64_t d = 0; d < params.head_dim; ++d) {
+      const char* at = tile + (d * params.key_channel_stride + row % kKeyTile) * size;
+      rows.key[d] = *load_row<T>(params.dtype, at, 1, rows.key + d);
+    }
+    return rows.key;
   }
   // A key or value of a staircase cache.
   const T* unpacked(bool value, int64_t c, T* out) const {

@@ -19,11 +19,18 @@ struct Range {
 // Rows of a segment in scratch lie this far apart: whole vectors, and no power of two, which would share cache sets.
 inline constexpr int64_t kSegmentStride = kPairwiseSegment + 16;
 
+inline constexpr int64_t kBoundedRows = 4, kMostBoundedDim = 1 << 16;
+
 struct PairwiseKernels {
   int64_t scratch;  // bytes a thread
 
   // out[row][column - columns.begin], kSegmentStride apart, of at most a segment's columns.
   void (*scores)(const PairwiseParams& params, int64_t batch, Range rows, Range columns, void* out, void* scratch);
+  // out[row][column - columns.begin], of at most kBoundedRows rows: at least the score, unless that is none or not
+  // finite. Null, as the next one, where nothing is gained.
+  void (*bounds)(const PairwiseParams& params, int64_t batch, Range rows, Range columns, void* out);
+  // The first column of a row's bounds, from `from` on, that has more than `least`; count if there is none.
+  int64_t (*next)(const void* bounds, int64_t from, int64_t count, double least);
   // Scores of a row in place -> logits; bias may be null. What is left of the last sixteen becomes -inf.
   void (*logits)(void* row, int64_t count, double scale, const void* bias, double softcap);
   // The largest logit, and the sum of e^(z - largest).
@@ -39,9 +46,8 @@ struct PairwiseKernels {
   // grad_x[row][d in channels] += sum over columns, a segment's, of g[row][column] y[column][d].
   void (*rows_product)(const PairwiseParams& params, int64_t batch, int64_t rows, Range columns, Range channels,
                        const void* g, void* out, void* scratch);
-  // A row's columns join its list of the k largest, of which there are *held.
-  void (*select)(const void* row, int64_t count, int64_t first, int64_t k, int64_t* held, void* scores,
-                 int64_t* indices);
+  // A row's columns join its list of the k largest, of which there are *held. What is left of the last vector is lost.
+  void (*select)(void* row, int64_t count, int64_t first, int64_t k, int64_t* held, void* scores, int64_t* indices);
   void (*distance)(const void* x, const void* y, int64_t dim, void* out);
   void (*hamming)(const HammingTopkParams& params, int64_t batch, Range rows);
 };

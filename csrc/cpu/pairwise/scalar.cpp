@@ -122,7 +122,7 @@ void rows_product(const PairwiseParams& params, int64_t batch, int64_t rows, Ran
 }
 
 template <class T>
-void select(const void* memory, int64_t count, int64_t first, int64_t k, int64_t* held, void* best, int64_t* indices) {
+void select(void* memory, int64_t count, int64_t first, int64_t k, int64_t* held, void* best, int64_t* indices) {
   const T* const row = static_cast<const T*>(memory);
   for (int64_t c = 0; c < count; ++c) insert_largest(row[c], first + c, k, held, static_cast<T*>(best), indices);
 }
@@ -143,8 +143,8 @@ void distance(const void* x, const void* y, int64_t dim, void* out) {
 
 template <class T>
 constexpr PairwiseKernels table() {
-  return {0,         scores<T>,   logits<T>,   reduce<T>, total<T>, gradient<T>, columns_product<T>, rows_product<T>,
-          select<T>, distance<T>, hamming_rows};
+  return {0,           scores<T>,          nullptr,         nullptr,   logits<T>,   reduce<T>,   total<T>,
+          gradient<T>, columns_product<T>, rows_product<T>, select<T>, distance<T>, hamming_rows};
 }
 
 }  // namespace

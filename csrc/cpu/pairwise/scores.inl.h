@@ -84,11 +84,12 @@ PYCORE_INLINE void distance_block(int64_t rows, int64_t depth, const float* a, i
   }
 }
 
-// One row's products: squares of y are turned in registers where they stand, several at a time to hide the latency of a
-// chain, which is the tile product's. For two rows too it is faster than a panel.
+// One row's products: squares of y are turned in registers where they stand, with the chain of the tile product. For
+// two rows too it is faster than a panel. What bounds it is reading y, so what comes next is asked for early: rows are
+// too many streams for a processor to foresee.
 inline void scores_of_one(const PairwiseParams& params, int64_t batch, int64_t row, Range columns, float* out) {
-  constexpr int64_t kWidth = Vec::kWidth;
-  constexpr int kGroups = 4;
+  constexpr int64_t kWidth = Vec::kWidth, kLine = 16;
+  constexpr int kGroups = 2;  // independent chains, to hide the latency of one
   const float* const x = params.x.at<float>(batch, row);
   const int64_t y_row = params.y.row_stride;
   for (int64_t c = columns.begin; c < columns.end; c += kGroups * kWidth) {
@@ -100,19 +101,28 @@ inline void scores_of_one(const PairwiseParams& params, int64_t batch, int64_t r
       total[g] = Vec::zero();
     }
     const float* const y = params.y.at<float>(batch, c);
+    const bool whole = counts[kGroups - 1] == kWidth;
     for (int64_t block = 0; block < params.dim; block += kPairwiseDepth) {
       const int64_t end = smaller(block + kPairwiseDepth, params.dim);
       Vec chain[kGroups], square[kWidth];
       for (int g = 0; g < kGroups; ++g) chain[g] = Vec::zero();
-      for (int64_t k = block; k < end; k += kWidth) {
+      int64_t k = block;
+      for (; whole && k + kWidth <= end; k += kWidth) {
+        for (int g = 0; g < kGroups; ++g) {
+          const float* const at = y + g * kWidth * y_row + k;
+          for (int i = 0; i < kWidth; ++i) {
+            if (k % kLine == 0) __builtin_prefetch(at + (kGroups * kWidth + i) * y_row);
+            square[i] = Vec::load(at + i * y_row);
+          }
+          transpose(square);
+          for (int j = 0; j < kWidth; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
+        }
+      }
+      for (; k < end; k += kWidth) {
         const int64_t depth = smaller(kWidth, end - k);
         for (int g = 0; g < kGroups && counts[g] > 0; ++g) {
           load_transposed(y + g * kWidth * y_row + k, y_row, counts[g], depth, square);
-          if (depth == kWidth) {
-            for (int j = 0; j < kWidth; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
-          } else {
-            for (int64_t j = 0; j < depth; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
-          }
+          for (int64_t j = 0; j < depth; ++j) chain[g] = Vec::fma(Vec::broadcast(x[k + j]), square[j], chain[g]);
         }
       }
       for (int g = 0; g < kGroups; ++g) total[g] = block == 0 ? chain[g] : total[g] + chain[g];

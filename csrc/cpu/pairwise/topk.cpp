@@ -14,6 +14,7 @@ namespace {
 
 #include "insert.inl.h"
 
+constexpr int64_t kFewRows = 8;         // whose scores say whether y is finite
 constexpr int64_t kMostHeld = 1 << 16;  // entries of an item's lists, where its rows allow
 
 int64_t list_rows(const PairwiseTopkParams& params) {
@@ -77,23 +78,76 @@ int64_t columns_of(const PairwiseTopkParams& params, int64_t batch) {
   return params.y_lengths ? std::min(params.y_lengths[batch], params.columns) : params.columns;
 }
 
-// Columns, whole segments but for the last, join the lists. What does not count is not read.
-void scan(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t batch, Range all, Range columns,
-          char* memory, const Lists& lists) {
+// A row's columns of one segment, whose scores are in `row`, join its list. The largest come first, so distances change
+// their sign.
+void select(const PairwiseTopkParams& params, const PairwiseKernels& kernels, char* row, Range columns, int64_t r,
+            const Lists& lists) {
+  const int64_t k = params.k;
+  if (params.euclidean) kernels.logits(row, columns.count(), -1, nullptr, 0);
+  kernels.select(row, columns.count(), columns.begin, k, lists.held + r,
+                 lists.scores + r * k * element_size(params.dtype), lists.indices + r * k);
+}
+
+bool finite_sum(const PairwiseTopkParams& params, const PairwiseKernels& kernels, const char* row, int64_t count) {
+  Number sum(params.dtype);
+  kernels.total(row, count, &sum.memory);
+  return std::isfinite(sum.get());
+}
+
+// A segment of few rows whose lists are full: only columns that may join are scored. False where too many may, or where
+// bounds are none.
+bool select_bounded(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t batch, Range rows,
+                    Range columns, char* scores, char* memory, const Lists& lists) {
+  constexpr int64_t kMost = 32;  // a column scored alone costs about as much as sixteen
   const int64_t size = element_size(params.dtype), k = params.k;
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    if (lists.held[r] < k) return false;
+  }
+  kernels.bounds(params, batch, rows, columns, scores);
+  char* const one = scores + kBoundedRows * kSegmentStride * size;
+  const auto row = [&](int64_t r) { return scores + r * kSegmentStride * size; };
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    if (!finite_sum(params, kernels, row(r), columns.count())) return false;
+  }
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    const auto least = [&] { return number(lists.scores, params.dtype, r * k + k - 1); };
+    int64_t count = 0;
+    for (int64_t c = 0; (c = kernels.next(row(r), c, columns.count(), least())) < columns.count(); ++c) {
+      const int64_t column = columns.begin + c;
+      if (++count > kMost) {  // the rest at once
+        const Range rest = {column, columns.end};
+        kernels.scores(params, batch, {rows.begin + r, rows.begin + r + 1}, rest, one, memory);
+        select(params, kernels, one, rest, r, lists);
+        break;
+      }
+      kernels.scores(params, batch, {rows.begin + r, rows.begin + r + 1}, {column, column + 1}, one, memory);
+      select(params, kernels, one, {column, column + 1}, r, lists);
+    }
+  }
+  return true;
+}
+
+// Columns, whole segments but for the last, join the lists. What does not count is not read. `suspicious`, if it is
+// asked for, becomes true where a row of y has a NaN or an infinity, and maybe elsewhere.
+void scan(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t batch, Range all, Range columns,
+          char* memory, const Lists& lists, std::atomic<bool>* suspicious) {
+  const int64_t size = element_size(params.dtype);
   char* const scores = memory + aligned(kernels.scratch);
   const Range rows = {all.begin, std::max(all.begin, std::min(all.end, rows_of(params, batch)))};
   const int64_t end = std::min(columns.end, columns_of(params, batch));
+  const bool bounded = kernels.bounds && !params.euclidean && rows.count() <= kBoundedRows && params.dim > 0 &&
+                       params.dim <= kMostBoundedDim;
   for (int64_t r = 0; r < all.count(); ++r) lists.held[r] = 0;
   for (int64_t begin = columns.begin; begin < end && rows.count() > 0; begin += kPairwiseSegment) {
     const Range segment = {begin, std::min(begin + kPairwiseSegment, end)};
+    if (bounded && select_bounded(params, kernels, batch, rows, segment, scores, memory, lists)) continue;
     kernels.scores(params, batch, rows, segment, scores, memory);
     for (int64_t r = 0; r < rows.count(); ++r) {
       char* const row = scores + r * kSegmentStride * size;
-      // The largest come first, so distances change their sign; and what is left of a vector becomes -inf.
-      kernels.logits(row, segment.count(), params.euclidean ? -1 : 1, nullptr, 0);
-      kernels.select(row, segment.count(), begin, k, lists.held + r, lists.scores + r * k * size,
-                     lists.indices + r * k);
+      if (suspicious && !finite_sum(params, kernels, row, segment.count())) {
+        suspicious->store(true, std::memory_order_relaxed);
+      }
+      select(params, kernels, row, segment, r, lists);
     }
   }
 }
@@ -235,9 +289,16 @@ Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel,
   if (!kernels) return kNoKernel;
   const Parallel pool = limited(parallel, work_of(params), kSerialWork);
   check_rows(params, params.x, params.rows, params.x_lengths, pool, &params.faults->x_row);
-  check_rows(params, params.y, params.columns, params.y_lengths, pool, &params.faults->y_row);
-  if (params.faults->x_row != PairwiseFaults::kNone || params.faults->y_row != PairwiseFaults::kNone) return {};
+  // Where rows are few, reading y costs more than all that is computed. Its NaNs and infinities show in the scores.
+  const bool late = params.rows > 0 && params.rows <= kFewRows && !params.x_lengths && !searched_by_vq(params);
+  const auto check_y = [&] {
+    check_rows(params, params.y, params.columns, params.y_lengths, pool, &params.faults->y_row);
+    return params.faults->y_row == PairwiseFaults::kNone;
+  };
+  if (params.faults->x_row != PairwiseFaults::kNone || !(late || check_y())) return {};
   if (searched_by_vq(params)) return nearest(params, parallel, scratch);
+  std::atomic<bool> seen{false};
+  std::atomic<bool>* const suspicious = late ? &seen : nullptr;
   const Cut cut(params, *kernels, pool.threads);
   char* const memory = static_cast<char*>(scratch);
   char* const listed = memory + pool.threads * cut.thread_bytes;
@@ -247,10 +308,11 @@ Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel,
     char* const own = memory + slot * cut.thread_bytes;
     if (cut.parts > 1) {
       const Range columns = part(item % cut.parts, cut.part_columns, params.columns);
-      return scan(params, *kernels, batch, rows, columns, own, cut.lists(listed, item, params.k));
+      return scan(params, *kernels, batch, rows, columns, own, cut.lists(listed, item, params.k), suspicious);
     }
     int64_t* const held = reinterpret_cast<int64_t*>(own + cut.thread_bytes) - kPairwiseRows;
-    scan(params, *kernels, batch, rows, {0, params.columns}, own, result_lists(params, batch, rows.begin, held));
+    scan(params, *kernels, batch, rows, {0, params.columns}, own, result_lists(params, batch, rows.begin, held),
+         suspicious);
     finish(params, batch, rows, held);
   });
   for_each_item(pool, cut.parts > 1 ? params.batch * cut.items : 0, [&](int64_t, int64_t block) {
@@ -268,6 +330,7 @@ Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel,
     }
     finish(params, batch, rows, held);
   });
+  if (seen) check_y();
   return {};
 }
 

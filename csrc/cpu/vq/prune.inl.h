@@ -20,10 +20,12 @@
 #include <cstdint>
 
 #include "../tile_product.inl.h"
+#include "avx_distance.inl.h"
 #include "kernels.h"
 
 constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
 constexpr int64_t kLanes = Vec::kWidth;
+static_assert(Vec::kProductColumns == 2 || Vec::kProductColumns == 4);
 constexpr int64_t kGroup = kProductRows;
 constexpr int64_t kChunk = 1024 / kPanel;                                  // panels scored before candidates are taken
 constexpr int64_t kBundle = 64 / kLanes, kMostBundles = kChunk / kBundle;  // panels that are looked at as one first
@@ -168,7 +170,15 @@ __attribute__((noinline)) void take_lane(const VqBook& stage, const float* line,
   const int64_t step = kLanes * stage.row_stride;
   const int64_t left = (stage.codes - first + kLanes - 1) / kLanes;
   const int columns = static_cast<int>(smaller(left, Vec::kProductColumns));
-  for (int v = 0; v < columns; ++v) r[v] = distance(line, rows + v * step, dim);
+  if (dim == 8) {  // where the products are so few that distances show
+    float four[4];
+    const float* codes[4];
+    for (int v = 0; v < 4; ++v) codes[v] = rows + (v < columns ? v : 0) * step;
+    four_distances<Vec::kProductColumns>(line, codes, four);
+    for (int v = 0; v < columns; ++v) r[v] = four[v];
+  } else {
+    for (int v = 0; v < columns; ++v) r[v] = distance(line, rows + v * step, dim);
+  }
   for (int v = 0; v < columns; ++v) insert(best, count, keep, r[v], of_beam + first + v * kLanes);
 }
 

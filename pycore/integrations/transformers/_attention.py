@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from pycore.integrations.transformers._cache import MARK, LambdaLayer, StoreLayer
 from pycore.integrations.transformers._mask import Spans, read_spans, require
 from pycore.integrations.transformers._positions import check_positions, position_offset
-from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate
+from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate, unrotate_both
 from pycore.integrations.transformers._rounds import draw_round, take_back_round
 from pycore.integrations.transformers._staircase import StaircaseLayer
 from pycore.ops.attention_call import AttentionOptions, call_attention
+from pycore.ops.attention_middle import with_middle
 from pycore.schedules import Causal, Lambda, Probabilistic, Schedule, Segments
 
 # What a model may hand to its attention that changes the result, and that is not available.
@@ -38,10 +39,10 @@ class Options:
     distance_limit: int | None = None
     interleaved: bool | None = None
     draw: Probabilistic | None = None  # in place of sinks and window; its round is not used
+    middle_topk: int = 0  # keys between sinks and window that a single query reads too
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One layer's call, besides query, key and value."""
 
     name: str
@@ -53,6 +54,7 @@ class _Call:
     rope: Rope | None  # None: nothing is un-rotated
     options: AttentionOptions
     evicted: int = 0  # tokens before the first key, of a cache that keeps a sliding window
+    middle_topk: int = 0
 
 
 def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]]:
@@ -86,15 +88,12 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
             raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         sinks = None if s_aux is None else s_aux.to(wide)
-        options = AttentionOptions(scale=scaling, softcap=softcap or 0.0, sink_logits=sinks, dropout_p=dropout)
-        rope, interleaved = None, False
+        rope, tables, interleaved, limit = None, None, False, None
         if window is None and registered.distance_limit is not None:
             rope = rope_of(name, module, query, registered.distance_limit)
             interleaved = _interleaved(registered, module)
         if rope is not None:
-            options = options._replace(
-                rope=(rope.cos, rope.sin), interleaved=interleaved, distance_limit=registered.distance_limit
-            )
+            tables, limit = (rope.cos, rope.sin), registered.distance_limit
             if position_ids is None:
                 raise ValueError(
                     f"{name}: position_ids is None and must be handed on by {type(module).__name__} for a distance "
@@ -120,7 +119,11 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
                 schedule = Segments(boundaries, True, window_size, sink_size)
         if draw is not None:
             schedule, counted = draw_round(draw, module, query.device)
-        call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options, evicted)
+        options = AttentionOptions(
+            tables, interleaved, limit, sink_logits=sinks, softcap=softcap or 0.0, dropout_p=dropout, scale=scaling
+        )
+        topk = registered.middle_topk if rope is not None and query.shape[2] == 1 else 0
+        call = _Call(name, sink_size, window_size, schedule, position_ids, spans, rope, options, evicted, topk)
         if layer is None:
             try:
                 out = _attend(call, query, key, value)
@@ -157,15 +160,20 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if call.rope is not None:
         assert call.position_ids is not None
         evicted = 0
-        if call.spans is None:
+        if call.spans is None and not call.middle_topk:
             key, value, evicted = _without_middle(call, query.shape[2], key, value)
         if evicted:
             offset = torch.full((key.shape[0],), evicted, dtype=torch.int64, device=key.device)
             options = options._replace(key_offset=offset)
         key_position = _key_positions(call, query, key, evicted)
-        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype), call.options.interleaved)
-        key = unrotate(key, call.rope.inverse(key_position, key.dtype), call.options.interleaved)
-    out = call_attention("attention", query, key, value, call.schedule, options)
+        paired = call.options.interleaved
+        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype, paired), paired)
+        key = unrotate(key, call.rope.inverse(key_position, key.dtype, paired), paired)
+    if call.middle_topk:
+        assert isinstance(call.schedule, Lambda)
+        out = with_middle(call.name, query, key, value, call.schedule, options, call.middle_topk)
+    else:
+        out = call_attention("attention", query, key, value, call.schedule, options)
     assert isinstance(out, Tensor)
     return out
 
@@ -189,17 +197,21 @@ def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, 
     name = call.name
     if call.options.dropout_p:
         raise ValueError(f"{name}: dropout is {call.options.dropout_p} and must be 0 with a LambdaCache")
+    if call.middle_topk:
+        raise ValueError(
+            f"{name}: middle_topk is {call.middle_topk} and must be 0 with a LambdaCache, which forgets the middle"
+        )
     assert call.window_size is not None  # it is the layer's
     store = layer.open_store(name, call.sink_size, call.window_size)
     starts = _new_starts(call, query)
-    offset = layer.position_offset
+    offset, next_ids = layer.position_offset, None
     if call.rope is not None:
         assert call.position_ids is not None
-        offset = position_offset(name, layer, call.position_ids, query, starts)
-        inverse = call.rope.inverse(call.position_ids, query.dtype)
-        query, key = (unrotate(x, inverse, call.options.interleaved) for x in (query, key))
+        offset, next_ids = position_offset(name, layer, call.position_ids, query, starts)
+        inverse = call.rope.inverse(call.position_ids, query.dtype, call.options.interleaved)
+        query, key = unrotate_both(query, key, inverse, call.options.interleaved)
     out = store.append_and_attend(query, key, value, starts=starts, **call.options.for_cache())
-    layer.count(key.shape[2], offset)
+    layer.count(key.shape[2], offset, next_ids)
     assert isinstance(out, Tensor)
     return out
 

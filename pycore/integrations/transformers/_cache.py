@@ -119,6 +119,7 @@ class LambdaLayer(StoreLayer):
 
     Attributes:
         position_offset: int64 [batch], what a token's position id exceeds its number by; None as long as none is known.
+        next_ids: the position id that each row goes on with; None where it has to be counted.
     """
 
     cache_name = "LambdaCache"
@@ -134,11 +135,17 @@ class LambdaLayer(StoreLayer):
         """Forgets everything."""
         super().reset()
         self.position_offset: Tensor | None = None
+        self.next_ids: list[int] | None = None
 
-    def count(self, tokens: int, position_offset: Tensor | None) -> None:
+    def count(self, tokens: int, position_offset: Tensor | None, next_ids: list[int] | None) -> None:
         """Says that `store` has taken tokens."""
         self._seen += tokens
-        self.position_offset = position_offset
+        self.position_offset, self.next_ids = position_offset, next_ids
+
+    def crop(self, length: int) -> None:
+        """As any layer's."""
+        super().crop(length)
+        self.next_ids = None
 
     def open_store(self, name: str, sink_size: int, window_size: int) -> LambdaKVCache:
         """The store, of these sizes."""
@@ -153,12 +160,14 @@ class LambdaLayer(StoreLayer):
 
     def _choose(self, index: Tensor) -> None:
         super()._choose(index)
+        self.next_ids = None
         if self.position_offset is not None:
             self.position_offset = self.position_offset[index.to(self.position_offset.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
+        self.next_ids = None
         if self.store is not None and self.position_offset is not None:
             self.position_offset = self.position_offset.repeat_interleave(repeats)
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from pycore.integrations.transformers._cache import LambdaLayer
 from pycore.integrations.transformers._mask import Spans, require, text_boundaries
 
+_FOLLOWING = "_pycore_following"
+
 
 def check_positions(
     name: str, position_ids: Tensor | None, query: Tensor, key: Tensor, spans: Spans | None, cached: bool
@@ -47,12 +49,22 @@ def check_positions(
 
 def position_offset(
     name: str, layer: LambdaLayer, position_ids: Tensor, query: Tensor, starts: Tensor | None
-) -> Tensor:
-    """What a token's position id exceeds its number by, [batch]; the first new token must follow the last one held."""
+) -> tuple[Tensor, list[int] | None]:
+    """What a token's position id exceeds its number by, [batch], and each row's next id, where that is known.
+
+    The first new token must follow the last one held. In a step of decoding the ids as numbers say so, which are the
+    same for all layers; else those of each layer are counted.
+    """
     batch, _, new, _ = query.shape
+    following = None
+    if not torch.compiler.is_compiling() and position_ids.device.type == "cpu":
+        following = _following(position_ids)
+        if starts is None and layer.position_offset is not None and layer.next_ids is not None:
+            if following == [x + new for x in layer.next_ids]:
+                return layer.position_offset, following
     last = position_ids[:, -1] - (new - 1 if starts is None else new - 1 - starts)
     if layer.get_seq_length() == 0:
-        return last.expand(batch)
+        return last.expand(batch), following
     assert layer.store is not None
     held = layer.store.lengths
     offset = last - held
@@ -61,4 +73,15 @@ def position_offset(
             ((offset == layer.position_offset) | (held == 0)).all(),
             f"{name}: position_ids do not go on where past_key_values ends and must be consecutive",
         )
-    return offset
+    return offset, following
+
+
+def _following(position_ids: Tensor) -> list[int]:
+    """The id after each row's last one; all layers of a pass are given the same tensor, so the first leaves it."""
+    if position_ids.is_inference():  # nothing tells whether it was changed
+        return [x + 1 for x in position_ids[:, -1].tolist()]
+    version, ids = getattr(position_ids, _FOLLOWING, (None, []))
+    if version != position_ids._version:
+        ids = [x + 1 for x in position_ids[:, -1].tolist()]
+        setattr(position_ids, _FOLLOWING, (position_ids._version, ids))
+    return ids

@@ -32,6 +32,7 @@ def register(
     distance_limit: int | None = None,
     limit_distances: bool = True,
     interleaved: bool | None = None,
+    middle_topk: int = 0,
 ) -> None:
     """Registers Λ attention with transformers, for `attn_implementation=name` and `model.set_attn_implementation`.
 
@@ -49,6 +50,9 @@ def register(
             position encoding.
         interleaved: says that every full-attention layer of a model this module does not know rotates its query and
             key in channel pairs (2i, 2i + 1) (True) or (i, i + R/2) (False). None for the models it knows.
+        middle_topk: LM-Infinite's middle tokens: how many keys between the sinks and the window a decoding step of a
+            full-attention layer reads too, those that score highest (see `pycore.ops.lambda_attention`). It needs a
+            cache that keeps every token, as transformers' own do, and distance_limit to be window_size.
 
     Raises:
         ValueError: a size out of range, or a name that is taken or means something else.
@@ -70,7 +74,13 @@ def register(
     if distance_limit is not None and not limit_distances:
         raise ValueError(f"register: distance_limit is {distance_limit} and must be None with limit_distances=False")
     limit = (window_size if distance_limit is None else distance_limit) if limit_distances else None
-    _register(Options(name, sink_size, window_size, limit, interleaved))
+    check_int("register", "middle_topk", middle_topk, 0)
+    if middle_topk and (limit is None or limit != window_size):
+        raise ValueError(
+            f"register: middle_topk is {middle_topk} and must be 0 unless distances are limited to window_size, where "
+            "middle tokens are put"
+        )
+    _register(Options(name, sink_size, window_size, limit, interleaved, middle_topk=middle_topk))
 
 
 def register_probabilistic(

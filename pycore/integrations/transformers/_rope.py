@@ -85,21 +85,28 @@ class Rope:
             self.rounded = table.dtype == like.dtype
         self.source, self.version, self.limit, self.dtype, self.own = source, version, limit, like.dtype, own
 
-    def inverse(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What `unrotate` needs to take the rotation to `position` [B or 1, L] back: two of [B or 1, 1, L, R/2].
+    def inverse(self, position: Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
+        """What `unrotate` needs to take the rotation to `position` [B or 1, L] back: two of [B or 1, 1, L, R].
 
         All layers of a pass are given the same tensor of position ids, so the first one leaves it its result.
         """
         if torch.compiler.is_compiling() or position.is_inference():
-            return self._inverse(position, dtype)
+            return self._inverse(position, dtype, interleaved)
         source, own, state, result = getattr(position, _RESULT, (None, None, None, None))
-        new = (self.version, self.scaling, dtype, position._version)
+        new = (self.version, self.scaling, dtype, interleaved, position._version)
         if source is not self.source or own is not self.own or state != new or result is None:
-            result = self._inverse(position, dtype)
+            result = self._inverse(position, dtype, interleaved)
             setattr(position, _RESULT, (self.source, self.own, new, result))
         return result
 
-    def _inverse(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _inverse(self, position: Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
+        cos, sin = self._pairs(position, dtype)
+        if interleaved:
+            return torch.stack([cos, cos], -1).flatten(-2), torch.stack([sin, -sin], -1).flatten(-2)
+        return torch.cat([cos, cos], -1), torch.cat([sin, -sin], -1)
+
+    def _pairs(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[B or 1, 1, L, R/2]."""
         if self.own is not None:  # rotated by these very tables
             cos, sin = (x[:, None] for x in rotary_tables(position, self.own, dtype == torch.float64))
             return (cos, sin) if self.scaling == 1 else (cos * (1 / self.scaling), sin * (1 / self.scaling))
@@ -121,16 +128,26 @@ def _version(x: Tensor) -> int:
 def unrotate(x: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """`x` [B, heads, L, D] as it was before the model rotated it; in x's dtype."""
     cos, sin = inverse
-    rotated = 2 * cos.shape[-1]
-    pairs = x[..., :rotated].to(cos.dtype)
+    rotated = cos.shape[-1]
+    pairs = (x if rotated == x.shape[-1] else x[..., :rotated]).to(cos.dtype)
     if interleaved:
-        a, b = pairs[..., 0::2], pairs[..., 1::2]
-        pairs = torch.stack([a * cos + b * sin, b * cos - a * sin], -1).flatten(-2)
+        other = torch.stack([pairs[..., 1::2], pairs[..., 0::2]], -1).flatten(-2)
     else:
         a, b = pairs.chunk(2, -1)
-        pairs = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
-    pairs = pairs.to(x.dtype)
+        other = torch.cat([b, a], -1)
+    pairs = (pairs * cos + other * sin).to(x.dtype)
     return pairs if rotated == x.shape[-1] else torch.cat([pairs, x[..., rotated:]], -1)
+
+
+def unrotate_both(
+    query: Tensor, key: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """`unrotate` of a step's query and key, whose few numbers cost less in one tensor than calls do."""
+    heads, tokens = query.shape[1:3]
+    if tokens > 16 or query.dtype != key.dtype or query.shape[3] != key.shape[3]:
+        return unrotate(query, inverse, interleaved), unrotate(key, inverse, interleaved)
+    both = unrotate(torch.cat([query, key], 1), inverse, interleaved)
+    return both[:, :heads], both[:, heads:]
 
 
 def rope_of(name: str, module: nn.Module, like: Tensor, limit: int) -> Rope | None:
@@ -142,8 +159,12 @@ def rope_of(name: str, module: nn.Module, like: Tensor, limit: int) -> Rope | No
     if not getattr(module, "use_rope", True):  # SmolLM3
         return None
     rope: Rope | None = getattr(module, _ATTRIBUTE, None)
-    if torch.compiler.is_compiling() and rope is not None and rope.fits(like, limit):
-        return rope
+    if rope is not None:
+        if not torch.compiler.is_compiling():
+            rope.refresh(like, limit)
+            return rope
+        if rope.fits(like, limit):
+            return rope
     return _prepare(name, module, like, limit)
 
 

@@ -60,6 +60,25 @@ def test_sinkhorn_gradient_of_weights() -> None:
     torch.testing.assert_close(of_b, g)
 
 
+def test_sinkhorn_goes_on_where_it_ended() -> None:
+    x, y = rows(20, 4), rows(23, 4) + 1
+    whole = ops.sinkhorn(x, y, epsilon=0.7, iterations=12)
+    _, f, g = ops.sinkhorn(x, y, epsilon=0.7, iterations=5)
+    assert all(map(torch.equal, ops.sinkhorn(x, y, epsilon=0.7, iterations=7, g=g), whole))
+    # f is one step further than the g it came with.
+    assert all(map(torch.equal, ops.sinkhorn(x, y, epsilon=0.7, iterations=6, f=f), whole))
+    # A cloud that has moved little is there sooner.
+    moved = x + 0.01
+    _, f, g = ops.sinkhorn(x, y, epsilon=0.7, iterations=300)
+    exact = ops.sinkhorn(moved, y, epsilon=0.7, iterations=300)[0]
+    cold, warm = (ops.sinkhorn(moved, y, epsilon=0.7, iterations=2, g=start)[0] for start in (None, g))
+    assert (warm - exact).abs() < 0.1 * (cold - exact).abs()
+    with pytest.raises(ValueError, match=r"sinkhorn: g has shape \[20\] and must be \[\.\.\., 23\]"):
+        ops.sinkhorn(x, y, epsilon=0.7, iterations=1, g=f)
+    with pytest.raises(TypeError, match="sinkhorn: f is a list and must be a Tensor or None"):
+        ops.sinkhorn(x, y, epsilon=0.7, iterations=1, f=[0.0])
+
+
 def test_sinkhorn_stops_at_its_tolerance_and_takes_batches() -> None:
     x, y = rows(2, 20, 3), rows(2, 25, 3)
     long = ops.sinkhorn(x, y, epsilon=1.0, iterations=500)

@@ -188,3 +188,21 @@ def test_no_matrix_is_allocated() -> None:
     assert limit[0] == resource.RLIM_INFINITY or limit[0] > 2**33
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 100
+
+
+VOCABULARY = """
+import resource, torch
+from pycore import ops
+x, weight, target = torch.randn(2048, 16), torch.randn(151936, 16), torch.randint(0, 151936, (2048,))
+x.requires_grad_(), weight.requires_grad_()
+ops.linear_cross_entropy(x[:8], weight[:4096], target[:8] % 4096).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.linear_cross_entropy(x, weight, target).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_no_logits_of_a_large_vocabulary_are_allocated() -> None:
+    """2,048 tokens and 151,936 classes: the logits would be 1.2 GiB. Two gradients and the scratch are 80 MiB."""
+    done = subprocess.run([sys.executable, "-c", VOCABULARY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 120

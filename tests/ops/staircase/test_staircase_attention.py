@@ -18,7 +18,7 @@ from tests.support.tolerance import assert_as_accurate
 
 _load.load_ops()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-LADDERS = [(16, 8, 4), (16, 8, 4, 2), (16, 4, 2), (16, 2), (16, 8), (16,)]
+LADDERS = [(16, 8, 4), (16, 8, 4, 2), (16, 4, 2), (16, 2), (16, 8), (16,), (8, 4, 2), (4,)]
 
 
 def filled(
@@ -93,10 +93,11 @@ def test_minmax_grid(isa: str) -> None:
     assert_attends(cache, 700, queries(cache, 1))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_chunk_is_its_queries_one_by_one(dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize("dtype, bits", [(F32, (16, 8, 4)), (BF16, (16, 8, 4)), (BF16, (8, 4))], ids=str)
+def test_a_chunk_is_its_queries_one_by_one(dtype: torch.dtype, bits: tuple[int, ...], isa: str) -> None:
     """To the bit, over the borders of steps too."""
-    whole, single = (filled(500, (16, 8, 4), dtype=dtype, step=64) for _ in range(2))
+    step = 64 if bits[0] == 16 else 128
+    whole, single = (filled(500, bits, dtype=dtype, step=step) for _ in range(2))
     generator = torch.Generator().manual_seed(9)
     key, value = torch.randn(2, 2, 2, 100, 64, generator=generator).to(dtype).unbind()
     query = torch.randn(2, 8, 100, 64, generator=generator)

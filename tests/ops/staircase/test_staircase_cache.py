@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -14,7 +15,18 @@ from pycore import Staircase, StaircaseKVCache, native, ops
 from pycore.reference import staircase as reference
 from tests.support.staircase_caches import SMALL, fed, made, same, small, stored, tokens
 
-LADDERS = [(16, 8, 4), (16, 8, 4, 2), (16, 2), (16,), (16, 4, 4, 2), (16, 16, 8), (16, 16, 8, 8, 2)]
+LADDERS = [
+    (16, 8, 4),
+    (16, 8, 4, 2),
+    (16, 2),
+    (16,),
+    (16, 4, 4, 2),
+    (16, 16, 8),
+    (16, 16, 8, 8, 2),
+    (8, 4),
+    (8,),
+    (4, 4, 2),
+]
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------
@@ -59,11 +71,11 @@ def test_ladders_of_keys_and_values_differ() -> None:
     assert torch.equal(cache.values(), reference.read(value, 199, by_token=True, bits=(16, 2), **how))
 
 
-@pytest.mark.parametrize("width", [2, 4, 8])
-def test_minmax_is_kivi(width: int) -> None:
+@pytest.mark.parametrize("bits", [(16, 2), (16, 4), (16, 8), (4,), (2, 2)], ids=str)
+def test_minmax_is_kivi(bits: tuple[int, ...]) -> None:
     key, value = tokens(200), tokens(200)
-    cache = fed(made(small((16, width), grid="minmax")), key, value, [77, 123])
-    how: dict[str, Any] = {"bits": (16, width), "step": 32, "sink_size": 3, "group_size": 16, "grid": "minmax"}
+    cache = fed(made(small(bits, grid="minmax")), key, value, [77, 123])
+    how: dict[str, Any] = {"bits": bits, "step": 32, "sink_size": 3, "group_size": 16, "grid": "minmax"}
     assert torch.equal(cache.keys(), reference.read(key, 199, by_token=False, **how))
     assert torch.equal(cache.values(), reference.read(value, 199, by_token=True, **how))
 
@@ -130,15 +142,16 @@ def test_a_row_alone_is_the_row_in_a_batch() -> None:
         assert torch.equal(alone.attend(query[b : b + 1]), out[b : b + 1])  # type: ignore[index]
 
 
+@pytest.mark.parametrize("bits", [(16, 8, 4, 2), (8, 4, 2)], ids=str)
 @pytest.mark.parametrize("length", [30, 32, 47, 64, 100, 129])
-def test_cropped_is_never_generated(length: int) -> None:
+def test_cropped_is_never_generated(length: int, bits: tuple[int, ...]) -> None:
     key, value = tokens(250), tokens(250)
     for count in (1, 7, 20):
-        cache = fed(made(small(), capacity=256), key[:, :, :length], value[:, :, :length], [length])
+        cache = fed(made(small(bits), capacity=256), key[:, :, :length], value[:, :, :length], [length])
         cache.append(tokens(count), tokens(count))
         cache.crop(count)
         assert cache.lengths.tolist() == [length] * 2
-        never = fed(made(small(), capacity=256), key[:, :, :length], value[:, :, :length], [length])
+        never = fed(made(small(bits), capacity=256), key[:, :, :length], value[:, :, :length], [length])
         assert torch.equal(cache.keys(), never.keys()) and torch.equal(cache.values(), never.values())
         query = tokens(1, heads=4)
         assert torch.equal(cache.attend(query), never.attend(query))  # type: ignore[arg-type]
@@ -173,7 +186,7 @@ def test_cropping_many_times() -> None:
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [(16, 8, 4), (16, 8, 4, 2), (16, 2), (16,)], ids=str)
+@pytest.mark.parametrize("bits", [(16, 8, 4), (16, 8, 4, 2), (16, 2), (16,), (8, 4), (4,)], ids=str)
 def test_attend_is_the_reference(bits: tuple[int, ...]) -> None:
     key, value, query = tokens(150), tokens(150, dim=24), tokens(150, heads=4)
     cache = made(small(bits), value_dim=24)
@@ -187,10 +200,10 @@ def test_attend_is_the_reference(bits: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rotation", [None, "hadamard"])
-def test_a_chunk_is_one_query_at_a_time(dtype: torch.dtype, rotation: str | None) -> None:
+@pytest.mark.parametrize("bits, rotation", [((16, 8, 4, 2), None), ((16, 8, 4, 2), "hadamard"), ((8, 4, 2), None)])
+def test_a_chunk_is_one_query_at_a_time(dtype: torch.dtype, bits: tuple[int, ...], rotation: str | None) -> None:
     key, value, query = (tokens(130, heads=h, dtype=dtype) for h in (2, 2, 4))
-    stairs = small(key_rotation=rotation, value_rotation=rotation)
+    stairs = small(bits, key_rotation=rotation, value_rotation=rotation)
     single = made(stairs, dtype=dtype, capacity=200)
     steps = []
     for i in range(130):
@@ -365,6 +378,24 @@ def test_state_goes_on_elsewhere(capacity: int | None) -> None:
         each.append(more_key, more_value)
     assert same(cache, other)
     assert torch.equal(cache.attend(query), other.attend(query))  # type: ignore[arg-type]
+
+
+def test_a_saved_cache_is_the_same_file_again() -> None:
+    """Byte for byte: written, read back, and written from there."""
+    cache = fed(
+        made(small(value_rotation="hadamard"), dtype=torch.bfloat16),
+        *tokens(400, dtype=torch.bfloat16).split(200, 2),
+        [150, 50],
+    )
+    cache.crop(7)
+    first = io.BytesIO()
+    torch.save(cache.state_dict(), first)
+    other = made(small(value_rotation="hadamard"), batch=1, dtype=torch.bfloat16)
+    other.load_state_dict(torch.load(io.BytesIO(first.getvalue()), weights_only=True))
+    assert same(cache, other)
+    second = io.BytesIO()
+    torch.save(other.state_dict(), second)
+    assert first.getvalue() == second.getvalue()
 
 
 def test_native_face_gives_the_same() -> None:

@@ -129,7 +129,7 @@ def test_attend_refuses() -> None:
     "how, kind, sentence",
     [
         ({"bits": ()}, ValueError, "bits has 0 entries and must have between 1 and 32"),
-        ({"bits": (8, 4)}, ValueError, "bits[0] is 8 and must be 16: the newest tokens are always full"),
+        ({"bits": (8, 16)}, ValueError, "bits[1] is 16 and must be at most 8, the step before"),
         ({"bits": (16, 3)}, ValueError, "bits[1] is 3 and must be 16, 8, 4 or 2"),
         ({"bits": (16, 4, 8)}, ValueError, "bits[2] is 8 and must be at most 4, the step before"),
         ({"bits": 16}, TypeError, "bits is a int and must be a sequence of ints"),

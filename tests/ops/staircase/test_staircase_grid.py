@@ -272,7 +272,7 @@ def test_rotations_are_orthogonal(method: str, channels: int) -> None:
 def test_pca_finds_the_axes() -> None:
     """Channels become uncorrelated, the largest first, for each head on its own."""
     x = torch.randn(1, 2, 4000, 8, dtype=torch.float64) @ torch.randn(2, 8, 8, dtype=torch.float64)
-    rotated = x[0] @ ops.staircase_rotation(x).double()
+    rotated = x[0] @ ops.staircase_rotation(x, method="pca").double()
     rotated = rotated - rotated.mean(1, keepdim=True)
     covariance = rotated.mT @ rotated
     variances = covariance.diagonal(dim1=1, dim2=2)

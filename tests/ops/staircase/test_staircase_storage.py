@@ -50,7 +50,7 @@ def swapped(storage: list[Tensor], i: int, x: Tensor) -> list[Tensor]:
     "change, sentence",
     [
         (lambda s: {"key_storage": s["key"][:8]}, "key_storage has 8 tensors and must have 9"),
-        (lambda s: {"key_bits": [8, 4]}, "key_bits[0] is 8 and must be 16"),
+        (lambda s: {"key_bits": [8, 16]}, "key_bits[1] is 16 and must be at most 8, the step before"),
         (lambda s: {"value_bits": [16, 4, 8]}, "value_bits[2] is 8 and must be at most 4, the step before"),
         (lambda s: {"key_bits": [16, 5]}, "key_bits[1] is 5 and must be 16, 8, 4 or 2"),
         (lambda s: {"key_bits": []}, "key_bits has 0 entries and must have between 1 and 32"),

@@ -7,8 +7,13 @@
 // A row that keeps no key gives zeros and lse = -inf.
 //
 // A ring (key_ring > 0, a multiple of the key tile): what an evicting cache keeps in place. The last key_ring rows hold
-// position j in row j % key_ring of them, the rows before them the sinks; key_lengths counts all tokens seen. A tile of
-// positions is still a run of rows.
+// position j in row j % key_ring of them, the rows before them each their own position, the sinks among them;
+// key_lengths counts all tokens seen. A tile of positions is still a run of rows.
+//
+// Keys by channel (key_channel_stride > 0, CPU): key is [batch, kv_heads, tiles, head_dim, 64], row r being column r %
+// 64 of tile r / 64: what the tile product wants to read, so that a step of decoding transposes nothing. Tiles of rows
+// are then tiles of positions: there are no key_starts and no key_offset, and a ring begins at a whole tile. The bits
+// are those of the same keys in rows. Columns of rows that are not there may be read, though never used.
 //
 // Rotary embedding. The pair (x, y) of a query at distance d from a key is rotated by d' = min(d, distance_limit),
 // relative to the key tile: for d <= limit the query is rotated by p - base and the key by j - base, with base the
@@ -53,7 +58,8 @@ struct AttentionParams {
   const void* key = nullptr;    // [batch, kv_heads, key_length, head_dim]
   const void* value = nullptr;  // [batch, kv_heads, key_length, value_dim]
   AttentionStrides query_strides, key_strides, value_strides;
-  void* out = nullptr;  // [batch, heads, query_length, value_dim], contiguous
+  int64_t key_channel_stride = 0;  // not 0: keys by channel, and key_strides.row is from one tile to the next
+  void* out = nullptr;             // [batch, heads, query_length, value_dim], contiguous
   void* lse = nullptr;  // [batch, heads, query_length], contiguous; float32 (float64 for float64), natural log
   // Like lse, or null: what rounding lse to its dtype left out. Where |lse| is large, weights recomputed from lse alone
   // are off by its rounding error, while the forward pass's own know only that of differences.
@@ -128,7 +134,7 @@ struct RowMap {
   PYCORE_HOST_DEVICE int64_t query_position(int64_t i) const { return positions() - queries + i; }
   // The row of a position that is present.
   PYCORE_HOST_DEVICE int64_t key_row(int64_t j) const {
-    if (ring > 0) return j < sinks ? j : start + j % ring;
+    if (ring > 0) return j < start ? j : start + j % ring;
     return start + (j < sinks ? j : j - offset);
   }
   PYCORE_HOST_DEVICE uint64_t present_bits(int64_t tile) const {
@@ -164,7 +170,8 @@ struct RowMap {
   // True if the tile's present positions lie in consecutive rows.
   PYCORE_HOST_DEVICE bool contiguous(int64_t tile) const {
     const int64_t base = tile * kKeyTile;
-    return (offset == 0 && ring == 0) || base >= sinks || base + kKeyTile <= sinks;
+    const int64_t edge = ring > 0 ? start : sinks;
+    return (offset == 0 && ring == 0) || base >= edge || base + kKeyTile <= edge;
   }
 };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writing new tokens into an evicting cache: rows for the sinks, then a ring (AttentionParams::key_ring) in which a
-// token's row follows from its position alone, so that nothing is ever moved.
+// Writing new tokens into a cache: rows that stay, the sinks among them, then a ring (AttentionParams::key_ring) in
+// which a token's row follows from its position alone, so that nothing is ever moved. A cache of all tokens is a ring
+// that they never fill.
 #pragma once
 
 #include <pycore/attention/tile_schedule.h>
@@ -23,7 +24,11 @@ struct CacheAppendParams {
   int64_t batch = 0, kv_heads = 0, tokens = 0;
   int64_t sinks = 0, ring = 0;  // rows of each; a cache has sinks + ring
   CacheSource key, value;
-  char* key_cache = nullptr;        // [batch, kv_heads, sinks + ring, key channels], contiguous
+  // [batch, kv_heads, sinks + ring, key channels], contiguous; or, by channel (AttentionParams::key_channel_stride),
+  // [batch, kv_heads, (sinks + ring) / 64, key channels, 64], of elements of key_element bytes. Sinks are then whole
+  // tiles.
+  char* key_cache = nullptr;
+  int64_t key_element = 0;          // 0: keys in rows
   char* value_cache = nullptr;      // [batch, kv_heads, sinks + ring, value channels], contiguous
   const int64_t* starts = nullptr;  // [batch] or null: tokens before starts[b] are padding and left out
   int64_t* lengths = nullptr;       // [batch]: tokens seen, moved on by what is appended

@@ -29,7 +29,7 @@ inline constexpr int32_t kMostStaircaseSteps = 32;
 
 struct StaircaseSide {
   bool by_token = false;  // values: a group is `group` channels of a token; keys: the tokens of a tile, of a channel
-  int64_t channels = 0;
+  int64_t channels = 0, group = 1;
   StaircaseGrid grid = StaircaseGrid::kEmbedded;
   int32_t steps = 0;  // of the ladder
   int32_t bits[kMostStaircaseSteps] = {};
@@ -85,8 +85,10 @@ PYCORE_STAIRCASE_INLINE int64_t tile_groups(const StaircaseSide& side, int64_t g
   return side.by_token ? group * token_groups(side, group) : side.channels;
 }
 
-// The width that a query reads of the token at position j.
+// The width that a query reads of the token at position j: its own group's tokens in full, whatever the ladder begins
+// with, since a group has a grid only when it is whole.
 PYCORE_STAIRCASE_INLINE int32_t staircase_bits(const StaircaseSide& side, int64_t step, int64_t query, int64_t j) {
+  if (j / side.group >= query / side.group) return 16;
   const int64_t age = query / step - j / step, last = side.steps - 1;
   return side.bits[age < last ? (age > 0 ? age : 0) : last];
 }

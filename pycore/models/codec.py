@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A waveform as codes, and codes as bytes: frames, masked-channel residual quantization, a code model and the coder.
+
+    waveform [n] -- MDCT --> frames [t, hop] -- MaskedChannelRVQ --> codes [t, Q] -- CodeModel, coder --> bytes
+
+The transform is orthonormal, so a frame's error is the waveform's. Neighbouring frequencies go to different bands of
+the masked stages. The code model predicts a frame's codes from the frames before it, and each code from the frame's
+codes before it too. All of it runs on pycore's ops, whose rows have the same bits in any batch: the model that decodes
+a frame at a time, on a cache, gives the distributions that encoding in one pass had.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pycore import ArithmeticDecoder, ArithmeticEncoder, BitstreamError, ops
+from pycore._checks import check_bytes, check_int
+from pycore._tensors import check_tensor
+from pycore.cache import LambdaKVCache
+from pycore.models.bytelm import Block, BytelmConfig
+from pycore.nn.attention import PositionScheme
+from pycore.nn.linear import Projection, RMSNorm
+from pycore.nn.vq import MaskedChannelRVQ, ResidualVQ
+from pycore.ops.attention_call import AttentionOptions
+from pycore.schedules import Lambda
+
+__all__ = ["CodeModel", "Codec", "CodecConfig"]
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Shape of a `Codec`.
+
+    Attributes:
+        hop: samples from frame to frame, and channels of a frame; even.
+        quantizers: codes of a frame, Q.
+        masked: the first that many see a band of the channels each; 0 for plain residual quantization.
+        codes: of every codebook.
+        layers, dim, heads: of the code model.
+        window: frames that its attention looks back, and the first four.
+    """
+
+    hop: int = 128
+    quantizers: int = 8
+    masked: int = 3
+    codes: int = 256
+    layers: int = 2
+    dim: int = 128
+    heads: int = 4
+    window: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("hop", "quantizers", "codes", "layers", "dim", "heads", "window"):
+            check_int("CodecConfig", name, getattr(self, name), 1)
+        check_int("CodecConfig", "masked", self.masked, 0)
+        if self.hop % 2:
+            raise ValueError(f"CodecConfig: hop is {self.hop} and must be even")
+        if self.masked > min(self.quantizers, self.hop):
+            most = min(self.quantizers, self.hop)
+            raise ValueError(f"CodecConfig: masked is {self.masked} and must be at most {most}, the quantizers")
+        if self.codes > 4096:  # of a distribution's 2^16 shares
+            raise ValueError(f"CodecConfig: codes is {self.codes} and must be at most 4096")
+
+
+def mdct_basis(hop: int) -> Tensor:
+    """[hop, 2 hop]: the windowed cosines of a frame; each is orthogonal to all others, of other frames too."""
+    time, frequency = torch.arange(2 * hop, dtype=torch.float64), torch.arange(hop, dtype=torch.float64)
+    window = torch.sin(math.pi / (2 * hop) * (time + 0.5))
+    phase = math.pi / hop * torch.outer(frequency + 0.5, time + 0.5 + hop / 2)
+    return (torch.cos(phase) * window * math.sqrt(2 / hop)).float()
+
+
+class CodeModel(nn.Module):
+    """Distributions of a frame's codes, given the frames before it and the frame's codes so far.
+
+    Attention runs over frames: a frame is the sum of a vector for each of its codes. Each stage has a head of its own,
+    which adds the vectors of the frame's codes before it.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = BytelmConfig(layers=config.layers, dim=config.dim, heads=config.heads, kv_heads=config.heads)
+        self.schedule = Lambda(4, config.window)
+        self.frame = nn.Parameter(torch.randn(config.quantizers, config.codes, config.dim) * 0.1)
+        self.so_far = nn.Parameter(torch.randn(config.quantizers, config.codes, config.dim) * 0.1)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(config.layers))
+        self.positions = PositionScheme("rope", config.heads, shape.head_dim, max_distance=config.window)
+        self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.quantizers))
+        self.hidden = nn.ModuleList(Projection(config.dim, 2 * config.dim) for _ in range(config.quantizers))
+        self.heads = nn.ModuleList(Projection(2 * config.dim, config.codes, gain=0.1) for _ in range(config.quantizers))
+
+    def caches(self) -> list[LambdaKVCache]:
+        """An empty cache for each layer."""
+        return [LambdaKVCache(self.schedule.sink_size, self.schedule.window_size) for _ in self.blocks]
+
+    def context(self, codes: Tensor, caches: list[LambdaKVCache] | None = None) -> Tensor:
+        """[b, t, dim] behind frames of codes [b, t, Q], -1 for what stands before the first."""
+        options = AttentionOptions(distance_limit=self.config.window, **self.positions())
+        x = ops.rvq_decode(codes, self.frame)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, options, self.schedule, None if caches is None else caches[layer])
+        return x
+
+    def stage(self, q: int, context: Tensor, codes: Tensor) -> Tensor:
+        """Logits [b, t, K] of stage q, with the codes [b, t, >= q] before it in the frame."""
+        known = ops.rvq_decode(codes[..., :q], self.so_far) if q else torch.zeros_like(context)
+        x = self.norms[q](context + known)
+        logits: Tensor = self.heads[q](functional.relu(self.hidden[q](x)).square())
+        return logits
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Logits [b, t, n, K] of codes [b, t, n], the first n of Q of every frame."""
+        before = functional.pad(codes[:, :-1], (0, 0, 1, 0), value=-1)[:, : codes.shape[1]]
+        context = self.context(before)
+        return torch.stack([self.stage(q, context, codes) for q in range(codes.shape[-1])], dim=2)
+
+
+class Codec(nn.Module):
+    """Waveforms to codes to bytes, and back.
+
+    The codebooks learn in training mode, from what `forward` is given (`quantizer` has its own ways to); the code model
+    by the cross-entropy of `code_model(codes)`. Both are free to be trained, saved and loaded as any module.
+
+    Example:
+        >>> codec = Codec().eval()
+        >>> data = codec.to_bytes(codec.encode(waveform))
+        >>> again = codec.decode(codec.from_bytes(data), length=waveform.numel())
+    """
+
+    basis: Tensor
+
+    def __init__(self, config: CodecConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or CodecConfig()
+        # Every band-th frequency beside each other, so that each masked stage sees a part of all of the spectrum.
+        bands = max(config.masked, 1)
+        order = torch.cat([torch.arange(band, config.hop, bands) for band in reversed(range(bands))])
+        self.register_buffer("basis", mdct_basis(config.hop)[order], persistent=False)
+        shared: dict[str, Any] = {
+            "dim": config.hop, "num_quantizers": config.quantizers, "codebook_size": config.codes, "decay": 0.99,
+            "kmeans_init": True, "threshold_ema_dead_code": 2,
+        }  # fmt: skip
+        self.quantizer: ResidualVQ
+        if config.masked:
+            self.quantizer = MaskedChannelRVQ(masked_quantizers=config.masked, **shared)
+        else:
+            self.quantizer = ResidualVQ(**shared)
+        self.code_model = CodeModel(config)
+
+    # ---- waveform and frames -----------------------------------------------------------------------------------------
+
+    def frames(self, waveform: Tensor) -> Tensor:
+        """The transform of [..., n]: [..., ceil(n / hop) + 1, hop]."""
+        check_tensor("Codec", "waveform", waveform)
+        if waveform.dim() < 1 or not waveform.is_floating_point():
+            raise ValueError(
+                f"Codec: waveform has shape {list(waveform.shape)} of {waveform.dtype} and must have [..., samples] of "
+                f"floating point"
+            )
+        hop, length = self.config.hop, waveform.shape[-1]
+        padded = functional.pad(waveform.float(), (hop, hop + -length % hop))
+        return ops.invariant_linear(padded.unfold(-1, 2 * hop, hop), self.basis)
+
+    def waveform(self, frames: Tensor, length: int | None = None) -> Tensor:
+        """The waveform whose transform is `frames` [..., t, hop]: [..., length], by default all (t - 1) hop samples."""
+        hop, whole = self.config.hop, (frames.shape[-2] - 1) * self.config.hop
+        if length is not None and not 0 <= length <= whole:
+            raise ValueError(f"Codec: length is {length} and must be 0 to {whole}, the samples there are")
+        halves = ops.invariant_linear(frames, self.basis.mT.contiguous())
+        samples = halves[..., 1:, :hop] + halves[..., :-1, hop:]
+        return samples.flatten(-2)[..., :length]
+
+    # ---- frames and codes --------------------------------------------------------------------------------------------
+
+    def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The decoded waveform [b, n], codes [b, t, Q], and losses [Q]; in training mode the codebooks learn."""
+        frames, codes, losses = self.quantizer(self.frames(waveform))
+        return self.waveform(frames, waveform.shape[-1]), codes, losses
+
+    def encode(self, waveform: Tensor, *, quantizers: int | None = None) -> Tensor:
+        """Codes int64 [t, Q] of a waveform [n], or [b, t, Q] of [b, n]; with `quantizers`, the first of them."""
+        frames = self.frames(waveform)
+        batched = frames if frames.dim() == 3 else frames.unsqueeze(0)
+        codes = self.quantizer.encode(batched, num_quantizers=quantizers)
+        return codes if frames.dim() == 3 else codes[0]
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, *, length: int | None = None) -> Tensor:
+        """The waveform of codes [..., t, n], the first n of a frame's codes: [..., length]."""
+        return self.waveform(self.quantizer.decode(codes), length)
+
+    # ---- codes and bytes ---------------------------------------------------------------------------------------------
+
+    @property
+    def model_id(self) -> int:
+        """A fingerprint of the code model's weights, which a stream carries."""
+        check = 0
+        for weight in self.code_model.state_dict().values():
+            check = zlib.crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), check)
+        return check
+
+    @torch.no_grad()
+    def to_bytes(self, codes: Tensor) -> bytes:
+        """Codes [t, n], the first n of Q of every frame, as one stream of the arithmetic coder."""
+        self._check_codes(codes)
+        if not len(codes):
+            return ArithmeticEncoder(model_id=self.model_id).finish()
+        logits = self.code_model(codes.unsqueeze(0)).flatten(1, 2)
+        return ops.ac_encode_logits(codes.reshape(1, -1), logits, model_id=self.model_id).to_bytes()[0]
+
+    @torch.no_grad()
+    def from_bytes(self, data: bytes, *, quantizers: int | None = None) -> Tensor:
+        """The codes int64 [t, n] of a stream from `to_bytes`; `quantizers` is its n, if that is not Q.
+
+        Raises:
+            BitstreamError: a stream that is damaged, no stream, or from a codec with other weights.
+        """
+        check_bytes("Codec", "data", data)
+        stages = self.config.quantizers if quantizers is None else quantizers
+        check_int("Codec", "quantizers", stages, 1, self.config.quantizers)
+        decoder = ArithmeticDecoder(data, model_id=self.model_id)
+        if len(decoder) % stages:
+            raise BitstreamError(f"Codec: data has {len(decoder)} codes and must have a multiple of {stages}")
+        caches = self.code_model.caches()
+        last = torch.full((1, 1, stages), -1)
+        frames = []
+        for _ in range(len(decoder) // stages):
+            context = self.code_model.context(last, caches)
+            last = torch.full((1, 1, stages), -1)
+            for q in range(stages):
+                cdf = ops.quantize_cdf(logits=self.code_model.stage(q, context, last)[0, 0])
+                last[0, 0, q] = int(decoder.decode(cdf.numpy()))
+            frames.append(last[0])
+        decoder.finish()
+        return torch.cat(frames) if frames else torch.empty(0, stages, dtype=torch.int64)
+
+    def _check_codes(self, codes: Any) -> None:
+        check_tensor("Codec", "codes", codes)
+        most = self.config.quantizers
+        if codes.dim() != 2 or not 1 <= codes.shape[1] <= most or codes.dtype != torch.int64:
+            raise ValueError(
+                f"Codec: codes has shape {list(codes.shape)} of {codes.dtype} and must have [frames, 1 to {most}] of "
+                f"torch.int64"
+            )
