@@ -180,7 +180,7 @@ def probabilistic(inputs: Inputs) -> list[dict[str, Any]]:
     blocks = length // block
     rows = []
     settings: list[tuple[str, float | None, int]] = [("SDPA", None, 0)]
-    settings += [(f"Harmonic({c:g}), {sinks} sinks", c, sinks) for c in (1.0, 4.0, 16.0) for sinks in (4, 0)]
+    settings += [(f"Harmonic({c:g}), {sinks} sinks", c, sinks) for c in (1.0, 4.0) for sinks in (4, 0)]
     progress = Progress("probabilistic", len(settings))
     for number, (name, c, sinks) in enumerate(settings):
         density = 1.0

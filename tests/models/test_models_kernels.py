@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pycore import BitstreamError, ops
 from pycore.models.draft import NgramTable, generate
-from pycore.models.language import shipped
+from pycore.models.language import ByteModel, shipped
 from pycore.models.lmzip import compress, decompress
+from pycore.schedules import Lambda
 
 SOURCE = Path(os.__file__).read_bytes()
 TEXT = SOURCE[:300]
@@ -40,15 +42,25 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@functools.cache
+def packed() -> bytes:
+    return compress(TEXT)
+
+
 def run_draft() -> Any:
     return generate(shipped(), list(TEXT), 20, NgramTable.build([list(TEXT)]), nodes=8)
 
 
-# A pass over a tree is the one that appends and attends in two calls.
-BODY = {"attention_append", "invariant_linear", "rms_norm"}
+def run_decompress() -> bytes:
+    return decompress(packed())
+
+
+# A step appends and attends in one call, a long chunk and a tree in two.
+BODY, STEP, CHUNK = {"invariant_linear", "rms_norm"}, {"attention_append"}, {"lambda_cache_append", "attention"}
 MATRIX: dict[str, tuple[Callable[[], Any], set[str]]] = {
-    "lmzip": (lambda: decompress(compress(TEXT)), BODY | {"quantize_cdf"}),
-    "draft": (run_draft, BODY | {"lambda_cache_append", "attention", "ngram_update", "ngram_draft"}),
+    "lmzip compress": (lambda: compress(TEXT), BODY | CHUNK | {"quantize_cdf"}),
+    "lmzip decompress": (run_decompress, BODY | STEP | {"quantize_cdf"}),
+    "draft": (run_draft, BODY | CHUNK | {"ngram_update", "ngram_draft"}),
 }
 
 
@@ -56,6 +68,7 @@ MATRIX: dict[str, tuple[Callable[[], Any], set[str]]] = {
 def test_the_kernels_of_a_model(name: str) -> None:
     run, expected = MATRIX[name]
     shipped()
+    packed()
     with Called() as called:
         run()
     own = {x.removeprefix("pycore::") for x in called.names if x.startswith("pycore::")}
@@ -79,18 +92,16 @@ def wrong_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sink_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of one token do not see the sinks."""
+    """Steps of one token see the window alone."""
     from pycore.cache import lambda_cache
 
-    real = lambda_cache.call_attention
+    real = lambda_cache.append_and_attend
 
-    def blind(op: str, query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any) -> Any:
-        if query.shape[2] == 1:
-            key = key.clone()
-            key[:, :, :1] = 0
-        return real(op, query, key, value, *args, **named)
+    def blind(*args: Any, **named: Any) -> Any:
+        given = [Lambda(0, x.window_size) if isinstance(x, Lambda) else x for x in args]
+        return real(*given, **named)
 
-    monkeypatch.setattr(lambda_cache, "call_attention", blind)
+    monkeypatch.setattr(lambda_cache, "append_and_attend", blind)
 
 
 def cdf_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +119,13 @@ def cdf_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_kernel_is_a_file_that_is_refused(
     mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = compress(TEXT)
-    shipped()
+    model = ByteModel(shipped().model, window_size=64)  # so that the sinks leave the window
+    file = compress(TEXT, model)
     mutation(monkeypatch)
     with pytest.raises(BitstreamError):
-        decompress(packed)
+        decompress(file, model)
     monkeypatch.undo()
-    assert decompress(packed) == TEXT
+    assert decompress(file, model) == TEXT
 
 
 def test_a_wrong_tree_is_another_text(monkeypatch: pytest.MonkeyPatch) -> None:

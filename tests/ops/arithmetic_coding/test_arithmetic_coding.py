@@ -99,7 +99,7 @@ def test_precision_by_the_number_of_symbols() -> None:
         cdf = ops.quantize_cdf(logits=logits, precision=None)
         assert torch.equal(cdf, ops.quantize_cdf(logits=logits, precision=precision))
         assert cdf[0, 0, -1] == 1 << precision == 1 << reference.precision_for(symbols)
-        assert (native.quantize_cdf(logits.numpy(), logits=True, precision=None) == cdf.numpy()).all()
+        assert (pycore.native.quantize_cdf(logits.numpy(), logits=True, precision=None) == cdf.numpy()).all()
         assert symbols > 1024 or math.log2((1 << precision) / ((1 << precision) - symbols)) < 1e-4
         drawn = torch.randint(symbols, (2, 9))
         streams = ops.ac_encode_logits(drawn, logits, precision=None)
