@@ -8,8 +8,8 @@ The text is every source and text file of the standard library that runs the scr
 for the shipped weights. Files whose path has a hash below 13/256 are held out, whatever else is there, so that anybody
 can say which files the model has not seen (`held_out`). One thread and a fixed seed.
 
-Matrices are trained with Muon (momentum, made orthogonal by five Newton-Schulz steps), which needs about half of
-AdamW's steps at this size; the embedding and the norms with AdamW. The rate is constant and falls to zero over the last
+Matrices are trained with Muon (momentum, made orthogonal by five Newton-Schulz steps), the embedding and the norms with
+AdamW. The rate is constant and falls to zero over the last
 steps, so that a run can be made longer while it lasts. Weights are rounded to float16 at the end, which costs less than
 0.001 bits a byte and half of the file; they are widened to float32, exactly, when they are loaded.
 """
