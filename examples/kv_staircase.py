@@ -155,14 +155,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of a causal model and its tokenizer")
     parser.add_argument("--out", type=Path, default=out, help="folder for the plot and the JSON (default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="tokens to read (default: 6144); the last third is scored")
-    parser.add_argument("--seeds", type=int, default=3, help="byte models to train (default: 3)")
+    parser.add_argument("--seeds", type=int, help="byte models to train (default: 3)")
     parser.add_argument("--steps", type=int, help="their training steps (default: 300)")
     parser.add_argument("--quick", action="store_true", help="a random model, 768 tokens and one byte model, untrained")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     options = parser.parse_args(argv)
     options.tokens = (3 * CHUNK if options.quick else 6144) if options.tokens is None else options.tokens
     options.steps = (1 if options.quick else 300) if options.steps is None else options.steps
-    options.seeds = 1 if options.quick else options.seeds
+    options.seeds = (1 if options.quick else 3) if options.seeds is None else options.seeds
     for name, least in (("tokens", 3 * CHUNK), ("seeds", 1), ("steps", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)} and must be at least {least}")

@@ -8,7 +8,7 @@ def set_cpu_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...
 def build_info() -> dict[str, object]: ...
 def quantize_cdf(
-    values: Any, *, logits: bool = False, precision: int = 16, out: Any = None, threads: int | None = None
+    values: Any, *, logits: bool = False, precision: int | None = 16, out: Any = None, threads: int | None = None
 ) -> Any: ...
 def ac_encode(
     symbols: Any, cdf: Any, *, model_id: int | None = None, lanes: int = 1, threads: int | None = None
@@ -17,14 +17,14 @@ def ac_decode(
     data: Any, offsets: Any, cdf: Any, *, model_id: int | None = None, out: Any = None, threads: int | None = None
 ) -> Any: ...
 def ac_encode_logits(
-    symbols: Any, logits: Any, *, precision: int = 16, model_id: int | None = None, threads: int | None = None
+    symbols: Any, logits: Any, *, precision: int | None = 16, model_id: int | None = None, threads: int | None = None
 ) -> tuple[Any, Any]: ...
 def ac_decode_logits(
     data: Any,
     offsets: Any,
     logits: Any,
     *,
-    precision: int = 16,
+    precision: int | None = 16,
     model_id: int | None = None,
     out: Any = None,
     threads: int | None = None,
@@ -306,6 +306,11 @@ def rms_norm_backward(
     grad_x: Any = None,
     grad_weight: Any = None,
     threads: int | None = None,
+) -> tuple[Any, Any]: ...
+def ngram_update(keys: Any, successors: Any, scores: Any, trigrams: Any, weights: Any) -> Any: ...
+def ngram_lookup(keys: Any, successors: Any, scores: Any, contexts: Any) -> tuple[Any, Any]: ...
+def ngram_draft(
+    keys: Any, successors: Any, scores: Any, first: int, second: int, *, nodes: int = 64, depth: int = 8
 ) -> tuple[Any, Any]: ...
 def staircase_quantize(
     x: Any,

@@ -20,10 +20,19 @@ struct BitstreamError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-inline int checked_precision(const char* op, int64_t precision) {
-  check_value(precision >= 1 && precision <= kMaxPrecision, op, "precision is ", precision, " and must be 1 to ",
-              kMaxPrecision);
-  return static_cast<int>(precision);
+// The least of 16 to 24 bits at which the share of one that every symbol gets takes 2^-14 of the whole, together, or
+// less: what it costs is then below 0.0001 bits a symbol. Above 1024 symbols 24 bits are all there are.
+inline int precision_for(int64_t symbols) {
+  int precision = 16;
+  while (precision < kMaxPrecision && symbols > int64_t{1} << (precision - 14)) ++precision;
+  return precision;
+}
+
+// Nothing: the precision for so many symbols.
+inline int checked_precision(const char* op, std::optional<int64_t> precision, int64_t symbols) {
+  const int64_t bits = precision ? *precision : precision_for(symbols);
+  check_value(bits >= 1 && bits <= kMaxPrecision, op, "precision is ", bits, " and must be 1 to ", kMaxPrecision);
+  return static_cast<int>(bits);
 }
 
 inline void check_alphabet(const char* op, const char* argument, int64_t symbols, int precision) {
@@ -33,7 +42,8 @@ inline void check_alphabet(const char* op, const char* argument, int64_t symbols
 }
 
 // values [..., V] -> cdf [..., V + 1]; the caller adds cdf and fault.
-inline QuantizeParams quantize_params(const char* op, const TensorView& values, bool logits, int64_t precision) {
+inline QuantizeParams quantize_params(const char* op, const TensorView& values, bool logits,
+                                      std::optional<int64_t> precision) {
   const char* argument = logits ? "logits" : "probs";
   check_on_cpu(op, argument, values);
   check_value(is_floating(values.dtype), op, argument, " has dtype ", dtype_name(values.dtype),
@@ -42,8 +52,8 @@ inline QuantizeParams quantize_params(const char* op, const TensorView& values, 
   QuantizeParams params;
   params.dtype = values.dtype;
   params.logits = logits;
-  params.precision = checked_precision(op, precision);
   params.symbols = values.shape[values.dims - 1];
+  params.precision = checked_precision(op, precision, params.symbols);
   check_alphabet(op, argument, params.symbols, params.precision);
   params.values = row_view(values);
   params.entry_stride = values.strides[values.dims - 1];
@@ -78,8 +88,9 @@ inline int64_t broadcast_stride(const char* op, const char* argument, const Tens
 }
 
 // precision: of logits; null where the model holds cumulative frequencies, whose last entry says it.
-inline CoderModel coder_model(const char* op, const char* argument, const TensorView& model, const int64_t* precision,
-                              int64_t streams, int64_t length, std::optional<int64_t> model_id) {
+inline CoderModel coder_model(const char* op, const char* argument, const TensorView& model,
+                              const std::optional<int64_t>* precision, int64_t streams, int64_t length,
+                              std::optional<int64_t> model_id) {
   check_on_cpu(op, argument, model);
   if (precision) {
     check_value(is_floating(model.dtype), op, argument, " has dtype ", dtype_name(model.dtype),
@@ -103,7 +114,7 @@ inline CoderModel coder_model(const char* op, const char* argument, const Tensor
   out.position_stride = broadcast_stride(op, argument, model, last - 1, positions, "symbols of a stream");
   out.stream_stride = broadcast_stride(op, argument, model, last - 2, streams, "streams");
   if (precision) {
-    out.precision = checked_precision(op, *precision);
+    out.precision = checked_precision(op, *precision, out.symbols);
   } else if (model.dtype == DType::kInt32 && model.count() > 0) {
     const int64_t total = model.as<int32_t>()[out.symbols * out.entry_stride];
     while (out.precision > 1 && int64_t{1} << out.precision > total) --out.precision;
@@ -131,8 +142,8 @@ inline void check_sizes(const char* op, const char* argument, const TensorView& 
 
 // The caller adds memory and results.
 inline EncodeParams encode_params(const char* op, const TensorView& symbols, const char* argument,
-                                  const TensorView& model, const int64_t* precision, std::optional<int64_t> model_id,
-                                  int64_t lanes) {
+                                  const TensorView& model, const std::optional<int64_t>* precision,
+                                  std::optional<int64_t> model_id, int64_t lanes) {
   check_on_cpu(op, "symbols", symbols);
   check_value(is_integer(symbols.dtype), op, "symbols has dtype ", dtype_name(symbols.dtype),
               " and must have an integer dtype");

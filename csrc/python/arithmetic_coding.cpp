@@ -24,7 +24,7 @@ py::object quantize(py::object values, bool logits, py::object precision, py::ob
   constexpr const char* kOp = "quantize_cdf";
   const char* argument = logits ? "logits" : "probs";
   const Array array = input(values, kOp, argument);
-  QuantizeParams params = quantize_params(kOp, array.view, logits, integer(precision, kOp, "precision"));
+  QuantizeParams params = quantize_params(kOp, array.view, logits, optional_integer(precision, kOp, "precision"));
   std::vector<int64_t> shape(array.view.shape, array.view.shape + array.view.dims);
   shape.back() += 1;
   const Array cdf = cpu_result(out, DType::kInt32, shape, kOp, "out");
@@ -82,7 +82,8 @@ py::tuple encoded(const char* op, const EncodeParams& params, const char* argume
 }
 
 py::tuple encode_with(const char* op, const py::object& symbols, const char* argument, const py::object& model,
-                      const int64_t* precision, const py::object& model_id, int64_t lanes, const py::object& threads) {
+                      const std::optional<int64_t>* precision, const py::object& model_id, int64_t lanes,
+                      const py::object& threads) {
   const Array symbols_array = input(symbols, op, "symbols"), model_array = input(model, op, argument);
   return encoded(op,
                  encode_params(op, symbols_array.view, argument, model_array.view, precision,
@@ -103,7 +104,7 @@ py::object decoded(const char* op, const py::object& data, const py::object& off
 }
 
 py::object decode_with(const char* op, const py::object& data, const py::object& offsets, const char* argument,
-                       const py::object& model, const int64_t* precision, const py::object& model_id,
+                       const py::object& model, const std::optional<int64_t>* precision, const py::object& model_id,
                        const py::object& out, const py::object& threads) {
   const Array model_array = input(model, op, argument);
   const std::optional<int64_t> id = optional_integer(model_id, op, "model_id");
@@ -126,14 +127,14 @@ py::object ac_decode(py::object data, py::object offsets, py::object cdf, py::ob
 py::tuple ac_encode_logits(py::object symbols, py::object logits, py::object precision, py::object model_id,
                            py::object threads) {
   constexpr const char* kOp = "ac_encode_logits";
-  const int64_t bits = integer(precision, kOp, "precision");
+  const std::optional<int64_t> bits = optional_integer(precision, kOp, "precision");
   return encode_with(kOp, symbols, "logits", logits, &bits, model_id, 1, threads);
 }
 
 py::object ac_decode_logits(py::object data, py::object offsets, py::object logits, py::object precision,
                             py::object model_id, py::object out, py::object threads) {
   constexpr const char* kOp = "ac_decode_logits";
-  const int64_t bits = integer(precision, kOp, "precision");
+  const std::optional<int64_t> bits = optional_integer(precision, kOp, "precision");
   return decode_with(kOp, data, offsets, "logits", logits, &bits, model_id, out, threads);
 }
 
@@ -204,7 +205,8 @@ constexpr const char* kTorchacDecodeDoc = R"(Inverse of `torchac_encode`: int16 
 constexpr const char* kQuantizeDoc =
     R"(Integer cumulative frequencies of probabilities or logits: see pycore.ops.quantize_cdf.
 
-values [..., V]: float32, float64, float16 or bfloat16. Returns int32 [..., V + 1], in `out` if given.)";
+values [..., V]: float32, float64, float16 or bfloat16. Returns int32 [..., V + 1], in `out` if given.
+precision None: enough for V symbols.)";
 
 constexpr const char* kEncodeDoc = R"(One stream per row of symbols: see pycore.ops.ac_encode.
 

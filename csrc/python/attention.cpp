@@ -174,6 +174,8 @@ py::tuple attention_append(py::object query, py::object key, py::object value, p
   appended.sink_size = keywords.integer("sink_size").value_or(0);
   appended.most = keywords.integer("most").value_or(-1);
   Inputs inputs(kOp, query, key_cache, value_cache, keywords);
+  inputs.names[1] = "key_cache";
+  inputs.names[2] = "value_cache";
   for (const TensorView* given : {&inputs.args.key_starts, &inputs.args.key_lengths, &inputs.args.key_offset}) {
     check_value(!given->defined(), kOp,
                 "the cache says where keys are: key_starts, key_lengths and key_offset must be None");

@@ -15,6 +15,7 @@ void register_attention_blocks(pybind11::module_& m);
 void register_attention_cache(pybind11::module_& m);
 void register_linear(pybind11::module_& m);
 void register_linear_pointwise(pybind11::module_& m);
+void register_ngram(pybind11::module_& m);
 void register_staircase(pybind11::module_& m);
 void register_staircase_attention(pybind11::module_& m);
 void register_staircase_cache(pybind11::module_& m);

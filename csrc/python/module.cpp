@@ -73,6 +73,7 @@ PYBIND11_MODULE(native, m) {
   register_attention_cache(m);
   register_linear(m);
   register_linear_pointwise(m);
+  register_ngram(m);
   register_staircase(m);
   register_staircase_attention(m);
   register_staircase_cache(m);

@@ -28,7 +28,7 @@ Tensor scratch_tensor(const char* op, int64_t bytes, const char* argument = "scr
   return empty_cpu(op, argument, {bytes}, ScalarType::Byte);
 }
 
-Tensor quantize_cdf_cpu(const Tensor& values, bool logits, int64_t precision) {
+Tensor quantize_cdf_cpu(const Tensor& values, bool logits, std::optional<int64_t> precision) {
   constexpr const char* kOp = "quantize_cdf";
   QuantizeParams params = quantize_params(kOp, view(values, kOp, logits ? "logits" : "probs"), logits, precision);
   const auto sizes = values.sizes();
@@ -83,7 +83,8 @@ std::tuple<Tensor, Tensor> encoded(const char* op, const EncodeParams& params, c
 }
 
 std::tuple<Tensor, Tensor> encode_with(const char* op, const Tensor& symbols, const char* argument, const Tensor& model,
-                                       const int64_t* precision, std::optional<int64_t> model_id, int64_t lanes) {
+                                       const std::optional<int64_t>* precision, std::optional<int64_t> model_id,
+                                       int64_t lanes) {
   return encoded(
       op,
       encode_params(op, view(symbols, op, "symbols"), argument, view(model, op, argument), precision, model_id, lanes),
@@ -100,7 +101,7 @@ Tensor decoded(const char* op, const Tensor& data_any, const Tensor& offsets_any
 }
 
 Tensor decode_with(const char* op, const Tensor& data, const Tensor& offsets, const char* argument, const Tensor& model,
-                   const int64_t* precision, std::optional<int64_t> model_id) {
+                   const std::optional<int64_t>* precision, std::optional<int64_t> model_id) {
   const TensorView model_view = view(model, op, argument);
   return decoded(op, data, offsets, argument, false, [&](DecodeParams* params) {
     params->model = coder_model(op, argument, model_view, precision, params->streams, params->length, model_id);
@@ -116,13 +117,13 @@ Tensor ac_decode_cpu(const Tensor& data, const Tensor& offsets, const Tensor& cd
   return decode_with("ac_decode", data, offsets, "cdf", cdf, nullptr, model_id);
 }
 
-std::tuple<Tensor, Tensor> ac_encode_logits_cpu(const Tensor& symbols, const Tensor& logits, int64_t precision,
-                                                std::optional<int64_t> model_id) {
+std::tuple<Tensor, Tensor> ac_encode_logits_cpu(const Tensor& symbols, const Tensor& logits,
+                                                std::optional<int64_t> precision, std::optional<int64_t> model_id) {
   return encode_with("ac_encode_logits", symbols, "logits", logits, &precision, model_id, 1);
 }
 
-Tensor ac_decode_logits_cpu(const Tensor& data, const Tensor& offsets, const Tensor& logits, int64_t precision,
-                            std::optional<int64_t> model_id) {
+Tensor ac_decode_logits_cpu(const Tensor& data, const Tensor& offsets, const Tensor& logits,
+                            std::optional<int64_t> precision, std::optional<int64_t> model_id) {
   return decode_with("ac_decode_logits", data, offsets, "logits", logits, &precision, model_id);
 }
 
@@ -168,13 +169,13 @@ Tensor torchac_decode_cpu(const Tensor& cdf, const Tensor& byte_stream) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
-  m.def("quantize_cdf(Tensor values, bool logits, SymInt precision) -> Tensor");
+  m.def("quantize_cdf(Tensor values, bool logits, SymInt? precision) -> Tensor");
   m.def("ac_encode(Tensor symbols, Tensor cdf, SymInt? model_id, SymInt lanes) -> (Tensor data, Tensor offsets)");
   m.def("ac_decode(Tensor data, Tensor offsets, Tensor cdf, SymInt? model_id) -> Tensor");
   m.def(
-      "ac_encode_logits(Tensor symbols, Tensor logits, SymInt precision, SymInt? model_id) "
+      "ac_encode_logits(Tensor symbols, Tensor logits, SymInt? precision, SymInt? model_id) "
       "-> (Tensor data, Tensor offsets)");
-  m.def("ac_decode_logits(Tensor data, Tensor offsets, Tensor logits, SymInt precision, SymInt? model_id) -> Tensor");
+  m.def("ac_decode_logits(Tensor data, Tensor offsets, Tensor logits, SymInt? precision, SymInt? model_id) -> Tensor");
   m.def("ac_encode_bytes(Tensor data, SymInt order) -> (Tensor data, Tensor offsets)");
   m.def("ac_decode_bytes(Tensor data, Tensor offsets) -> Tensor");
   m.def("torchac_encode(Tensor cdf, Tensor sym) -> Tensor");

@@ -517,7 +517,8 @@ class StaircaseKVCache:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on elsewhere; the tensors are the cache's own."""
         rotations = dict(zip(("key_rotation", "value_rotation"), (side.rotation for side in self._sides), strict=True))
-        key, value = (trimmed(side, self._rows // self.staircase.group_size) for side in self._storage)
+        tiles = self._rows // self.staircase.group_size
+        key, value = (trimmed(x, side.rings(), tiles) for x, side in zip(self._storage, self._sides, strict=True))
         tensors = {"key": key, "value": value, "lengths": self._lengths, "peak": self._peak}
         return self._settings() | rotations | tensors
 

@@ -61,17 +61,17 @@ def held_bytes(x: Tensor) -> int:
     return _PAGE * sum(bool(word & (_PRESENT | _SWAPPED)) and not word & _OF_FILE for word in words)
 
 
-def trimmed(storage: list[Tensor], tiles: int) -> list[Tensor]:
-    """A side without the tiles past the cache's room, which a prefix's pages bring."""
-    planes = [x[:, :, : max(tiles, 1)] if x.dim() == 4 and x.shape[2] > tiles else x for x in storage[1:]]
-    return [storage[0], *planes]
+def trimmed(storage: list[Tensor], rings: list[int], tiles: int) -> list[Tensor]:
+    """A side without the tiles past the cache's room, which a prefix's pages bring; rings have none."""
+    whole = {0, *rings}
+    return [x if i in whole or x.dim() < 4 else x[:, :, : max(tiles, 1)] for i, x in enumerate(storage)]
 
 
 class _Part(NamedTuple):
     """A tensor of the storage that lies in the file."""
 
     side: int
-    index: int
+    place: int  # in the side
     offset: int  # bytes into the file
     shape: tuple[int, ...]  # of one row
     dtype: torch.dtype
@@ -99,6 +99,8 @@ class StaircasePrefix:
         tokens = int(cache._peak.max()) if cache.batch else 0
         used = -(-tokens // group)
         self._rows = cache._up(tokens + room if cache.capacity is None else cache.capacity)
+        if any(side.full_rows is None for side in cache._sides):  # copied as it is
+            self._rows = cache._rows
         shared = [
             (which, i)
             for which, side in enumerate(cache._sides)
@@ -126,13 +128,13 @@ class StaircasePrefix:
                 os.truncate(self._file, size)
                 bytes_of_all = mmap.mmap(self._file, size)
                 for part in self._parts:
-                    x = cache._storage[part.side][part.index]
+                    x = cache._storage[part.side][part.place]
                     to = torch.frombuffer(
                         bytes_of_all, dtype=part.dtype, offset=part.offset, count=x.shape[0] * math.prod(part.shape)
                     ).view(x.shape[0], *part.shape)
                     to[:, :, :used] = x[:, :, :used]
             for part in self._parts:
-                self._own[part.side][part.index] = torch.zeros(0, dtype=part.dtype)
+                self._own[part.side][part.place] = torch.zeros(0, dtype=part.dtype)
 
     @property
     def lengths(self) -> Tensor:
@@ -142,7 +144,7 @@ class StaircasePrefix:
     @property
     def nbytes(self) -> int:
         """Bytes that the prefix keeps, continuations not counted; those have their own `nbytes`."""
-        shared = os.fstat(self._file).st_blocks * 512 if self._parts else 0
+        shared = os.fstat(self._file).st_blocks * 512 if self._file >= 0 else 0
         return shared + sum(x.numel() * x.element_size() for storage in self._own for x in storage)
 
     def fork(self, repeats: int = 1) -> StaircaseKVCache:
@@ -162,7 +164,7 @@ class StaircasePrefix:
         with torch.inference_mode(False):
             storage = [[x.repeat_interleave(repeats, 0) if x.dim() == 4 else x for x in each] for each in self._own]
             for part in self._parts:
-                storage[part.side][part.index] = self._view(part, batch, repeats)
+                storage[part.side][part.place] = self._view(part, batch, repeats)
             cache._lengths = self._lengths.repeat_interleave(repeats)
             cache._peak = self._peak.repeat_interleave(repeats)
         cache.batch, cache._storage, cache._rows = batch, storage, self._rows

@@ -174,7 +174,8 @@ class Bytelm(nn.Module):
 
         Args:
             tokens: int64 ``[batch, length]``, bytes and :data:`BOS`.
-            schedule: which keys a query attends to, from :mod:`pycore.schedules`. With caches, theirs.
+            schedule: which keys a query attends to, from :mod:`pycore.schedules`. With caches, theirs, unless it is a
+                ``Tree`` of drafts, which the tokens then are; the caches' ``accept`` keeps a branch.
             distance_limit: distances beyond it are seen as it. None stands for the window with ``Lambda``, as in
                 LM-Infinite, and for no limit elsewhere.
             caches: from :meth:`caches`; tokens then follow what the caches have seen.

@@ -14,7 +14,7 @@ from pycore.cache import LambdaKVCache
 from pycore.nn.linear import Projection
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.positions import alibi_slopes, rope_alibi_harmonic, rope_tables, t5_bias
-from pycore.schedules import Causal, Lambda, Schedule
+from pycore.schedules import Causal, Lambda, Schedule, Tree
 
 __all__ = ["POSITIONS", "LambdaAttention", "PositionScheme", "SelfAttention"]
 
@@ -153,7 +153,7 @@ class SelfAttention(nn.Module):
         Args:
             x: ``[batch, length, dim]``.
             options: of the attention op.
-            schedule: which keys a query keeps; the cache's own affair where there is one.
+            schedule: which keys a query keeps; the cache's own affair where there is one, but for the drafts of a Tree.
             cache: is given the new keys and values, and answers the new queries.
             starts: int64 ``[batch]``, tokens at the front of x that are padding.
         """
@@ -161,6 +161,9 @@ class SelfAttention(nn.Module):
         if cache is None:
             options = options._replace(key_starts=starts)
             mixed: Any = call_attention("attention", query, key, value, schedule, options)
+        elif isinstance(schedule, Tree):
+            cache.append(key, value, starts=starts)
+            mixed = cache.attend(query, tree=schedule, **options.for_cache())
         else:
             mixed = cache.append_and_attend(query, key, value, starts=starts, **options.for_cache())
         return self.out(mixed.transpose(1, 2).flatten(2))

@@ -15,6 +15,7 @@ from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
 from pycore.ops.linear import gelu_mul, invariant_linear, layer_norm, rms_norm, silu_mul
 from pycore.ops.linear_pointwise import rotary_tables, rotate, softcap
+from pycore.ops.ngram import ngram_draft, ngram_lookup, ngram_update
 from pycore.ops.pairwise import pairwise_logsumexp, pairwise_min, pairwise_topk
 from pycore.ops.pairwise_clusters import hamming_topk, kmeans, pack_bits, sinkhorn
 from pycore.ops.pairwise_losses import contrastive_loss, linear_cross_entropy, maxsim
@@ -39,6 +40,9 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "maxsim",
+    "ngram_draft",
+    "ngram_lookup",
+    "ngram_update",
     "pack_bits",
     "pairwise_logsumexp",
     "pairwise_min",

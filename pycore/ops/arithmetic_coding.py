@@ -37,7 +37,7 @@ __all__ = [
 _BitstreamError: type[ValueError] = _load.native().BitstreamError
 
 
-def quantize_cdf(probs: Tensor | None = None, *, logits: Tensor | None = None, precision: int = 16) -> Tensor:
+def quantize_cdf(probs: Tensor | None = None, *, logits: Tensor | None = None, precision: int | None = 16) -> Tensor:
     """Integer cumulative frequencies: cdf[i] = i + floor(C[i] (2^precision - V) / C[V]), C the running sum of counts.
 
     Counts are integers, so the same input gives the same cdf on every device. A probability's count is
@@ -50,7 +50,8 @@ def quantize_cdf(probs: Tensor | None = None, *, logits: Tensor | None = None, p
         probs: [..., V], float32, float64, float16 or bfloat16, on the CPU, any strides; finite and not negative.
         logits: the same in place of probs. -inf is a symbol that gets no more than the least share. float64 is rounded
             to float32 first.
-        precision: 1 to 24; V is at most 2^precision.
+        precision: 1 to 24; V is at most 2^precision. None chooses by V: the least from 16 on at which the shares of one
+            take 2^-14 of the whole, or less, which is 22 for 256 symbols; 24 from 513 symbols on.
 
     Returns:
         int32 [..., V + 1], contiguous: 0 first, 2^precision last, rising.
@@ -70,7 +71,8 @@ def quantize_cdf(probs: Tensor | None = None, *, logits: Tensor | None = None, p
         raise ValueError(f"quantize_cdf: {given} of probs and logits is given and one of them must be")
     values, name = (logits, "logits") if probs is None else (probs, "probs")
     _check_tensors("quantize_cdf", **{name: values})
-    check_int("quantize_cdf", "precision", precision)
+    if precision is not None:
+        check_int("quantize_cdf", "precision", precision)
     return torch.ops.pycore.quantize_cdf(values, probs is None, precision)
 
 
@@ -141,7 +143,7 @@ def ac_decode(streams: Bitstreams, cdf: Tensor, *, model_id: int | None = None) 
 
 
 def ac_encode_logits(
-    symbols: Tensor, logits: Tensor, *, precision: int = 16, model_id: int | None = None
+    symbols: Tensor, logits: Tensor, *, precision: int | None = 16, model_id: int | None = None
 ) -> Bitstreams:
     """The bytes of ac_encode(symbols, quantize_cdf(logits=logits, precision=precision)), without the cdf in memory.
 
@@ -158,13 +160,14 @@ def ac_encode_logits(
         IndexError, ValueError, TypeError: as `ac_encode` and `quantize_cdf`.
     """
     _check_tensors("ac_encode_logits", symbols=symbols, logits=logits)
-    check_int("ac_encode_logits", "precision", precision)
+    if precision is not None:
+        check_int("ac_encode_logits", "precision", precision)
     _check_model_id("ac_encode_logits", model_id)
     return Bitstreams(*torch.ops.pycore.ac_encode_logits(symbols, logits, precision, model_id))
 
 
 def ac_decode_logits(
-    streams: Bitstreams, logits: Tensor, *, precision: int = 16, model_id: int | None = None
+    streams: Bitstreams, logits: Tensor, *, precision: int | None = 16, model_id: int | None = None
 ) -> Tensor:
     """Inverse of `ac_encode_logits`, for logits that are known for all positions.
 
@@ -186,7 +189,8 @@ def ac_decode_logits(
     """
     _check_streams("ac_decode_logits", streams)
     _check_tensors("ac_decode_logits", streams=streams.data, logits=logits)
-    check_int("ac_decode_logits", "precision", precision)
+    if precision is not None:
+        check_int("ac_decode_logits", "precision", precision)
     _check_model_id("ac_decode_logits", model_id)
     op = torch.ops.pycore.ac_decode_logits
     return _decoded("ac_decode_logits", op, streams.data, streams.offsets, logits, precision, model_id)

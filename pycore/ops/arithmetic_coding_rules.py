@@ -19,7 +19,7 @@ __all__: list[str] = []
 
 
 @torch.library.register_fake("pycore::quantize_cdf")
-def _quantize_fake(values: Tensor, logits: bool, precision: int) -> Tensor:
+def _quantize_fake(values: Tensor, logits: bool, precision: int | None) -> Tensor:
     return values.new_empty((*values.shape[:-1], values.shape[-1] + 1), dtype=torch.int32)
 
 

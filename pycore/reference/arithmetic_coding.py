@@ -56,8 +56,14 @@ def counts_of_logits(logits: Sequence[float]) -> list[int]:
     return [POWERS[(highest - point) % 16] >> (highest - point) // 16 for point in points]
 
 
-def cdf_of_counts(counts: Sequence[int], precision: int = 16) -> list[int]:
-    """cdf[i] = i + floor(C[i] (2^P - V) / C[V]) with C the running sums of the counts."""
+def precision_for(symbols: int) -> int:
+    """The least of 16 to 24 bits at which V symbols' shares of one take 2^-14 of the whole, or 24."""
+    return min(24, max(16, 14 + (symbols - 1).bit_length()))
+
+
+def cdf_of_counts(counts: Sequence[int], precision: int | None = 16) -> list[int]:
+    """cdf[i] = i + floor(C[i] (2^P - V) / C[V]) with C the running sums of the counts; None: P by V."""
+    precision = precision_for(len(counts)) if precision is None else precision
     shared, total, running = (1 << precision) - len(counts), sum(counts), 0
     cdf = [0]
     for i, count in enumerate(counts, 1):

@@ -117,16 +117,16 @@ def test_rows_padded_on_the_left_go_on_as_if_alone() -> None:
 
 def test_growing_copies_what_is_held_now_and_then() -> None:
     """So that a token costs the same however many there are."""
-    cache, copies = KVCache(), 0
+    cache, copied = KVCache(), 0
     _, k, v = tokens(4000, batch=1)
     memory = 0
     for i in range(4000):
         cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
-        copies += cache.nbytes if cache.nbytes != memory else 0
+        copied += memory if cache.nbytes != memory else 0
         memory = cache.nbytes
     assert torch.equal(cache.keys(), k)
     bytes_of_all = (k.numel() + v.numel()) * 4
-    assert copies < 4 * bytes_of_all
+    assert copied < 3 * bytes_of_all  # 2/3 + 4/9 + ... of room for at most half more than there is
     assert memory < 1.6 * bytes_of_all
 
 

@@ -296,11 +296,11 @@ def test_second_turn() -> None:
 
 
 def test_compiled_with_static_shapes(no_dynamo_state: None) -> None:
-    """Token by token through a compiled model, whose graphs break at the cache and are not made anew as it fills."""
+    """Tokens one at a time: graphs break at the cache, and are not made anew as it fills."""
     model, ids = use(tiny("llama"), "stairs_causal"), tokens(2, 160)
     cache, other = (StaircaseCache(model.config, LADDER, capacity=256) for _ in range(2))
     expected = in_chunks(model, other, ids, [100, *[1] * 60])
-    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    compiled = torch.compile(model, backend="aot_eager")
     first = in_chunks(compiled, cache, ids[:, :104], [100, 1, 1, 1, 1])
     with torch.compiler.set_stance("fail_on_recompile"):
         rest = in_chunks(compiled, cache, ids[:, 104:], [1] * 56)

@@ -6,6 +6,7 @@
 // Both sums, this one s' and the score s, differ from the exact one by at most as many roundings as they have steps,
 // each of at most 2^-24 sum |x_d y_d| <= 2^-24 |x| |y|. So s <= s' + e |x| |y|, where e counts the steps of both with
 // room for the last few operations, and terms that underflow, in |y|^2 or in a sum, cost 2^-126 each.
+// For at most 2^16 channels, up to where a hundredth is room enough for the lengths' own roundings.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@ inline void bounds_of(const PairwiseParams& params, int64_t batch, int64_t first
   const int64_t dim = params.dim;
   const float* x[R];
   float error[R];
-  const float terms = static_cast<float>(dim), tiny = terms * 0x1p-126f;
+  const float terms = static_cast<float>(dim), tiny = terms * 0x1p-124f;
   const float unit = (terms + terms / 8 + 64) * 0x1p-24f;
   for (int r = 0; r < R; ++r) {
     x[r] = params.x.at<float>(batch, first + r);

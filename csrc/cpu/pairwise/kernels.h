@@ -19,7 +19,7 @@ struct Range {
 // Rows of a segment in scratch lie this far apart: whole vectors, and no power of two, which would share cache sets.
 inline constexpr int64_t kSegmentStride = kPairwiseSegment + 16;
 
-inline constexpr int64_t kBoundedRows = 4;
+inline constexpr int64_t kBoundedRows = 4, kMostBoundedDim = 1 << 16;
 
 struct PairwiseKernels {
   int64_t scratch;  // bytes a thread

@@ -135,7 +135,8 @@ void scan(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int6
   char* const scores = memory + aligned(kernels.scratch);
   const Range rows = {all.begin, std::max(all.begin, std::min(all.end, rows_of(params, batch)))};
   const int64_t end = std::min(columns.end, columns_of(params, batch));
-  const bool bounded = kernels.bounds && !params.euclidean && rows.count() <= kBoundedRows && params.dim > 0;
+  const bool bounded = kernels.bounds && !params.euclidean && rows.count() <= kBoundedRows && params.dim > 0 &&
+                       params.dim <= kMostBoundedDim;
   for (int64_t r = 0; r < all.count(); ++r) lists.held[r] = 0;
   for (int64_t begin = columns.begin; begin < end && rows.count() > 0; begin += kPairwiseSegment) {
     const Range segment = {begin, std::min(begin + kPairwiseSegment, end)};

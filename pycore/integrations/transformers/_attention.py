@@ -179,14 +179,17 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _evicted(call: _Call, key: Tensor) -> Tensor:
-    """How many tokens of each row a sliding window has left behind, int64 [B]; padding is none."""
-    evicted = torch.full((key.shape[0],), call.evicted, dtype=torch.int64, device=key.device)
-    if call.spans is None:
-        return evicted
+    """How many tokens of each row a sliding window has left behind, int64 [B]; padding on the left is none.
+
+    Where the window holds no padding any more there are no spans, and the position ids alone know a row's padding.
+    """
+    most = torch.full((key.shape[0],), call.evicted, dtype=torch.int64, device=key.device)
+    spans = call.spans
     if call.position_ids is None:
-        return torch.where(call.spans.key_starts > 0, 0, evicted)
-    tokens = call.position_ids[:, -1] + 1  # with padding on the left
-    return (tokens - (call.spans.key_lengths - call.spans.key_starts)).clamp(min=0).minimum(evicted)
+        return most if spans is None else torch.where(spans.key_starts > 0, 0, most)
+    held = key.shape[2] if spans is None else spans.key_lengths - spans.key_starts
+    tokens = (call.position_ids[:, -1] + 1).expand(key.shape[0])
+    return (tokens - held).clamp(min=0).minimum(most)
 
 
 def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class StaircaseLayer(StoreLayer):
         """Whether `append_and_attend` can undo that it took these tokens."""
         return starts is None and key.shape[2] <= self.rollback
 
+    @torch.compiler.disable  # what it does depends on lengths, which would be a graph for every token
     def append_and_attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, starts: Tensor | None, schedule: Schedule, **options: Any
     ) -> Tensor:
@@ -89,6 +90,7 @@ class StaircaseLayer(StoreLayer):
         self._seen += key.shape[2]
         return out
 
+    @torch.compiler.disable
     def _unpacked(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values for any attention: those held as the first new token reads them, and the new ones in full.
 

@@ -82,6 +82,7 @@ def test_bytes_are_in_memory_once() -> None:
     cache = made(stairs, batch=1, heads=4, dim=64, dtype=torch.bfloat16, capacity=8192)
     for _ in range(32):
         cache.append(*(tokens(250, batch=1, heads=4, dim=64, dtype=torch.bfloat16) for _ in "kv"))
+    cache.crop(0)  # lets go of the last chunk
     rings = sum(
         side[i].nbytes
         for side, what in zip(cache._storage, cache._sides, strict=True)
@@ -89,7 +90,7 @@ def test_bytes_are_in_memory_once() -> None:
         if i in what.rings()
     )
     prefix = cache.freeze()
-    assert cache.nbytes <= prefix.nbytes + 8192 * 4 * 2 * 5 <= cache.nbytes * 1.1
+    assert 0.95 * cache.nbytes < prefix.nbytes <= cache.nbytes
     forks = [prefix.fork() for _ in range(5)]
     assert [fork.nbytes for fork in forks] == [rings] * 5
     key, value = (tokens(128, batch=1, heads=4, dim=64, dtype=torch.bfloat16) for _ in "kv")
@@ -98,7 +99,6 @@ def test_bytes_are_in_memory_once() -> None:
         fork.attend(tokens(1, batch=1, heads=8, dim=64))
     # Two tiles of each of six tensors a side and four heads: a page or two for each.
     assert all(rings < fork.nbytes <= rings + 2 * 5 * 4 * 2 * 4096 for fork in forks)
-    assert prefix.nbytes < cache.nbytes
     copy = prefix.fork()
     copy.select(torch.tensor([0]))
     assert copy.nbytes >= cache.nbytes  # no longer shared

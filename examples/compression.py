@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lmzip beside gzip, bz2, xz, zstd and brotli: ratio and speed, on whole files and on records of 2 KB.
+
+The files are those of the standard library that the shipped model was not trained on (the first 16 KB of each), and
+whatever --text names, as the texts of the Canterbury corpus (in the source package of brotli, tests/testdata).
+
+    python examples/compression.py [--files 24] [--text FILE ...]     # table and JSON under examples/out/
+    python examples/compression.py --quick                            # one file, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import lzma
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import Parser, Progress, UserError, facts, make_folder, run_main, write
+
+from pycore.models.lmzip import compress, decompress
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.train_bytelm import corpus
+
+NAME = "compression"
+RECORD, MOST = 2048, 16384
+Coder = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
+
+
+def coders() -> dict[str, Coder]:
+    """Every compressor that is installed, at its densest."""
+    found: dict[str, Coder] = {
+        "lmzip": (compress, decompress),
+        "gzip -9": (lambda x: zlib.compress(x, 9, 31), lambda x: zlib.decompress(x, 31)),
+        "bz2 -9": (bz2.compress, bz2.decompress),
+        "xz -9e": (lambda x: lzma.compress(x, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+    }
+    try:
+        import zstandard
+
+        zstd = zstandard.ZstdCompressor(level=19), zstandard.ZstdDecompressor()
+        found["zstd -19"] = (zstd[0].compress, zstd[1].decompress)
+    except ImportError:
+        print("zstandard is not installed and left out")
+    try:
+        import brotli
+
+        found["brotli -11"] = (brotli.compress, brotli.decompress)
+    except ImportError:
+        print("brotli is not installed and left out")
+    return found
+
+
+def measure(name: str, parts: list[bytes], coder: Coder, progress: Progress, done: int) -> dict[str, Any]:
+    """Sizes and times over all parts; what comes back is compared."""
+    size = seconds = back = 0.0
+    for n, part in enumerate(parts, 1):
+        started = time.perf_counter()
+        packed = coder[0](part)
+        middle = time.perf_counter()
+        again = coder[1](packed)
+        back += time.perf_counter() - middle
+        seconds += middle - started
+        if again != part:
+            raise UserError(f"{name} gave back something else")
+        size += len(packed)
+        progress.update(done + n, name)
+    total = sum(map(len, parts))
+    return {
+        "name": name, "bytes": total, "packed": int(size), "ratio": total / size, "bits_per_byte": 8 * size / total,
+        "compress_kb_per_s": total / 1000 / seconds, "decompress_kb_per_s": total / 1000 / back,
+    }  # fmt: skip
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+    lines = [f"{title:<34}{'ratio':>8}{'bits/byte':>11}{'packs KB/s':>12}{'unpacks KB/s':>14}"]
+    for row in rows:
+        speeds = f"{row['compress_kb_per_s']:>12.1f}{row['decompress_kb_per_s']:>14.1f}"
+        lines.append(f"{row['name']:<34}{row['ratio']:>8.2f}{row['bits_per_byte']:>11.3f}{speeds}")
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures everything; returns the exit status: 1 if lmzip is below 1.3 times gzip's ratio on records."""
+    make_folder(options.out)
+    held_out = [data[:MOST] for _, data in corpus()[1] if len(data) >= RECORD]
+    step = max(1, len(held_out) // options.files)
+    files = held_out[::step][: options.files]
+    records = [data[:RECORD] for data in files]
+    parts = {f"{len(files)} held-out files": files, f"{len(records)} records of {RECORD} bytes": records}
+    for path in options.text:
+        try:
+            parts[path.name] = [path.read_bytes()[: options.most]]
+        except OSError as error:
+            raise UserError(f"--text {path} cannot be read: {error.strerror}") from error
+    found = coders()
+    progress = Progress(NAME, len(found) * sum(map(len, parts.values())))
+    result: dict[str, Any] = {"name": NAME, "quick": options.quick, **facts(), "parts": {}}
+    done = 0
+    for title, texts in parts.items():
+        rows = []
+        for name, coder in found.items():
+            rows.append(measure(name, texts, coder, progress, done))
+            done += len(texts)
+        result["parts"][title] = rows
+        print(table(title, rows))
+    write(result, options.out / (f"{NAME}_quick" if options.quick else NAME), None)
+    ratio = {row["name"]: row["ratio"] for row in result["parts"][f"{len(records)} records of {RECORD} bytes"]}
+    factor = ratio["lmzip"] / ratio["gzip -9"]
+    print(f"on records lmzip has {factor:.2f} times gzip's ratio")
+    return 0 if options.quick or factor >= 1.3 else 1
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "out")
+    parser.add_argument("--files", type=int, default=24, help="held-out files (default: %(default)s)")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="other texts, each by itself")
+    parser.add_argument("--most", type=int, default=60000, help="bytes of each of these (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one file")
+    options = parser.parse_args(argv)
+    for name in ("files", "most"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)} and must be at least 1")
+    options.files = 1 if options.quick else options.files
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return run_main(NAME, lambda: run(arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
