@@ -62,7 +62,9 @@ def test_a_default_by_name() -> None:
     x, weight, eps = torch.ones(2, 3), torch.ones(3), 0.0
     expected = {"x": x, "weight": weight, "eps": eps, "numbers": None, "plus_one": False}
     assert schema.named([x, weight, eps]) == expected
-    assert torch.equal(schema.call({"numbers": None, "eps": eps, "weight": weight, "x": x, "more": 1}), x)
+    assert torch.equal(
+        schema.call({"numbers": None, "eps": eps, "weight": weight, "x": x, "plus_one": False, "more": 1}), x
+    )
     assert Schema("attention").get([], "symmetric_bias") is False
 
 

@@ -15,16 +15,18 @@ class Table:
     def update(self, first: int, second: int, token: int, weight: int) -> None:
         """Adds the weight to the score of a trigram."""
         row = self.rows.setdefault((first, second), [])
-        held = dict(row)
-        if token in held:
-            weight += held[token]
-            row.remove((token, held[token]))
-        elif len(row) == SLOTS:
+        place = next((n for n, (held, _) in enumerate(row) if held == token), len(row))
+        if place < len(row):
+            weight += row.pop(place)[1]
+        elif place == SLOTS:
             if weight < row[-1][1]:
                 return
             row.pop()
+            place -= 1
         score = min(weight, MOST_SCORE)
-        row.insert(sum(other >= score for _, other in row), (token, score))
+        while place > 0 and row[place - 1][1] < score:  # of equal scores the one that was there stays first
+            place -= 1
+        row.insert(place, (token, score))
 
     def draft(self, first: int, second: int, nodes: int, depth: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of the likeliest continuations, best first."""

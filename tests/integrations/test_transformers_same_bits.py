@@ -232,6 +232,7 @@ def test_undo_and_state(family: str, tmp_path: Path) -> None:
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation=attention).eval()
+    assert type(loaded) is classes[0]
     assert torch.equal(logits(loaded, ids), plain) and torch.equal(logits(same_bits(loaded), ids), changed)
     assert same_bits(model, undo=True) is model
     assert [type(module) for module in model.modules()] == classes

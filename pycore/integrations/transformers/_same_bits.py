@@ -122,6 +122,10 @@ class _Derived:
 
     _pycore_base: type
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What is made by a module's own class, as `type(model).from_pretrained` does, is a plain one."""
+        return cls._pycore_base(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes are made as they are needed, so that a copy asks for its own."""
         return _remade, (self._pycore_base, type(self).__mro__[1]), self.__dict__
