@@ -110,7 +110,7 @@ class NgramTable:
             BitstreamError: the file is damaged, or none of these.
         """
         data = Path(path).read_bytes()
-        if len(data) < HEADER.size or data[:5] != b"PCNG\1":
+        if len(data) < HEADER.size or data[:8] != b"PCNG\1\0\0\0":
             raise BitstreamError("NgramTable.load: path does not begin as a table of version 1 does")
         _, _, check, pairs, count = HEADER.unpack_from(data)
         body = data[HEADER.size :]

@@ -38,7 +38,7 @@ def texts() -> dict[str, bytes]:
         "two bytes": b"ab",
         "source": SOURCE[:3001],
         "utf-8": "Größe, naïve, Λ-Maske, 日本語 \N{SNOWMAN}\n".encode() * 12,
-        "c++": (ROOT / "csrc" / "README.md").read_bytes()[:2048],
+        "prose": (ROOT / "csrc" / "README.md").read_bytes()[:2048],
         "machine code": NATIVE[4096:6000],
         "zeros": bytes(1500),
         "every byte": bytes(range(256)) * 3,
@@ -68,28 +68,28 @@ def test_round_trips(name: str) -> None:
     packed = compress(data)
     assert decompress(packed) == data
     assert len(packed) <= len(data) + HEADER.size
-    if name in ("source", "c++", "zeros"):
-        assert len(packed) < len(data) / 2
+    if name in ("source", "prose", "zeros"):
+        assert len(packed) < 0.6 * len(data)
 
 
 def test_ways_of_cutting_up_are_the_same_bytes() -> None:
-    data = SOURCE[4000:7000]
-    expected = compress(data, segment=700)
-    for batch, chunk in ((1, 1024), (2, 700), (64, 1), (3, 33)):
-        assert compress(data, segment=700, batch=batch, chunk=chunk) == expected
+    data = SOURCE[4000:5400]
+    expected = compress(data, segment=300)
+    for batch, chunk in ((1, 1024), (2, 300), (64, 1), (3, 33)):
+        assert compress(data, segment=300, batch=batch, chunk=chunk) == expected
         assert decompress(expected, batch=batch) == data
-    assert compress(data, segment=701) != expected
+    assert compress(data, segment=301) != expected
     assert decompress(compress(data, segment=1 << 20)) == data
 
 
 def test_threads_are_the_same_bytes() -> None:
-    data = SOURCE[9000:11500]
+    data = SOURCE[9000:10500]
     before = torch.get_num_threads()
     try:
         packed = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            packed.append(compress(data, segment=600))
+            packed.append(compress(data, segment=400))
         assert packed[0] == packed[1] == packed[2]
         torch.set_num_threads(1)
         assert decompress(packed[2]) == data

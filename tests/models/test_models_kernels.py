@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pycore import BitstreamError, ops
 from pycore.models.draft import NgramTable, generate
-from pycore.models.language import shipped
+from pycore.models.language import ByteModel, shipped
 from pycore.models.lmzip import compress, decompress
+from pycore.schedules import Lambda
 
 SOURCE = Path(os.__file__).read_bytes()
 TEXT = SOURCE[:300]
@@ -54,11 +55,12 @@ def run_decompress() -> bytes:
     return decompress(packed())
 
 
-BODY = {"attention", "invariant_linear", "rms_norm", "lambda_cache_append"}
+# A step appends and attends in one call, a long chunk and a tree in two.
+BODY, STEP, CHUNK = {"invariant_linear", "rms_norm"}, {"attention_append"}, {"lambda_cache_append", "attention"}
 MATRIX: dict[str, tuple[Callable[[], Any], set[str]]] = {
-    "lmzip compress": (lambda: compress(TEXT), BODY | {"quantize_cdf"}),
-    "lmzip decompress": (run_decompress, BODY | {"quantize_cdf"}),
-    "draft": (run_draft, BODY | {"ngram_update", "ngram_draft"}),
+    "lmzip compress": (lambda: compress(TEXT), BODY | CHUNK | {"quantize_cdf"}),
+    "lmzip decompress": (run_decompress, BODY | STEP | {"quantize_cdf"}),
+    "draft": (run_draft, BODY | CHUNK | {"ngram_update", "ngram_draft"}),
 }
 
 
@@ -90,18 +92,16 @@ def wrong_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sink_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of one token do not see the sinks."""
+    """Steps of one token see the window alone."""
     from pycore.cache import lambda_cache
 
-    real = lambda_cache.call_attention
+    real = lambda_cache.append_and_attend
 
-    def blind(op: str, query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any) -> Any:
-        if query.shape[2] == 1:
-            key = key.clone()
-            key[:, :, :1] = 0
-        return real(op, query, key, value, *args, **named)
+    def blind(*args: Any, **named: Any) -> Any:
+        given = [Lambda(0, x.window_size) if isinstance(x, Lambda) else x for x in args]
+        return real(*given, **named)
 
-    monkeypatch.setattr(lambda_cache, "call_attention", blind)
+    monkeypatch.setattr(lambda_cache, "append_and_attend", blind)
 
 
 def cdf_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +119,13 @@ def cdf_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_kernel_is_a_file_that_is_refused(
     mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = compress(TEXT)
-    shipped()
+    model = ByteModel(shipped().model, window_size=64)  # so that the sinks leave the window
+    file = compress(TEXT, model)
     mutation(monkeypatch)
     with pytest.raises(BitstreamError):
-        decompress(packed)
+        decompress(file, model)
     monkeypatch.undo()
-    assert decompress(packed) == TEXT
+    assert decompress(file, model) == TEXT
 
 
 def test_a_wrong_tree_is_another_text(monkeypatch: pytest.MonkeyPatch) -> None:
