@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ class Status:
         if not self.live:
             print(text, file=sys.stderr, flush=True)
             return
-        columns, rows = os.get_terminal_size(sys.stdout.fileno())
+        columns, rows = shutil.get_terminal_size()
         if rows != self.rows:
             # Scrolls the line of the cursor out of the last one's way, then keeps that out of what scrolls.
             sys.stdout.write(f"\n\x1b[A\x1b7\x1b[1;{rows - 1}r\x1b8")

@@ -128,15 +128,15 @@ def test_chat_answers_what_stdin_says(example: Any, cache: str, monkeypatch: pyt
 
 
 def test_chat_full_and_wide_lambda_agree(example: Any) -> None:
-    """What the caches hold differs, what they say does not while the window holds everything."""
+    """The caches differ, what they say does not while the window holds everything."""
     chat = example("chat")
     said = []
-    for cache in ("full", "lambda", "staircase-lambda"):
+    for cache in ("full", "lambda"):
         options = chat.arguments(["--quick", "--cache", cache, "--window", "512", "--temperature", "0"])
         talk = chat.Chat(options)
         with chat.Status(cache) as status:
             said.append(["".join(talk.reply(message, status)) for message in ("hello", "and then?")])
-    assert said[0] == said[1] == said[2]
+    assert said[0] == said[1]
 
 
 def test_chat_reads_stdin() -> None:
