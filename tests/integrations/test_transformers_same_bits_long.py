@@ -61,8 +61,7 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
     try:
         for i in range(0, len(texts), 64):
             rows = texts[i : i + 64]
-            for begin in range(0, len(rows), 1):
-                text = rows[begin : begin + 1]
+            for text in rows.split(1):
                 torch.set_num_threads(2)
                 whole = parts(text, [LENGTH])
                 assert torch.equal(parts(text, [*range(77, LENGTH, 77), LENGTH]), whole), "in chunks"
@@ -72,7 +71,7 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
                 torch.set_num_threads(2)
                 assert torch.equal(parts(text, list(range(1, LENGTH + 1))), whole), "token by token"
             batch = make(model.config)
-            for a in range(0, LENGTH, 64):  # all rows at once, a chunk of the last row compared
+            for a in range(0, LENGTH, 64):  # all rows at once, the last one compared
                 out = logits(model, rows[:, a : a + 64], past_key_values=batch, use_cache=True)
                 assert torch.equal(out[-1:], whole[:, a : a + 64]), "in a batch"
     finally:
