@@ -14,7 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 FIXED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "bench/README.md", "examples/README.md")
 DOCUMENTS = [*(ROOT / name for name in FIXED), *sorted(ROOT.glob("docs/**/*.md"))]
 # Written by a build or a run, so not in every checkout.
-GENERATED = ("pycore/_C.abi3.so", "pycore/build_info.json", "build/native/", "examples/out/", "dist/")
+GENERATED = (
+    "pycore/_C.abi3.so",
+    "pycore/build_info.json",
+    "build/native/",
+    "build/smollm2/",
+    "build/models",
+    "examples/out/",
+    "dist/",
+)
 
 
 def name_of(path: Path) -> str:

@@ -14,15 +14,12 @@ import mmap
 import os
 import struct
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pycore._checks import check_int
-
-if TYPE_CHECKING:
-    from pycore.cache.staircase_cache import StaircaseKVCache
 
 __all__ = ["StaircasePrefix", "held_bytes", "trimmed"]
 
@@ -88,7 +85,7 @@ class StaircasePrefix:
     continuations there are; what it keeps in rings, which a continuation soon writes over, each copies.
     """
 
-    def __init__(self, cache: StaircaseKVCache, room: int) -> None:
+    def __init__(self, cache: Any, room: int) -> None:
         """As `StaircaseKVCache.freeze`, which checks."""
         self._made: dict[str, Any] = {
             "kv_heads": cache.kv_heads, "head_dim": cache.head_dim, "value_dim": cache.value_dim,
@@ -147,8 +144,8 @@ class StaircasePrefix:
         shared = os.fstat(self._file).st_blocks * 512 if self._file >= 0 else 0
         return shared + sum(x.numel() * x.element_size() for storage in self._own for x in storage)
 
-    def fork(self, repeats: int = 1) -> StaircaseKVCache:
-        """A cache that goes on from here, with every row `repeats` times, copies side by side.
+    def fork(self, repeats: int = 1) -> Any:
+        """A `StaircaseKVCache` that goes on from here, with every row `repeats` times, copies side by side.
 
         It is in every bit as a copy would be, and may be continued, cropped within `rollback` and attended to while
         others are. Choosing or reordering its rows, or growing past the room, gives it memory of its own.

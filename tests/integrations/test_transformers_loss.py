@@ -214,7 +214,7 @@ def test_what_is_refused() -> None:
         register_loss(model)
     model = trained("llama")
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match=re.escape("model has a Sequential as its head and must have a Linear")):
+    with pytest.raises(ValueError, match=re.escape("model has a Sequential as its head and must have torch's Linear")):
         register_loss(model)
     model = register_loss(trained("llama"))
     with pytest.raises(ValueError, match="LlamaForCausalLM has pycore's loss and must be unregistered first"):

@@ -19,7 +19,7 @@ import torch._dynamo.testing
 from torch import Tensor
 
 import pycore
-from pycore import BitstreamError, Bitstreams, native, ops
+from pycore import BitstreamError, Bitstreams, ops
 from pycore.reference import arithmetic_coding as reference
 from tests.support.coder_inputs import SYMBOL_DTYPES, encode_all, ideal_bytes, random_cdf, two_symbols
 
