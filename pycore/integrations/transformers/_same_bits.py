@@ -17,10 +17,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from pycore import ops
 from pycore._checks import check_bool
 from pycore.integrations.transformers._register import register, registered
 from pycore.integrations.transformers._rope import FREQUENCIES
+from pycore.ops import gelu_mul, invariant_linear, rms_norm, rotary_tables, rotate, silu_mul, softcap
 from pycore.positions import rope_frequencies
 
 __all__ = ["same_bits"]
@@ -30,9 +30,9 @@ _NAME = "pycore_same_bits"  # of causal attention over all tokens
 _STATE = "_pycore_same_bits"  # of a model: the attention it had
 _GATE = "_pycore_gate"  # of an MLP: its function
 _GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": ops.silu_mul,
-    "gelu": ops.gelu_mul,
-    "gelu_tanh": functools.partial(ops.gelu_mul, approximate="tanh"),
+    "silu": silu_mul,
+    "gelu": gelu_mul,
+    "gelu_tanh": functools.partial(gelu_mul, approximate="tanh"),
 }
 # Classes of transformers' activations, in all its versions.
 _ACTIVATIONS = {
@@ -147,7 +147,7 @@ class _Linear(_Derived):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.invariant_linear(x, self.weight, self.bias)
+        return invariant_linear(x, self.weight, self.bias)
 
 
 class _Norm(_Derived):
@@ -155,7 +155,7 @@ class _Norm(_Derived):
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.variance_epsilon)
+        return rms_norm(x, self.weight, self.variance_epsilon)
 
 
 class _NormPlusOne(_Derived):
@@ -163,7 +163,7 @@ class _NormPlusOne(_Derived):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps, True)
+        return rms_norm(x, self.weight, self.eps, True)
 
 
 class _Mlp(_Derived):
@@ -183,7 +183,7 @@ class _Rotary(_Derived):
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """[batch or 1, length, pairs], float32: half of what transformers makes, and not rounded to x's dtype."""
-        cos, sin = ops.rotary_tables(position_ids, self._pycore_frequencies[layer_type], x.dtype == torch.float64)
+        cos, sin = rotary_tables(position_ids, self._pycore_frequencies[layer_type], x.dtype == torch.float64)
         scaling = getattr(self, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling")
         return (cos, sin) if scaling == 1 else (cos * scaling, sin * scaling)
 
@@ -227,7 +227,7 @@ class _Attention(_Derived):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if getattr(self, "use_rope", True):
             assert position_embeddings is not None
-            query, key = ops.rotate(query, *position_embeddings), ops.rotate(key, *position_embeddings)
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         options = self._options()
         if past_key_values is not None:
             extra = () if cache_position is None else ({"cache_position": cache_position},)
@@ -286,7 +286,7 @@ class _CappedLogits(_Derived):
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        logits = ops.softcap(logits, self.config.final_logit_softcapping)
+        logits = softcap(logits, self.config.final_logit_softcapping)
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
