@@ -160,7 +160,10 @@ def test_instruction_sets() -> None:
 
 
 @parametrize_dtype
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "llama", "qwen3", "smollm3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gemma2", "gemma3_text", "qwen3", "smollm3"))],
+)
 def test_compiled(family: str, dtype: torch.dtype) -> None:
     """In one graph, with a length that changes, and steps with a cache."""
     model, ids = made(family, dtype), tokens(2, 60)
