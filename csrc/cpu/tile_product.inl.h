@@ -89,8 +89,8 @@ PYCORE_INLINE void product_block(int64_t depth, const float* a, int64_t a_row, c
 }
 
 template <int M, int V, bool kTransposed, class B, class Reduce>
-PYCORE_INLINE void product_vectors(int64_t depth, const float* a, int64_t a_row, const B* b, int64_t b_row,
-                                   int64_t n, int64_t tail, const Reduce& reduce) {
+PYCORE_INLINE void product_vectors(int64_t depth, const float* a, int64_t a_row, const B* b, int64_t b_row, int64_t n,
+                                   int64_t tail, const Reduce& reduce) {
   if (tail == Vec::kWidth) {
     product_block<M, V, kTransposed, false>(depth, a, a_row, b, b_row, n, tail, reduce);
   } else {
@@ -121,8 +121,8 @@ __attribute__((noinline)) void product_rows(int64_t depth, const float* a, int64
 
 // `rows` rows (1 .. kProductRows), columns n_begin .. n_end - 1 of B and of the result.
 template <bool kTransposed, class B, class Reduce>
-PYCORE_INLINE void tile_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, const B* b,
-                                int64_t b_row, int64_t n_begin, int64_t n_end, Reduce reduce) {
+PYCORE_INLINE void tile_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, const B* b, int64_t b_row,
+                                int64_t n_begin, int64_t n_end, Reduce reduce) {
   switch (rows) {
     case 1: return product_rows<1, kTransposed>(depth, a, a_row, b, b_row, n_begin, n_end, reduce);
     case 2: return product_rows<2, kTransposed>(depth, a, a_row, b, b_row, n_begin, n_end, reduce);
