@@ -113,7 +113,13 @@ class StaircaseLoader {
       for (int64_t c = 0; c < d; c += Vec::kWidth) {
         (Vec::load(x + c) * Vec::load(buffers_.key_step + c)).store(buffers_.query + m * d + c);
       }
-      added[m] = lane_dot(x, buffers_.key_base, d);
+      // lane_dot, but that what pads the query is anything, and not a number perhaps.
+      LaneSum sum = LaneSum::zero();
+      sum.fold(0, d, [&](int64_t c, Vec lanes) __attribute__((always_inline)) {
+        const Vec part = load_lanes(x + c, smaller(params_.head_dim - c, Vec::kWidth));
+        return Vec::fma(part, Vec::load(buffers_.key_base + c), lanes);
+      });
+      added[m] = sum.total();
     }
     tile_product<false>(rows, params_.head_dim, buffers_.query, d, buffers_.key_codes, kKeyTile, begin, end,
                         AddToRows{scores, kKeyTile, added});

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -73,6 +74,17 @@ def test_as_accurate_as_unpacking(bits: Any, head_dim: int, value_dim: int, dtyp
     cache = filled(901, bits, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
     for schedule in (Causal(), Lambda(3, 500)):
         assert_attends(cache, 901, queries(cache, 1), schedule=schedule)
+
+
+def test_what_lay_in_scratch_does_not_matter(isa: str) -> None:
+    """40 channels are padded to whole vectors, and the memory that pads them had NaN in it before."""
+    cache = filled(901, (16, 8, 4, 2), head_dim=40, value_dim=96)
+    query = queries(cache, 1)
+    expected = cache.attend(query)
+    for channels in (40, 48, 64, 128, 256):
+        nothing = torch.full((2, 32, 192, channels), math.nan)
+        ops.attention(nothing, nothing, nothing)
+        assert torch.equal(cache.attend(query), expected) and expected.isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 63, 64, 65, 128, 300, 1500])
