@@ -177,7 +177,8 @@ def register_loss(model: Any) -> Any:
         raise ValueError(f"{op}: model has a loss_function that was set and must have transformers' own")
     head = model.get_output_embeddings()
     if type(head) not in (nn.Linear, _Head):
-        raise ValueError(f"{op}: model has a {type(head).__name__} as its head and must have a Linear")
+        changed = " changed by same_bits, which must be undone first," if isinstance(head, nn.Linear) else ""
+        raise ValueError(f"{op}: model has a {type(head).__name__}{changed} as its head and must have torch's Linear")
     if "labels" not in signature.parameters:
         raise ValueError(f"{op}: model is a {name}, whose forward has no labels, and must have them")
     if "z_loss_coefficient" in names and model.config.z_loss_coefficient > 0:
