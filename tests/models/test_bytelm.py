@@ -242,7 +242,6 @@ def test_staircases(positioned: Bytelm, schedule: Any) -> None:
     assert (whole - exact)[:, 64:].abs().max() > 1e-3
     full = positioned(tokens, caches=positioned.staircase_caches(Staircase((16,)), schedule))
     torch.testing.assert_close(full, exact, rtol=1e-4, atol=1e-4)
-    assert caches[0].nbytes < 0.8 * 2 * 2 * 220 * 4 * positioned.config.kv_heads * positioned.config.head_dim
 
 
 @torch.no_grad()
