@@ -7,12 +7,12 @@
 For each family a line says what it contributed. The codes of the sound that come back, and the bytes of the text, are
 compared with what went in, and the files of one thread with those of two.
 
-    python examples/compose.py              # recordings or speech or vowels, and a source file; JSON under examples/out/
+    python examples/compose.py              # recordings, speech or vowels, and a source file; JSON under examples/out/
     python examples/compose.py FILE ...     # WAV files of 16 bits, and texts of any kind
     python examples/compose.py --quick      # the same path in seconds, figures without meaning
 
-Real recordings come from `python examples/recordings.py`; else espeak-ng reads, where it is installed, and else there are
-synthetic vowels. The codec is trained on other sound of the kind, in less than a minute, and kept under --out.
+Real recordings come from `python examples/recordings.py`; else espeak-ng reads, where it is installed, and else there
+are synthetic vowels. The codec is trained on other sound of the kind, in less than a minute, and kept under --out.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def trained(options: argparse.Namespace, kind: str) -> tuple[Codec, str, float]:
     fit(codec.code_model, loss, steps=options.steps, weight_decay=0.1, report=progress.update)
     save_codec(codec, path, how)
     logits = 8 * length * config.quantizers * config.codes * 4
-    said = f"learned from {options.steps} steps of linear_cross_entropy, {logits:,} bytes of logits each that never exist"
+    said = (
+        f"learned from {options.steps} steps of linear_cross_entropy, {logits:,} bytes of logits each that never exist"
+    )
     return codec.eval(), said, time.perf_counter() - started
 
 
@@ -178,9 +180,9 @@ def compose_sound(path: Path, codec: Codec, training: tuple[str, float], out: Pa
     target.write_bytes(data)
     again, seconds = timed(lambda: unpack(codec, target.read_bytes()))
     same = torch.equal(again.codes, codes)
-    lines.add("arithmetic_coding", seconds, "a file of {bytes:,} bytes, {saved:.1%} below the fixed length, which gives "
-              + ("the same codes back" if same else "OTHER codes back"), bytes=len(data),
-              saved=1 - len(data) / fixed)  # fmt: skip
+    back = "the same codes back" if same else "OTHER codes back"
+    lines.add("arithmetic_coding", seconds, "a file of {bytes:,} bytes, {saved:.1%} below the fixed length: " + back,
+              bytes=len(data), saved=1 - len(data) / fixed)  # fmt: skip
     write_wav(out / f"{path.stem}.decoded.wav", codec.decode(again.codes, length=again.samples), rate)
     return {"input": path.name, "bytes": 2 * len(given), "file": len(data), "same": same, "threads": threads,
             "rows": lines.rows}  # fmt: skip
@@ -241,9 +243,9 @@ def compose_text(path: Path, codes: int, other: bytes, out: Path, most: int) -> 
     target = out / f"{path.name}.pclz"
     target.write_bytes(data)
     again, seconds = timed(lambda: decompress(target.read_bytes(), language))
-    lines.add("arithmetic_coding", seconds, "a file of {bytes:,} bytes, {share:.1%} of the text, which gives "
-              + ("the same bytes back" if again == text else "OTHER bytes back"), bytes=len(data),
-              share=len(data) / max(len(text), 1))  # fmt: skip
+    back = "the same bytes back" if again == text else "OTHER bytes back"
+    lines.add("arithmetic_coding", seconds, "a file of {bytes:,} bytes, {share:.1%} of the text: " + back,
+              bytes=len(data), share=len(data) / max(len(text), 1))  # fmt: skip
     return {"input": path.name, "bytes": len(text), "file": len(data), "same": again == text, "threads": threads,
             "rows": lines.rows}  # fmt: skip
 

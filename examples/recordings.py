@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recordings of a person, for what sound models are tried on: the voice that Debian's alsa-utils tests loudspeakers with.
+"""Recordings of a person to try models of sound on: the voice that Debian's alsa-utils tests loudspeakers with.
 
-    python examples/recordings.py      # fetches the package once, where they are not there (1 MB, kept under build/alsa/)
+    python examples/recordings.py      # fetches the package once (1 MB, kept under build/alsa/)
 
 Eight recordings of a second and a half: "front left", "rear centre" and the like.
 """
@@ -49,7 +49,9 @@ def fetch(folder: Path = FOLDER) -> None:
         return
     for program in ("apt-get", "dpkg"):
         if shutil.which(program) is None:
-            raise UserError(f"{program} is not here; the recordings come from the package {PACKAGE} of Debian or Ubuntu")
+            raise UserError(
+                f"{program} is not here; the recordings come from the package {PACKAGE} of Debian or Ubuntu"
+            )
     with tempfile.TemporaryDirectory() as place:
         for command in (["apt-get", "download", PACKAGE], ["sh", "-c", 'dpkg -x "$1"*.deb .', "sh", PACKAGE]):
             done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)

@@ -101,9 +101,7 @@ class CodeModel(nn.Module):
         self.frame = nn.Parameter(torch.randn(config.quantizers, config.codes, config.dim) * 0.1)
         self.so_far = nn.Parameter(torch.randn(config.quantizers, config.codes, config.dim) * 0.1)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(config.layers))
-        self.positions = PositionScheme(
-            config.position, config.heads, shape.head_dim, max_distance=config.window
-        )
+        self.positions = PositionScheme(config.position, config.heads, shape.head_dim, max_distance=config.window)
         self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.quantizers))
         self.hidden = nn.ModuleList(Projection(config.dim, 2 * config.dim) for _ in range(config.quantizers))
         self.heads = nn.ModuleList(Projection(2 * config.dim, config.codes, gain=0.1) for _ in range(config.quantizers))

@@ -4,8 +4,8 @@
     python -m pycore.models.codec_command encode SOUND.wav --codec CODEC.pt [-o OUT] [--codebooks N] [--ladder 16 8 4]
     python -m pycore.models.codec_command decode FILE.pccf --codec CODEC.pt [-o OUT.wav]
 
-CODEC.pt is what `pycore.models.codec_file.save_codec` wrote; `examples/speech_codec.py` trains one. After an error nothing
-is written.
+CODEC.pt is what `pycore.models.codec_file.save_codec` wrote; `examples/speech_codec.py` trains one. After an error
+nothing is written.
 """
 
 from __future__ import annotations
