@@ -137,7 +137,7 @@ class CodeModel(nn.Module):
         """The mean cross entropy, in nats, of codes [b, t, n]; no logits exist, in neither direction."""
         context = self.context(_frames_before(codes))
         stages = [
-            ops.linear_cross_entropy(self._before_head(q, context, codes), head.weight, codes[..., q])
+            ops.linear_cross_entropy(self._before_head(q, context, codes), head.get_parameter("weight"), codes[..., q])
             for q, head in enumerate(list(self.heads)[: codes.shape[-1]])
         ]
         return torch.stack(stages).mean()
