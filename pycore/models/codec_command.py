@@ -25,16 +25,18 @@ SUFFIX = ".pccf"
 
 
 def _encode_file(options: argparse.Namespace, codec: Codec) -> str:
-    sound, rate = read_wav(options.file)
-    sound = resample(sound, rate, codec.config.sample_rate)
+    sound = resample(*read_wav(options.file), codec.config.sample_rate)
+    if not len(sound):
+        raise ValueError(f"{options.file} has no samples, and must have some")
     codes = codec.encode(sound, quantizers=options.codebooks)
     data = pack(codec, codes, samples=len(sound), ladder=options.ladder, step=options.step)
     target = options.output or options.file + SUFFIX
     _write(target, data)
     fixed, seconds = fixed_bytes(codec, codes), len(sound) / codec.config.sample_rate
+    saved = 1 - len(data) / fixed
     return (
-        f"{target}: {len(data)} bytes for {seconds:.2f} s, {len(codes)} frames of {codes.shape[1]} codes; at a fixed "
-        f"length they would be {fixed} bytes: {1 - len(data) / fixed:.1%} saved"
+        f"{target}: {len(data)} bytes for {seconds:.2f} s, {len(codes)} frames of {codes.shape[1]} codes; "
+        f"{abs(saved):.1%} {'below' if saved > 0 else 'above'} the {fixed} bytes of codes of a fixed length"
     )
 
 

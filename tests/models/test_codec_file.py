@@ -342,11 +342,13 @@ def test_command_writes_nothing_after_an_error(
     (tmp_path / "bad.pccf").write_bytes(data)
     (tmp_path / "frames.pccf").write_bytes(pack(learned, scrambled((9, 4), 30)))
     (tmp_path / "no.wav").write_bytes(b"no sound")
+    write_wav(tmp_path / "empty.wav", torch.zeros(0), 16000)
     before = sorted(tmp_path.iterdir())
     for arguments, message in (
         (["decode", str(tmp_path / "bad.pccf"), *model], "data is damaged or not whole: its CRC is another"),
         (["decode", str(tmp_path / "frames.pccf"), *model], "holds frames of no waveform, and must hold sound"),
         (["decode", str(tmp_path / "none.pccf"), *model], "No such file"),
+        (["encode", str(tmp_path / "empty.wav"), *model], "empty.wav has no samples, and must have some"),
         (["encode", str(tmp_path / "no.wav"), *model], "is no WAV file that can be read"),
         (["encode", str(tmp_path / "no.wav"), "--codec", str(tmp_path / "no.wav")], "must be a file of save_codec"),
     ):
