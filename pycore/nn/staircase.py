@@ -60,12 +60,13 @@ class StaircaseLayer:
         del options["interleaved"]  # no scheme of pycore.nn has it
         if rope is not None:
             query, key = self._rotated(query, key, rope, starts, distance_limit)
+        if distance_limit is None and isinstance(self.schedule, Lambda):
+            distance_limit = self.schedule.window_size  # as a LambdaKVCache has it
         if alibi_slopes is not None:
-            limit = self.most if distance_limit is None else distance_limit
-            if distance_limit is None and isinstance(self.schedule, Lambda):
-                limit = self.schedule.window_size  # as a LambdaKVCache has it
-            distances = torch.arange(limit + 1, dtype=torch.float32)
+            distances = torch.arange(self.most + 1 if distance_limit is None else distance_limit + 1)
             distance_bias = -alibi_slopes.reshape(-1, 1) * distances
+        elif distance_bias is not None and distance_limit is not None:
+            distance_bias = distance_bias[..., : distance_limit + 1]  # the last entry holds for all that are farther
         self.store.append(key, value, starts=starts)
         return self.store.attend(query, schedule=self.schedule, distance_bias=distance_bias, **options)
 

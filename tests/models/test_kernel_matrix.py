@@ -134,8 +134,14 @@ def pass_of_coded() -> None:
     (model.loss(TOKENS[:, :-1], TOKENS[:, 1:]) + codebook_loss(model)).backward()  # type: ignore[operator]
 
 
+@functools.cache
+def fresh_keys() -> tuple[BottleneckClassifier, Tensor]:
+    return BottleneckClassifier(16, 3, books=2, keys=8, key_dim=4), torch.randn(64, 16)
+
+
 def learned_keys() -> None:
-    BottleneckClassifier(16, 3, books=2, keys=8, key_dim=4).learn_keys(torch.randn(64, 16), epochs=1, batch_size=32)
+    model, x = fresh_keys()
+    model.learn_keys(x, epochs=1, batch_size=32)
 
 
 BODY = {"invariant_linear", "rms_norm"}
@@ -189,7 +195,7 @@ BESIDE = {"memory, codebooks learned": {"searchsorted"}, "memory, keys learned":
 def called(name: str) -> set[str]:
     """The ops of a row, once everything that they are given is there."""
     run, _ = (MATRIX | MORE)[name]
-    for prepare in (lambda: packed(True), lambda: packed(False), packed_on_staircase, classifier, shipped, bytelm):
+    for prepare in (lambda: packed(True), lambda: packed(False), packed_on_staircase, classifier, fresh_keys, bytelm):
         prepare()
     if name not in MORE:
         run()  # which keeps a file of its own
