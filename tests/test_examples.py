@@ -300,6 +300,18 @@ def test_compose(tmp_path: Path) -> None:
     assert second[0]["bytes"] == 256 and second[1]["file"] == sound["file"]
 
 
+def test_the_page_says_what_compose_found() -> None:
+    """docs/memory_and_codec.md quotes the committed result."""
+    root = EXAMPLES.parent
+    kept = json.loads((root / "bench" / "results" / "compose_cpu.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "memory_and_codec.md").read_text(encoding="utf-8")
+    assert kept["quick"] is False and kept["all_seconds"] < 120
+    for part in kept["parts"]:
+        assert part["same"] is True and part["threads"] is True
+        for row in part["rows"]:
+            assert f"    {row['family']:<18}{row['text']}\n" in page
+
+
 def test_compose_bad_arguments(refuse: Callable[..., None], tmp_path: Path) -> None:
     out = ("--out", str(tmp_path))
     (tmp_path / "no.wav").write_bytes(b"no sound")
