@@ -124,7 +124,6 @@ def pack(
     return HEADER.pack(*header) + body
 
 
-@torch.inference_mode()
 def unpack(codec: Codec, data: bytes) -> CodecFile:
     """The codes of a file, and what else it says.
 
@@ -158,8 +157,10 @@ def unpack(codec: Codec, data: bytes) -> CodecFile:
         caches = _caches(codec, ladder, step)
     except ValueError as error:
         raise BitstreamError(f"{op}: data has a ladder that none has: {error}") from error
-    codes = _decode(codec, decoder, frames, stages, segments, caches)
+    with torch.inference_mode():
+        decoded = _decode(codec, decoder, frames, stages, segments, caches).numpy()
     decoder.finish()
+    codes = torch.from_numpy(decoded.copy())  # which may be trained on
     return CodecFile(codes, samples, segments, ladder, step)
 
 

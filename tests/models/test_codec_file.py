@@ -127,6 +127,8 @@ def test_sound_comes_back_as_its_codes_say(learned: Codec) -> None:
     codes = learned.encode(sound)
     found = unpack(learned, pack(learned, codes, samples=len(sound), ladder=(16, 8, 4)))
     assert torch.equal(learned.decode(found.codes, length=found.samples), learned.decode(codes, length=len(sound)))
+    learned.code_model.loss(found.codes[None]).backward()  # they are codes as any
+    learned.zero_grad()
 
 
 def test_digits_are_frames_too() -> None:
