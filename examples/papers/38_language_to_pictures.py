@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Koh et al., "Generating Images with Multimodal Language Models" (arXiv 2305.17216).
 
-A frozen language model of sums, which never saw a picture, and a frozen generator that knows digits by name are joined
-by a small map from the one's states to the other's conditions.
+A frozen language model of small questions, which never saw a picture, and a frozen generator of digits
+are joined by a small map from the one's states to the other's conditions.
 """
 
 import torch
 from paper import Figures, Paper, Run, main
-from pictures import DIM, PIXELS, SHAPE, Generator, Pictures, Stack
+from pictures import DIM, PIXELS, Generator, Pictures, Stack
 from torch import Tensor, nn
 
 from pycore import ops
@@ -20,20 +20,20 @@ PAPER = Paper(
     "Generating Images with Multimodal Language Models",
     "mapping a frozen language model's states into a frozen generator's text space makes pictures from text, better"
     " than the generator's own text encoder where the language is more complex, and finds pictures too",
-    "sums of three digits modulo ten as text, their value as a handwritten digit; a decoder of 2 blocks of width 64"
-    " has read sums (2500 steps), the generator names of digits; 300 sums with a picture teach the map, or train on"
-    " the generator's own text encoder; sums that neither has seen with a picture",
+    "texts of three digits and which of them is asked for, the answer as a handwritten digit; a decoder of 2 blocks of"
+    " width 64 has read such texts (900 steps), the generator names of digits; 60 texts with a picture teach the map,"
+    " or train on the generator's own text encoder; texts that neither has seen with a picture",
 )
 READER = BytelmConfig(layers=2, dim=64, heads=4, kv_heads=4, max_distance=16)
-PLUS, EQUALS, PAIRS, ASKED = 10, 11, 300, 500
+OWN = BytelmConfig(layers=2, dim=DIM, heads=4, kv_heads=4, max_distance=16)
+WHICH, TEXTS, PAIRS, ASKED = 10, 3000, 60, 500
 
 
-def sums(run: Run, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Texts `a + b + c =` of numbers 0 to 999, int64 [n, 6], and values [n]."""
-    digits = torch.stack([rows // 100, rows // 10 % 10, rows % 10], 1)
-    sign = torch.full((len(rows), 1), PLUS)
-    parts = [digits[:, :1], sign, digits[:, 1:2], sign, digits[:, 2:], torch.full((len(rows), 1), EQUALS)]
-    return torch.cat(parts, 1), digits.sum(1) % 10
+def questions(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts `a b c which` by their number, 0 to 2999: int64 [n, 4]; and the digits asked for [n]."""
+    digits = torch.stack([rows // 100 % 10, rows // 10 % 10, rows % 10], 1)
+    which = rows[:, None] // 1000
+    return torch.cat([digits, WHICH + which], 1), digits.gather(1, which)[:, 0]
 
 
 class Painter(nn.Module):
@@ -41,7 +41,7 @@ class Painter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.text, self.paint = Transformer(SHAPE, vocabulary=EQUALS + 1), Generator()
+        self.text, self.paint = Transformer(OWN, vocabulary=WHICH + 3), Generator()
 
     def condition(self, words: Tensor) -> Tensor:
         """[n, DIM]."""
@@ -50,10 +50,10 @@ class Painter(nn.Module):
 
 def experiment(run: Run) -> dict[str, float]:
     """The map, and the generator's own encoder on the same pairs."""
-    pictures, language, painter = Pictures(run), Transformer(READER, vocabulary=EQUALS + 1), Painter()
+    pictures, language, painter = Pictures(run), Transformer(READER, vocabulary=WHICH + 3), Painter()
 
     def read(step: int) -> Tensor:
-        text, value = sums(run, run.integers(1000, 128))
+        text, value = questions(run.integers(TEXTS, 128))
         whole = torch.cat([text, value[:, None]], 1)
         return language.loss(language(whole[:, :-1])[:, -1], whole[:, -1])
 
@@ -61,13 +61,13 @@ def experiment(run: Run) -> dict[str, float]:
         images, labels = pictures.batch(128)
         return painter.paint.loss(images, painter.condition(labels[:, None]), run)
 
-    run.fit("language model", language, read, 2500, learning_rate=4e-3)
+    run.fit("language model", language, read, 900, learning_rate=4e-3)
     run.fit("generator", painter, draw, 2000)
     language.requires_grad_(False)
     painter.paint.requires_grad_(False)
-    order = run.permutation(1000)
-    text, value = sums(run, order[:PAIRS])
-    asked, answers = sums(run, order[PAIRS : PAIRS + run.pick(ASKED, 20)])
+    order = run.permutation(TEXTS)
+    text, value = questions(order[:PAIRS])
+    asked, answers = questions(order[PAIRS : PAIRS + run.pick(ASKED, 20)])
     with torch.no_grad():
         names = painter.condition(torch.arange(10)[:, None])
         known = ops.pairwise_topk(language(asked)[:, -1], language.embedding, 1)[1][:, 0]
@@ -106,8 +106,8 @@ def checks(f: Figures) -> list[tuple[bool, str]]:
     return [
         (
             f.above("map, drawn", "own encoder, drawn", 0.1),
-            f"pictures that show the sum {f['map, drawn']:.2f} through the map, {f['own encoder, drawn']:.2f} through "
-            f"the generator's own encoder (the language model answers {f['own answers']:.2f} right)",
+            f"pictures that show the answer {f['map, drawn']:.2f} through the map, {f['own encoder, drawn']:.2f} "
+            f"through the generator's own encoder (the language model answers {f['own answers']:.2f} right)",
         ),
         (
             f.above("map, found", "own encoder, found", 0.1),
