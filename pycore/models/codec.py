@@ -14,21 +14,61 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pycore import ArithmeticDecoder, ArithmeticEncoder, BitstreamError, ops
+from pycore import ArithmeticDecoder, BitstreamError, ops
 from pycore._checks import check_bytes, check_int
 from pycore._tensors import check_tensor
-from pycore.models.codec_model import CodecConfig, CodeModel
+from pycore.cache import LambdaKVCache
+from pycore.models.bytelm import Block, BytelmConfig
+from pycore.models.codec_streams import decode_streams, encode_streams
+from pycore.nn.attention import PositionScheme
+from pycore.nn.linear import Projection, RMSNorm
 from pycore.nn.vq import MaskedChannelRVQ, ResidualVQ
+from pycore.ops.attention_call import AttentionOptions
+from pycore.schedules import Lambda
 
 __all__ = ["CodeModel", "Codec", "CodecConfig"]
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Shape of a `Codec`.
+
+    Attributes:
+        hop: samples from frame to frame, and channels of a frame; even.
+        quantizers: codes of a frame, Q.
+        masked: the first that many see a band of the channels each; 0 for plain residual quantization.
+        codes: of every codebook.
+        layers, dim, heads: of the code model.
+        window: frames that its attention looks back, and the first four.
+    """
+
+    hop: int = 128
+    quantizers: int = 8
+    masked: int = 3
+    codes: int = 256
+    layers: int = 2
+    dim: int = 128
+    heads: int = 4
+    window: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("hop", "quantizers", "codes", "layers", "dim", "heads", "window"):
+            check_int("CodecConfig", name, getattr(self, name), 1)
+        check_int("CodecConfig", "masked", self.masked, 0)
+        if self.hop % 2:
+            raise ValueError(f"CodecConfig: hop is {self.hop} and must be even")
+        if self.masked > min(self.quantizers, self.hop):
+            most = min(self.quantizers, self.hop)
+            raise ValueError(f"CodecConfig: masked is {self.masked} and must be at most {most}, the quantizers")
+        if self.codes > 4096:  # of a distribution's 2^16 shares
+            raise ValueError(f"CodecConfig: codes is {self.codes} and must be at most 4096")
 
 
 def mdct_basis(hop: int) -> Tensor:
@@ -37,6 +77,52 @@ def mdct_basis(hop: int) -> Tensor:
     window = torch.sin(math.pi / (2 * hop) * (time + 0.5))
     phase = math.pi / hop * torch.outer(frequency + 0.5, time + 0.5 + hop / 2)
     return (torch.cos(phase) * window * math.sqrt(2 / hop)).float()
+
+
+class CodeModel(nn.Module):
+    """Distributions of a frame's codes, given the frames before it and the frame's codes so far.
+
+    Attention runs over frames: a frame is the sum of a vector for each of its codes. Each stage has a head of its own,
+    which adds the vectors of the frame's codes before it.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = BytelmConfig(layers=config.layers, dim=config.dim, heads=config.heads, kv_heads=config.heads)
+        self.schedule = Lambda(4, config.window)
+        self.frame = nn.Parameter(torch.randn(config.quantizers, config.codes, config.dim) * 0.1)
+        self.so_far = nn.Parameter(torch.randn(config.quantizers, config.codes, config.dim) * 0.1)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(config.layers))
+        self.positions = PositionScheme("rope", config.heads, shape.head_dim, max_distance=config.window)
+        self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.quantizers))
+        self.hidden = nn.ModuleList(Projection(config.dim, 2 * config.dim) for _ in range(config.quantizers))
+        self.heads = nn.ModuleList(Projection(2 * config.dim, config.codes, gain=0.1) for _ in range(config.quantizers))
+
+    def caches(self) -> list[LambdaKVCache]:
+        """An empty cache for each layer."""
+        return [LambdaKVCache(self.schedule.sink_size, self.schedule.window_size) for _ in self.blocks]
+
+    def context(self, codes: Tensor, caches: list[LambdaKVCache] | None = None) -> Tensor:
+        """[b, t, dim] behind frames of codes [b, t, Q], -1 for what stands before the first."""
+        options = AttentionOptions(distance_limit=self.config.window, **self.positions())
+        x = ops.rvq_decode(codes, self.frame)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, options, self.schedule, None if caches is None else caches[layer])
+        return x
+
+    def stage(self, q: int, context: Tensor, codes: Tensor) -> Tensor:
+        """Logits [b, t, K] of stage q, with the codes [b, t, >= q] before it in the frame."""
+        known = ops.rvq_decode(codes[..., :q], self.so_far) if q else torch.zeros_like(context)
+        x = self.norms[q](context + known)
+        logits: Tensor = self.heads[q](functional.relu(self.hidden[q](x)).square())
+        return logits
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Logits [b, t, n, K] of codes [b, t, n], the first n of Q of every frame."""
+        before = functional.pad(codes[:, :-1], (0, 0, 1, 0), value=-1)[:, : codes.shape[1]]
+        context = self.context(before)
+        return torch.stack([self.stage(q, context, codes) for q in range(codes.shape[-1])], dim=2)
 
 
 class Codec(nn.Module):
@@ -137,7 +223,7 @@ class Codec(nn.Module):
         """
         if not isinstance(codes, list | tuple):
             self._check_codes(codes)
-            return self._streams([codes])[0]  # type: ignore[list-item]
+            return encode_streams(self.code_model, [codes], self.model_id)[0]  # type: ignore[list-item]
         for each in codes:
             self._check_codes(each)
             if each.shape[1] != codes[0].shape[1]:
@@ -145,23 +231,7 @@ class Codec(nn.Module):
                     f"Codec: codes has {each.shape[1]} codes a frame in one of the list and must have "
                     f"{codes[0].shape[1]}, as the first"
                 )
-        return self._streams(codes) if codes else []
-
-    def _streams(self, codes: Sequence[Tensor]) -> list[bytes]:
-        model_id, longest = self.model_id, max(map(len, codes))
-        if not longest:
-            return [ArithmeticEncoder(model_id=model_id).finish() for _ in codes]
-        # What pads a row comes after it, and changes nothing before.
-        rows = torch.stack([functional.pad(each, (0, 0, 0, longest - len(each))) for each in codes])
-        logits, rows = self.code_model(rows).flatten(1, 2), rows.flatten(1)
-        if all(len(each) == longest for each in codes):
-            return ops.ac_encode_logits(rows, logits, model_id=model_id).to_bytes()
-        counts = [each.numel() for each in codes]
-        return [
-            ops.ac_encode_logits(row[None, :n], of_row[None, :n], model_id=model_id).to_bytes()[0]
-            if n else ArithmeticEncoder(model_id=model_id).finish()
-            for row, of_row, n in zip(rows, logits, counts, strict=True)
-        ]  # fmt: skip
+        return encode_streams(self.code_model, codes, self.model_id) if codes else []
 
     @overload
     def from_bytes(self, data: bytes, *, quantizers: int | None = None) -> Tensor: ...
@@ -190,7 +260,7 @@ class Codec(nn.Module):
                 raise BitstreamError(f"Codec: data has {len(decoder)} codes and must have a multiple of {stages}")
         frames = [len(decoder) // stages for decoder in decoders]
         with torch.inference_mode():  # autograd, which has nothing to do here, is a third of the time
-            found = self._decode(decoders, frames, stages)
+            found = decode_streams(self.code_model, decoders, frames, stages)
         for decoder in decoders:
             decoder.finish()
         codes = [
@@ -198,25 +268,6 @@ class Codec(nn.Module):
             for row, count in enumerate(frames)
         ]
         return codes if several else codes[0]
-
-    def _decode(self, decoders: Sequence[ArithmeticDecoder], frames: Sequence[int], stages: int) -> NDArray[np.int64]:
-        """Codes [streams, the most frames, stages], zeros behind a stream's end."""
-        out = np.zeros((len(decoders), max(frames, default=0), stages), dtype=np.int64)
-        # Those that go on longest come first, so that the ones in use are the first of a batch.
-        order = sorted(range(len(decoders)), key=lambda row: -frames[row])
-        caches = self.code_model.caches()
-        newest = torch.full((len(decoders), 1, stages), -1)
-        for frame in range(out.shape[1]):
-            using = [row for row in order if frames[row] > frame]
-            context = self.code_model.context(newest, caches)[: len(using)]
-            newest = torch.zeros_like(newest)
-            for q in range(stages):
-                logits = self.code_model.stage(q, context, newest[: len(using)])[:, 0]
-                cdf = ops.quantize_cdf(logits=logits).numpy()
-                symbols = [decoders[row].decode(cdf[at]) for at, row in enumerate(using)]
-                newest[: len(using), 0, q] = torch.tensor(symbols)
-            out[using, frame] = newest[: len(using), 0].numpy()
-        return out
 
     def _check_codes(self, codes: Any) -> None:
         check_tensor("Codec", "codes", codes)
