@@ -49,6 +49,7 @@ def ladders(learn: list[Captured], step: int) -> dict[str, Ladders]:
         return [Staircase(bits, key_rotation=key, value_rotation=value, **how) for key, value in turns]
 
     wide = {"sink_size": 64, "step": 2 * step}
+    slow = (16, *(8,) * 12, 4)  # a ladder that stays at 8 bits for twelve steps
     return {
         "16": plain((16,)),
         "8": plain((8,)),
@@ -62,6 +63,9 @@ def ladders(learn: list[Captured], step: int) -> dict[str, Ladders]:
         f"keys 16/8/4, values to 2, rotated, 64 sinks, step {2 * step}": rotated(
             (16, 8, 4), value_bits=(16, 8, 4, 2), **wide
         ),
+        "keys 16/8x12/4, values 16/8/4, rotated": rotated(slow, value_bits=(16, 8, 4)),
+        "keys 16/8/4, values 16/8/4x8/2, rotated": rotated((16, 8, 4), value_bits=(16, 8, *(4,) * 8, 2)),
+        "keys 16/8x12/4, values 16/8/4x8/2, rotated": rotated(slow, value_bits=(16, 8, *(4,) * 8, 2)),
         "KIVI 4": plain((16, 4), sink_size=0, grid="minmax"),
         "KIVI 2": plain((16, 2), sink_size=0, grid="minmax"),
     }
