@@ -28,6 +28,12 @@ class Model(Protocol):
 
 def encode_streams(model: Model, codes: Sequence[Tensor], model_id: int) -> list[bytes]:
     """The stream of each of codes [t, n], of any lengths; without a gradient."""
+    for each in codes:
+        if each.shape[1] != codes[0].shape[1]:
+            raise ValueError(
+                f"Codec: codes has {each.shape[1]} codes a frame in one of the list and must have "
+                f"{codes[0].shape[1]}, as the first"
+            )
     longest = max(map(len, codes))
     if not longest:
         return [ArithmeticEncoder(model_id=model_id).finish() for _ in codes]
