@@ -246,8 +246,7 @@ def generate(
             text.append(new[-1])
             result.reread += 1
         else:
-            for cache in state:
-                cache.accept(torch.tensor(path), len(tokens) + 1)
+            state.accept(torch.tensor(path), len(tokens) + 1)
         result.lengths.append(len(new))
         if adapt:
             table.update(text[max(1, len(text) - len(new) - 2) :], adapt)
