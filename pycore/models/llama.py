@@ -36,6 +36,7 @@ class LlamaConfig:
         longest: tokens that it was trained to read.
         norm_eps: of the norms.
         theta: of the rotation.
+        tied: whether the head is the embedding.
     """
 
     vocabulary: int
@@ -48,6 +49,7 @@ class LlamaConfig:
     longest: int
     norm_eps: float
     theta: float
+    tied: bool
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LlamaConfig:
@@ -79,6 +81,7 @@ class LlamaConfig:
                 heads, config.get("num_key_value_heads") or heads,
                 config.get("head_dim") or config["hidden_size"] // heads, config["max_position_embeddings"],
                 config["rms_norm_eps"], settings.get("rope_theta", config.get("rope_theta", 10000.0)),
+                config.get("tie_word_embeddings", False),
             )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"Llama: config has no {error.args[0]} and must have one") from error
@@ -173,7 +176,9 @@ class Llama(nn.Module):
             block.down = take(f"{name}mlp.down_proj.weight", shape=(config.dim, config.hidden))
             self.blocks.append(block)
         head = "lm_head.weight"
-        self.head = take(head, shape=(config.vocabulary, config.dim)) if head in weights else self.embedding
+        if config.tied:
+            left.discard(head)
+        self.head = self.embedding if config.tied else take(head, shape=(config.vocabulary, config.dim))
         extra = sorted(name for name in left if not name.endswith("rotary_emb.inv_freq"))
         if extra:
             raise ValueError(f"Llama: weights has {extra[0]} and must have nothing that is not computed")

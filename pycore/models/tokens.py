@@ -152,7 +152,7 @@ class TokenModel:
             digest.update(b"\xff\xff" if spelled is None else len(spelled).to_bytes(2, "little") + spelled)
         for name, x in sorted(model.named_parameters()):
             digest.update(name.encode())
-            digest.update(memoryview(x.detach().contiguous().view(torch.uint8).numpy()))
+            digest.update(x.detach().contiguous().view(torch.uint8).numpy().tobytes())
         # The same weights on a machine that computes other bits are another model.
         probe = torch.tensor([[self.bos, *tokens.tokens(TEXT.encode())[:PROBE]]])
         digest.update(self.logits(probe, self.state())[:, -16:].float().numpy().tobytes())
@@ -182,7 +182,7 @@ class TokenModel:
 
     def segment(self, tokens: int) -> int:
         """Tokens for `lmzip` to read one after another: enough of them side by side, and each with a context."""
-        return min(max(-(-tokens // 32), 256), 2048, self.longest)
+        return min(max(-(-tokens // self.batch), 1024), 2048, self.longest)
 
 
 def load_tokens(
