@@ -3,7 +3,7 @@
 
 Cases exist where `python examples/smollm2.py` has put the model. Peers are general compressors, which need no model and
 are thousands of times faster; sizes stand in examples/compression.py. What is packed counts if it comes back to the
-byte and, of lmzip, if it is denser than xz; the operations are those of the weights, one product a token.
+byte and, of lmzip, if it is denser than xz.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from bench.bench_model import _examples
 from bench.case import Case, Options, Outputs, Prepare
 
-WEIGHTS = 134_515_008  # the head among them
 FULL, QUICK = (32768, 256), (2048, 24)  # bytes of the text, tokens of a segment
 
 
@@ -101,7 +100,6 @@ def cases(options: Options) -> Iterable[Case]:
             contenders={"pycore": _lmzip(decode), "xz -9e": _xz(decode)},
             check=_check(decode),
             tolerance=0.0,
-            flops=2.0 * WEIGHTS * size / 3.4,  # bytes of a token of such sources
         )
 
 

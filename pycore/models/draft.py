@@ -236,7 +236,7 @@ def generate(
     text = [model.bos, *prompt]
     state = model.state(nodes + 1)
     if len(text) > 1:
-        model.logits(torch.tensor([text[:-1]]), state)
+        model.read(torch.tensor([text[:-1]]), state)
     result = Drafted()
     before = len(text)
     while len(text) < before + count:

@@ -59,6 +59,10 @@ class LanguageModel(Protocol):
         """Nothing read yet; that of a draft takes `rollback` tokens back, and has `accept` of `KVCache`."""
         ...
 
+    def read(self, tokens: Tensor, state: Any) -> None:
+        """Reads tokens whose logits nobody wants."""
+        ...
+
     def logits(self, tokens: Tensor, state: Any, tree: Tree | None = None) -> Tensor:
         """Logits, ``[batch, n, vocabulary]``: of what follows each of int64 ``[batch, n]``, which follow `state`.
 
@@ -119,6 +123,10 @@ class ByteModel:
     def state(self, rollback: int = 0) -> ByteState:
         """Empty caches, one for each layer."""
         return ByteState(self.model.caches(self.schedule, rollback=rollback))
+
+    def read(self, tokens: Tensor, state: ByteState) -> None:
+        """As `logits`."""
+        self.logits(tokens, state)
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, state: ByteState, tree: Tree | None = None) -> Tensor:

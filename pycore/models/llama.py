@@ -193,6 +193,10 @@ class Llama(nn.Module):
             state: of :meth:`state`.
             tree: the tokens are the nodes of a tree of drafts; `LlamaState.accept` then keeps a branch.
         """
+        return ops.invariant_linear(self.states(tokens, state, tree), self.head)
+
+    def states(self, tokens: Tensor, state: LlamaState, tree: Tree | None = None) -> Tensor:
+        """What :meth:`forward` gives the head, ``[batch, n, dim]``."""
         config, (batch, count) = self.config, tokens.shape
         cos, sin = self._rotation(state.length, count, tree)
         x = functional.embedding(tokens, self.embedding)
@@ -209,7 +213,7 @@ class Llama(nn.Module):
             )
             x = x + ops.invariant_linear(ops.silu_mul(gate, up), block.down)
         state.length += count
-        return ops.invariant_linear(ops.rms_norm(x, self.norm, config.norm_eps), self.head)
+        return ops.rms_norm(x, self.norm, config.norm_eps)
 
     def state(self, staircase: Staircase | None = None) -> LlamaState:
         """Nothing read yet."""
