@@ -16,7 +16,6 @@ import torch
 
 import pycore
 from pycore import BitstreamError, Staircase
-from pycore.integrations.transformers import same_bits
 from pycore.models.draft import NgramTable, generate
 from pycore.models.llama import Llama, LlamaConfig, load_llama
 from pycore.models.lmzip import compress, decompress
@@ -111,6 +110,8 @@ def test_other_vocabularies_are_refused() -> None:
 @torch.inference_mode()
 def test_bits_of_same_bits(dtype: torch.dtype) -> None:
     """In one pass, in chunks, a token at a time, in a batch: those of the model of transformers."""
+    from pycore.integrations.transformers import same_bits
+
     own, theirs = token_model(dtype)
     ids = torch.randint(own.byte_tokens.known, (3, 90), generator=torch.Generator().manual_seed(0))
     expected = same_bits(theirs)(ids).logits
