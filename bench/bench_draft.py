@@ -19,7 +19,7 @@ import torch
 from bench.bench_model import _examples
 from bench.case import Case, Options, Outputs, Prepare
 
-PROMPT, NODES = 256, 5
+NODES = 5
 WEIGHTS = 134_515_008
 LEARN = 1.0  # how much likelier the trigrams of the prompt and of what was decoded become
 OURS, THEIRS = 0, 1
@@ -40,7 +40,7 @@ def _transformers(dtype: torch.dtype) -> Any:
 class Text:
     """A prompt, and a table of trigrams of other sources."""
 
-    def __init__(self, number: int, count: int, dtype: torch.dtype) -> None:
+    def __init__(self, number: int, length: int, count: int, dtype: torch.dtype) -> None:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         from pycore.models.draft import NgramTable
         from tools.train_bytelm import corpus
@@ -49,7 +49,7 @@ class Text:
         train, held_out = corpus()
         files = [data for _, data in held_out if len(data) > 8000]
         model = _own(dtype)
-        self.prompt = model.tokens(files[number * len(files) // 6])[:PROMPT]
+        self.prompt = model.tokens(files[number * len(files) // 6])[:length]
         self.corpus = model.tokens(train[: 1 << 19])
         self.table = NgramTable.build([self.corpus])
 
@@ -125,9 +125,11 @@ def cases(options: Options) -> Iterable[Case]:
     """Two prompts, in two dtypes; the quick form one. CPU only, and only where the model is."""
     if options.device != "cpu" or not _examples().present():
         return
-    dtypes, numbers, count = (
-        ((torch.float32,), (0,), 32) if options.quick else ((torch.float32, torch.bfloat16), (0, 3), 128)
-    )
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    numbers: tuple[int, ...] = (0, 3)
+    length, count = 256, 128
+    if options.quick:
+        dtypes, numbers, length, count = (torch.float32,), (0,), 64, 16
     for dtype in dtypes:
         for number in numbers:
             contenders: dict[str, Prepare] = {f"pycore, chains of {NODES}": _draft(True), "pycore, plain": _plain}
@@ -135,13 +137,13 @@ def cases(options: Options) -> Iterable[Case]:
                 # In 16 bits logits are so often equal that trees read everything anew.
                 contenders[f"pycore, trees of {NODES}"] = _draft(False)
             contenders["transformers, plain"] = _generate()
-            contenders["transformers, prompt lookup 5"] = _generate(prompt_lookup_num_tokens=5)
             if not options.quick:
+                contenders["transformers, prompt lookup 5"] = _generate(prompt_lookup_num_tokens=5)
                 contenders["transformers, prompt lookup 10"] = _generate(prompt_lookup_num_tokens=10)
             yield Case(
-                name=f"SmolLM2-135M, {count} tokens after {PROMPT} of file {number}, {str(dtype)[6:]}",
+                name=f"SmolLM2-135M, {count} tokens after {length} of file {number}, {str(dtype)[6:]}",
                 group="drafts (SmolLM2-135M, greedy)",
-                inputs=lambda number=number, dtype=dtype: Text(number, count, dtype),
+                inputs=lambda number=number, dtype=dtype: Text(number, length, count, dtype),
                 contenders=contenders,
                 check=_check,
                 tolerance=0.0,
