@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     With SmolLM2: below twice xz's on the text of its own.
     """
     make_folder(options.out)
-    held_out = [data[:MOST] for _, data in corpus()[1] if len(data) >= RECORD]
+    held_out = [data[: RECORD if options.quick else MOST] for _, data in corpus()[1] if len(data) >= RECORD]
     step = max(1, len(held_out) // options.files)
     files = held_out[::step][: options.files]
     records, model = [data[:RECORD] for data in files], None
