@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pycore._checks import check_int
 from pycore._limits import KEY_TILE
-from pycore.cache.checks import check_index
+from pycore.cache.checks import check_index, check_path
 from pycore.ops.key_tiles import rows_of_tiles, tiles_of_rows
 
 __all__ = ["HeldTokens", "by_tiles", "to_layout"]
@@ -85,6 +85,34 @@ class HeldTokens:
         self._cropped += tokens
         self._taken_back(tokens)
 
+    def append(self, key: Tensor, value: Tensor, *, starts: Tensor | None = None) -> None:
+        """Takes new tokens at the end of every row."""
+        raise NotImplementedError
+
+    def accept(self, path: Tensor, tokens: int) -> None:
+        """Of the newest `tokens` of every row keeps those at `path`, one after another, and takes the others back.
+
+        So a branch of a tree that `attend` has verified stays, as if it alone had been appended. It needs `rollback`:
+        the tokens are taken back, as by `crop`, and those of the branch appended anew.
+
+        Args:
+            path: int64 [n], or [batch, n], the tokens that stay, ascending, 0 being the first of the newest `tokens`;
+                rows that keep fewer end with -1.
+            tokens: the nodes of the tree.
+
+        Raises:
+            IndexError: a place that the newest `tokens` do not have.
+            ValueError: as for `crop`, or path is of another shape or does not ascend.
+        """
+        op = f"{self._name}.accept"
+        held_key, held_value, lengths = self._held("accept")
+        self._check_crop(op, tokens)
+        path = check_path(op, path, len(lengths), tokens).to(lengths.device)
+        key, value, starts = self._branch(held_key, held_value, lengths, path, tokens)
+        self.crop(tokens)
+        self.append(key, value, starts=starts)
+        self._accepted()
+
     def reorder(self, index: Tensor) -> None:
         """Row b becomes what row index[b] was, as in beam search; int64 [batch]."""
         batch = self._held("reorder")[0].shape[0]
@@ -107,6 +135,9 @@ class HeldTokens:
 
     def _chosen(self) -> None:
         """What else changes when rows are chosen."""
+
+    def _accepted(self) -> None:
+        """What else changes when a branch was accepted."""
 
     def _rows(self, position: Tensor) -> Tensor:
         """Where the tokens at these positions lie."""

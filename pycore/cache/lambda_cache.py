@@ -12,7 +12,7 @@ from pycore._checks import check_int
 from pycore._limits import KEY_TILE
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
-from pycore.cache.checks import check_path, check_starts, check_tokens
+from pycore.cache.checks import check_starts, check_tokens
 from pycore.cache.lambda_tokens import Chunk, LambdaTokens
 from pycore.ops.attention_append import append_and_attend, fuses
 from pycore.ops.attention_cache import lambda_cache_append
@@ -190,31 +190,10 @@ class LambdaKVCache(LambdaTokens):
         self.append(key, value, starts=starts)
         return self.attend(query, **options)
 
-    def accept(self, path: Tensor, tokens: int) -> None:
-        """Of the newest `tokens` of every row keeps those at `path`, one after another, and takes the others back.
-
-        So a branch of a tree that `attend` has verified stays, as if it alone had been appended. It needs `rollback`:
-        the tokens are taken back, as by `crop`, and those of the branch appended anew.
-
-        Args:
-            path: int64 [n], or [batch, n], the tokens that stay, ascending, 0 being the first of the newest `tokens`;
-                rows that keep fewer end with -1.
-            tokens: the nodes of the tree.
-
-        Raises:
-            IndexError: a place that the newest `tokens` do not have.
-            ValueError: as for `crop`, or path is of another shape or does not ascend.
-        """
-        op = "LambdaKVCache.accept"
-        held_key, held_value, lengths = self._held("accept")
-        self._check_crop(op, tokens)
-        path = check_path(op, path, len(lengths), tokens).to(lengths.device)
-        key, value, starts = self._branch(held_key, held_value, lengths, path, tokens)
-        self.crop(tokens)
-        self.append(key, value, starts=starts)
-        self._own = 0
-
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _accepted(self) -> None:
+        self._own = 0
 
     def _rehearse(
         self,

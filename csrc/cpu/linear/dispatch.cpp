@@ -31,8 +31,10 @@ const LinearKernels* kernels_for(DType dtype, CpuIsa isa) {
 
 constexpr Status kNoKernel = {StatusCode::kUnsupported, "the linear kernels have no CPU version for this dtype"};
 constexpr int64_t kMaxItemRows = 384, kMinItemRows = 96;
-constexpr int64_t kSerialWork = 1 << 19;  // multiply-adds that are not worth waking a second thread for
-constexpr int64_t kNormChunks = 64;       // at most
+constexpr int64_t kSerialWork = 1 << 19;      // multiply-adds that are not worth waking a second thread for
+constexpr int64_t kFewSerialBytes = 1 << 17;  // the same of few rows, in bytes of the weight
+constexpr int64_t kFewColumns = 32;           // the least an item of few rows has
+constexpr int64_t kNormChunks = 64;           // at most
 
 int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 Range part(int64_t index, int64_t size, int64_t total) { return {index * size, std::min((index + 1) * size, total)}; }
@@ -47,7 +49,7 @@ int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, DType dty
 // an item's rows are converted, which more columns share. Both where there are items enough.
 int64_t item_columns(int64_t rows, int64_t columns, int64_t threads, DType dtype) {
   if (rows <= kFewRows)
-    return std::max<int64_t>(columns / (8 * std::max<int64_t>(threads, 1) * kLinearColumns), 1) * kLinearColumns;
+    return std::max<int64_t>(columns / (8 * std::max<int64_t>(threads, 1) * kFewColumns), 1) * kFewColumns;
   const int64_t wide = size_product({parts(rows, kMaxHalfRows), parts(columns, kHalfColumns)});
   return dtype_size(dtype) == 2 && wide >= 8 * threads ? kHalfColumns : kLinearColumns;
 }
@@ -145,7 +147,10 @@ Status linear_forward(const LinearParams& params, const Parallel& parallel, void
   const int64_t width = item_columns(rows, columns, parallel.threads, params.dtype);
   const int64_t column_items = parts(columns, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
-  const Parallel pool = limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
+  const Parallel pool =
+      rows <= kFewRows
+          ? limited(parallel, size_product({columns, params.in_features, dtype_size(params.dtype)}), kFewSerialBytes)
+          : limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
     const FlushedFloats flushed(params.dtype == DType::kBFloat16);
     kernels->forward(params, part(item / column_items, height, rows), part(item % column_items, width, columns),
