@@ -13,6 +13,7 @@ from torch import Tensor
 from pycore._checks import check_int
 from pycore._limits import KEY_TILE
 from pycore.cache.checks import check_index, check_path
+from pycore.ops.attention_append import Again
 from pycore.ops.key_tiles import rows_of_tiles, tiles_of_rows
 
 __all__ = ["HeldTokens", "by_tiles", "to_layout"]
@@ -41,6 +42,7 @@ class HeldTokens:
         self._key: Tensor | None = None
         self._value: Tensor | None = None
         self._lengths: Tensor | None = None
+        self._again: Again | None = None  # the newest call of `append_and_attend`
         self._cropped = 0  # tokens taken back and not appended anew, the most of any row
         self._behind: Tensor | None = None  # int64 [batch], the same of each row, where they may differ
 
@@ -240,5 +242,6 @@ class HeldTokens:
             key, value, lengths = (x.index_select(0, index) for x in (held_key, held_value, lengths))
             behind = None if self._behind is None else self._behind.index_select(0, index)
         self._key, self._value, self._lengths, self._behind = key, value, lengths, behind
+        self._again = None
         self._chosen()
         self._settle()

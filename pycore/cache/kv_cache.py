@@ -15,7 +15,7 @@ from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
 from pycore.cache.checks import STATE_VERSION, check_starts, check_state, check_tokens
 from pycore.cache.held_tokens import HeldTokens, to_layout
-from pycore.ops.attention_append import append_and_attend, fuses
+from pycore.ops.attention_append import Again, append_and_attend, fuses
 from pycore.ops.attention_cache import lambda_cache_append
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import Causal, Schedule, Tree
@@ -143,12 +143,23 @@ class KVCache(HeldTokens):
             options: as for `attend`.
         """
         op = "KVCache.attend"
+        again = None if torch.compiler.is_compiling() else self._again
+        if again is not None and starts is None and again.fits(query, key, value, options, self.schedule):
+            room = self._held("append")
+            if self.capacity is not None or self._longest + key.shape[2] <= room[1].shape[2]:
+                out = again.call(query, key, value, room)
+                self._taken(key.shape[2], None, room)
+                return out
         check_tensor(op, "query", query)
         given = AttentionOptions(**options) if options.keys() <= _OPTIONS.keys() else None
         if given is not None and fuses(query, key, given):
             key, value, starts, held, most = self._room("KVCache.append", key, value, starts)
-            out = append_and_attend("KVCache.append", op, query, key, value, held, starts, self.schedule, given, most=most)
+            out, args = append_and_attend(
+                "KVCache.append", op, query, key, value, held, starts, self.schedule, given, most=most
+            )
             self._taken(key.shape[2], starts, held)
+            if not torch.compiler.is_compiling():
+                self._again = None if args is None else Again(query, key, value, options, self.schedule, args)
             return out
         tokens = key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else 0
         if query.dim() == 4 and query.shape[2] != tokens:
@@ -236,6 +247,7 @@ class KVCache(HeldTokens):
             rows = max(_tiles(max(needed, 1)), _tiles(before * 3 // 2))
         what = f"capacity is {self.capacity}" if self.capacity is not None else f"room for {rows} tokens is asked for"
         new_key, new_value = self._allocate_rows(key, value, rows, what)
+        self._again = None  # it knew how many tokens there was room for
         if self._key is None or self._value is None or self._lengths is None:
             with torch.inference_mode(False):
                 return new_key, new_value, torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)

@@ -123,7 +123,8 @@ def call_attention(
     differentiable = (query, key, value, bias, slopes, sinks, numbers)
     pair = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     out, lse = call(
-        torch.ops.pycore.attention.default, query, key, value, cos, sin, bias, slopes, sinks, *lengths, schedule_tensor, seed, block_bias, op,
+        torch.ops.pycore.attention.default, query, key, value, cos, sin, bias, slopes, sinks, *lengths,
+        schedule_tensor, seed, block_bias, op,
         schedule.kind, schedule.args, bool(options.interleaved), limit, scale, softcap, dropout_p, key_ring,
         bool(options.symmetric_bias), numbers, pair, key_layout,
     )  # fmt: skip

@@ -58,8 +58,8 @@ def test_padding(model_type: str, name: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"num_return_sequences": 3, "do_sample": True},
-        {"prefill_chunk_size": 7},
+        {}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"prefill_chunk_size": 7},
+        {"num_return_sequences": 3, "do_sample": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -151,7 +151,9 @@ def test_another_window_over_the_same_tokens() -> None:
     for each in (cache, full):
         logits(model, ids[:, :50], past_key_values=each)
     use(model, "kv_causal")
-    assert torch.equal(logits(model, ids[:, 50:], past_key_values=cache), logits(model, ids[:, 50:], past_key_values=full))
+    assert torch.equal(
+        logits(model, ids[:, 50:], past_key_values=cache), logits(model, ids[:, 50:], past_key_values=full)
+    )
     with pytest.raises(ValueError, match="filled without a limit of distances and must not be used with one"):
         logits(use(model, "kv_lambda"), ids, past_key_values=cache)
     assert cache.get_seq_length() == 60
@@ -201,7 +203,8 @@ def test_compiled_steps_have_the_same_bits(cache: str) -> None:
     """Steps of compiled code, of a model with the same bits, are what one pass in eager mode says."""
     model, ids = same_bits(use(tiny("llama"), "kv_lambda" if cache == "LambdaCache" else "kv_causal")), tokens(2, 24)
     made: Any = {
-        "KVCache": KVCache, "LambdaCache": lambda: LambdaCache(SINKS, WINDOW), "StaircaseCache": lambda: StaircaseCache(model.config),
+        "KVCache": KVCache, "LambdaCache": lambda: LambdaCache(SINKS, WINDOW),
+        "StaircaseCache": lambda: StaircaseCache(model.config),
     }[cache]()  # fmt: skip
     whole = logits(model, ids)
     out = [logits(model, ids[:, :9], past_key_values=made)]

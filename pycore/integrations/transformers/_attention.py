@@ -85,7 +85,9 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         schedule: Schedule = Causal() if window_size is None else Lambda(sink_size, window_size)
         draw, counted = registered.draw if window is None else None, False
         if registered.draw is not None and layer is not None:
-            raise ValueError(f"{name}: past_key_values is a {layer.cache_name} and must be a cache of transformers' own")
+            raise ValueError(
+                f"{name}: past_key_values is a {layer.cache_name} and must be a cache of transformers' own"
+            )
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         sinks = None if s_aux is None else s_aux.to(wide)
         rope, tables, interleaved, limit = None, None, False, None

@@ -197,19 +197,22 @@ class KVLayer(TokensLayer):
         """As KVCache's."""
         super().__init__()
         self.capacity = capacity
+        self._sizes: tuple[int, int | None] | None = None
         self.reset()
 
     def open_store(self, name: str, sink_size: int, window_size: int | None, unrotated: bool) -> Tokens:
         """The store, whose attention now has these sizes: it has every token."""
         if self.store is None or self._seen == 0:
-            self.store, self.unrotated = Tokens(self.capacity), unrotated
+            self.store, self.unrotated, self._sizes = Tokens(self.capacity), unrotated, None
         if self.unrotated != unrotated:
             limits = ("without", "with") if unrotated else ("with", "without")
             raise ValueError(
                 f"{name}: past_key_values was filled {limits[0]} a limit of distances and must not be used "
                 f"{limits[1]} one: keys are kept as that attention takes them"
             )
-        self.store.schedule = Causal() if window_size is None else Lambda(sink_size, window_size)
+        if self._sizes != (sink_size, window_size):
+            self._sizes = (sink_size, window_size)
+            self.store.schedule = Causal() if window_size is None else Lambda(sink_size, window_size)
         return self.store
 
 
