@@ -235,6 +235,9 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
   if (columns.count() <= 0) return;
   int turn = 0;
   point(columns.begin);
+  for (int64_t at = 0; at < smaller(kAheadBytes, row_bytes_read); at += kLineBytes) {
+    for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + at, 0, 2);
+  }
   if (depth > 0) stage<kType, kColumns>(rows, 0, smaller(kLineBytes, row_bytes_read), scratch.lines[turn]);
   for (int64_t n = columns.begin; n < columns.end; n += kColumns) {
     const int64_t next = n + kColumns < columns.end ? kColumns * stride : 0;
