@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench import inputs, peers
+from bench import captured, inputs, peers
 from bench.case import Case, Options, Outputs, gemm_limit, largest_error
 from bench.flash_pair import flash_pair
 
@@ -34,6 +35,7 @@ class Work:
     source: str = inputs.RANDOM
     heads: int = 8
     head_dim: int = 64
+    batch: int = 1
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -41,7 +43,7 @@ class Work:
     def flops(self) -> float:
         """4 D per kept pair forward (two products), 10 D more backward (five)."""
         pairs = peers.kept_pairs(self.length, self.sink, self.window)
-        return (14.0 if self.backward else 4.0) * self.head_dim * pairs * self.heads
+        return (14.0 if self.backward else 4.0) * self.head_dim * pairs * self.heads * self.batch
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """query, key, value and, for backward, the gradient of the output."""
@@ -164,7 +166,22 @@ def cases(options: Options) -> Iterable[Case]:
         ("masked SDPA", *flex, "chunked SDPA"),
         memory=("pycore", "masked SDPA", *flex, "chunked SDPA"),
     )
-    named = inputs.text_model() if on_cpu else None
+    if on_cpu and captured.present():
+        real = {"source": captured.NAME, "heads": captured.HEADS, "head_dim": captured.HEAD_DIM}
+        work = Work(captured.TOKENS, **real, batch=len(captured.LAYERS))
+        yield case_of(
+            f"Λ forward, L {captured.TOKENS}, {captured.NAME}, B{work.batch} H{work.heads} D{work.head_dim}",
+            main,
+            work,
+            ("masked SDPA", "chunked SDPA"),
+        )
+        yield case_of(
+            f"causal forward, L {captured.TOKENS}, {captured.NAME}, B{work.batch} H{work.heads} D{work.head_dim}",
+            "causal forward",
+            dataclasses.replace(work, sink=None, window=None),
+            ("SDPA is_causal",),
+        )
+    named = inputs.text_model() if on_cpu and not captured.present() else None
     if named is not None:
         source, model = named
         heads, head_dim = model.config.heads, model.config.head_dim

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench import captured
 from bench.case import Case, Options, Outputs, largest_error
+from bench.inputs import RANDOM
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # Of the largest output: twenty rounding units of float32, three of the rounded bfloat16 result.
@@ -18,7 +20,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _inputs(batch: int, length: int, dtype: torch.dtype, device: str) -> Inputs:
+def _inputs(batch: int, length: int, dtype: torch.dtype, device: str, source: str = RANDOM) -> Inputs:
+    if source == captured.NAME:
+        query, key, value = (x[:, :, :length].to(dtype) for x in captured.attention_inputs())
+        return query[:, :, -1:].contiguous(), key.contiguous(), value.contiguous()
     generator = torch.Generator(device).manual_seed(length)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -27,9 +32,10 @@ def _inputs(batch: int, length: int, dtype: torch.dtype, device: str) -> Inputs:
     return draw(HEADS, 1), draw(KV_HEADS, length), draw(KV_HEADS, length)
 
 
-def _folded(query: torch.Tensor) -> torch.Tensor:
+def _folded(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The heads of a group as rows of one head: what a user does by hand, since all see the same keys."""
-    return query.view(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+    batch, kv_heads, _, head_dim = key.shape
+    return query.view(batch, kv_heads, -1, head_dim)
 
 
 def _pycore(tensors: Inputs) -> Callable[[], Outputs]:
@@ -56,7 +62,7 @@ def _pycore_tiles(tensors: Inputs) -> Callable[[], Outputs]:
 
 def _folded_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
     query, key, value = tensors
-    return lambda: (scaled_dot_product_attention(_folded(query), key, value).view_as(query),)
+    return lambda: (scaled_dot_product_attention(_folded(query, key), key, value).view_as(query),)
 
 
 def _grouped_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
@@ -66,7 +72,7 @@ def _grouped_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
 
 def _check(tensors: Inputs) -> Callable[[Outputs], float]:
     query, key, value = (tensor.double() for tensor in tensors)
-    reference = scaled_dot_product_attention(_folded(query), key, value).view_as(query)
+    reference = scaled_dot_product_attention(_folded(query, key), key, value).view_as(query)
     return lambda outputs: largest_error(outputs, [reference])
 
 
@@ -79,8 +85,10 @@ def decode_case(
     batch: int = 1,
     device: str = "cpu",
     cached: bool = False,
+    source: str = RANDOM,
 ) -> Case:
     """One query a batch row against `length` keys; `cached`: those of a KVCache."""
+    channels = batch * (captured.KV_HEADS * captured.HEAD_DIM if source == captured.NAME else KV_HEADS * HEAD_DIM)
     contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
         "pycore": _pycore_tiles if cached else _pycore,
         "pycore, keys in rows": _pycore,
@@ -90,11 +98,11 @@ def decode_case(
     return Case(
         name=name,
         group=group,
-        inputs=lambda: _inputs(batch, length, dtype, device),
+        inputs=lambda: _inputs(batch, length, dtype, device, source),
         contenders={name: contenders[name] for name in ("pycore", *peer_names)},
         check=_check,
         tolerance=TOLERANCE[dtype],
-        bytes=2.0 * batch * KV_HEADS * length * HEAD_DIM * dtype.itemsize,
+        bytes=2.0 * channels * length * dtype.itemsize,
         device=device,
     )
 
@@ -115,6 +123,19 @@ def cases(options: Options) -> Iterable[Case]:
                     ("pycore, keys in rows", *peers) if cached else peers,
                     cached=cached,
                 )
+    if captured.present():
+        batch = len(captured.LAYERS)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield decode_case(
+                f"decode on a KVCache, {captured.NAME}, {str(dtype).removeprefix('torch.')}",
+                f"decode on a KVCache ({captured.NAME}: B{batch}, 9 heads over 3, D 64, {captured.TOKENS} keys)",
+                captured.TOKENS,
+                dtype,
+                ("pycore, keys in rows", *peers),
+                batch,
+                cached=True,
+                source=captured.NAME,
+            )
 
 
 def bench_attention_decode(case: Case, measure_case: Callable[[Case], None]) -> None:

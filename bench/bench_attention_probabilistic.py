@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import inputs, peers
+from bench import captured, inputs, peers
 from bench.bench_attention import TOLERANCES, contender
 from bench.case import Case, Options, Outputs, gemm_limit, largest_error
 
@@ -29,6 +29,8 @@ class Round:
     block: int = 64
     heads: int = 8
     head_dim: int = 64
+    batch: int = 1
+    source: str = inputs.RANDOM
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -57,12 +59,12 @@ class Round:
         """Of a query's own block it keeps what is not after it, of others all."""
         own = self.heads * self.blocks
         pairs = (int(self.taken.sum()) - own) * self.block**2 + own * self.block * (self.block + 1) // 2
-        return (14.0 if self.backward else 4.0) * self.head_dim * pairs
+        return (14.0 if self.backward else 4.0) * self.head_dim * pairs * self.batch
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """query, key, value, and the gradient of the output."""
         shape = (self.heads, self.length, self.head_dim)
-        tensors = inputs.attention_inputs(inputs.RANDOM, *shape, True, self.device, self.dtype)
+        tensors = inputs.attention_inputs(self.source, *shape, True, self.device, self.dtype)
         for x in tensors[:3]:
             x.requires_grad_(self.backward)
         return tensors
@@ -176,6 +178,13 @@ def cases(options: Options) -> Iterable[Case]:
                 work,
                 with_flex=not backward,
             )
+    if captured.present():
+        real = {"source": captured.NAME, "heads": captured.HEADS, "head_dim": captured.HEAD_DIM}
+        work = Round(0.25, length=captured.TOKENS, **real, batch=len(captured.LAYERS))
+        name = f"L {work.length}, {captured.NAME}, B{work.batch} H{work.heads} D{work.head_dim}"
+        yield round_case(
+            f"probabilistic forward, {name}, density 0.25", f"probabilistic forward ({name})", work, not options.quick
+        )
 
 
 def bench_attention_probabilistic(case: Case, measure_case: Callable[[Case], None]) -> None:

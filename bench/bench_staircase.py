@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench import staircase_peers
+from bench import captured, staircase_peers
 from bench.case import Case, Options, Outputs, largest_error
+from bench.inputs import RANDOM
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 STEP, SINK, GROUP_SIZE, NEW = 128, 4, 64, 64
@@ -29,7 +30,11 @@ APPEND = f"staircase, {NEW} tokens appended one at a time"
 Inputs = tuple[Any, ...]  # a cache, and tensors
 
 
-def _drawn(length: int) -> tuple[torch.Tensor, ...]:
+def _drawn(length: int, source: str = RANDOM) -> tuple[torch.Tensor, ...]:
+    """A query, keys and values; those of a real model from three of its layers, its newest query last."""
+    if source == captured.NAME:
+        query, key, value = (x[:, :, :length] for x in captured.attention_inputs())
+        return query[:, :, -1:], key, value
     generator = torch.Generator().manual_seed(length)
 
     def draw(heads: int, tokens: int) -> torch.Tensor:
@@ -38,14 +43,15 @@ def _drawn(length: int) -> tuple[torch.Tensor, ...]:
     return draw(HEADS, 1), draw(KV_HEADS, length), draw(KV_HEADS, length)
 
 
-def _filled(bits: Sequence[int], length: int, more: int = 0) -> tuple[Any, torch.Tensor]:
+def _filled(bits: Sequence[int], length: int, more: int = 0, source: str = RANDOM) -> tuple[Any, torch.Tensor]:
     """A cache with `length` tokens and room for more, and a query."""
     from pycore import Staircase, StaircaseKVCache
 
-    query, key, value = _drawn(length)
+    query, key, value = _drawn(length, source)
+    batch, kv_heads, _, head_dim = key.shape
     stairs = Staircase(bits, step=STEP, sink_size=SINK, group_size=GROUP_SIZE, rollback=NEW)
     cache = StaircaseKVCache(
-        stairs, batch=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, capacity=length + more, dtype=torch.bfloat16
+        stairs, batch=batch, kv_heads=kv_heads, head_dim=head_dim, capacity=length + more, dtype=torch.bfloat16
     )
     for at in range(0, length, 1024):
         cache.append(key[:, :, at : at + 1024], value[:, :, at : at + 1024])
@@ -53,8 +59,11 @@ def _filled(bits: Sequence[int], length: int, more: int = 0) -> tuple[Any, torch
     return cache, query
 
 
-def packed_bytes(bits: Sequence[int], length: int) -> float:
-    """What the newest token's query reads: sinks and the newest step in full, codes and their scales of the rest."""
+def packed_bytes(bits: Sequence[int], length: int, channels: int = KV_HEADS * HEAD_DIM) -> float:
+    """What the newest token's query reads: sinks and the newest step in full, codes and their scales of the rest.
+
+    `channels`: of all batch rows and heads.
+    """
     newest, last = (length - 1) // STEP, len(bits) - 1
     total = 0.0
     for step in range(newest + 1):
@@ -63,20 +72,21 @@ def packed_bytes(bits: Sequence[int], length: int) -> float:
         sinks = SINK if step == 0 and width < 16 else 0
         scales = 0 if width == 16 else 8 * 5 / GROUP_SIZE  # lo and hi in bfloat16, and a center
         total += (tokens - sinks) * (width + scales) + 16 * sinks
-    return 2 * KV_HEADS * HEAD_DIM * total / 8
+    return 2 * channels * total / 8
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 
-def _decode_inputs(bits: Sequence[int], length: int) -> Inputs:
-    cache, query = _filled(bits, length)
+def _decode_inputs(bits: Sequence[int], length: int, source: str = RANDOM) -> Inputs:
+    cache, query = _filled(bits, length, source=source)
     return cache, query, cache.keys(), cache.values()
 
 
-def _folded(query: torch.Tensor) -> torch.Tensor:
+def _folded(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The heads of a group as rows of one head: what a user does by hand, since all see the same keys."""
-    return query.view(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+    batch, kv_heads, _, head_dim = key.shape
+    return query.view(batch, kv_heads, -1, head_dim)
 
 
 def _packed(tensors: Inputs) -> Callable[[], Outputs]:
@@ -92,12 +102,12 @@ def _pycore(tensors: Inputs) -> Callable[[], Outputs]:
 
 def _folded_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
     query, key, value = tensors[1:]
-    return lambda: (scaled_dot_product_attention(_folded(query), key, value).view_as(query),)
+    return lambda: (scaled_dot_product_attention(_folded(query, key), key, value).view_as(query),)
 
 
 def _folded_float32(tensors: Inputs) -> Callable[[], Outputs]:
     query, key, value = (x.float() for x in tensors[1:])
-    return lambda: (scaled_dot_product_attention(_folded(query), key, value).view_as(query),)
+    return lambda: (scaled_dot_product_attention(_folded(query, key), key, value).view_as(query),)
 
 
 def _grouped_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
@@ -107,12 +117,15 @@ def _grouped_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
 
 def _check_decode(tensors: Inputs) -> Callable[[Outputs], float]:
     query, key, value = (x.double() for x in tensors[1:])
-    reference = scaled_dot_product_attention(_folded(query), key, value).view_as(query)
+    reference = scaled_dot_product_attention(_folded(query, key), key, value).view_as(query)
     return lambda outputs: largest_error(outputs, [reference])
 
 
-def decode_case(bits: Sequence[int], length: int, quick: bool = False) -> Case:
+def decode_case(bits: Sequence[int], length: int, quick: bool = False, source: str = RANDOM) -> Case:
     """One query against `length` tokens on a ladder."""
+    real = source == captured.NAME
+    channels = len(captured.LAYERS) * captured.KV_HEADS * captured.HEAD_DIM if real else KV_HEADS * HEAD_DIM
+    group = f"staircase decode ({source}: B3, 9 heads over 3, D 64)" if real else DECODE
     contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
         "pycore, packed": _packed,
         "pycore, bfloat16": _pycore,
@@ -122,13 +135,13 @@ def decode_case(bits: Sequence[int], length: int, quick: bool = False) -> Case:
         contenders["SDPA float32, heads folded"] = _folded_float32
         contenders["SDPA bfloat16, enable_gqa"] = _grouped_sdpa
     return Case(
-        name=f"staircase decode, {'/'.join(map(str, bits))}, {length} keys",
-        group=DECODE,
-        inputs=lambda: _decode_inputs(bits, length),
+        name=f"staircase decode, {'/'.join(map(str, bits))}, {length} keys" + (f", {source}" if real else ""),
+        group=group,
+        inputs=lambda: _decode_inputs(bits, length, source),
         contenders=contenders,
         check=_check_decode,
         tolerance=TOLERANCE,
-        bytes=packed_bytes(bits, length),
+        bytes=packed_bytes(bits, length, channels),
         memory=() if quick else ("pycore, packed", "SDPA float32, heads folded"),
     )
 
@@ -261,6 +274,8 @@ def cases(options: Options) -> Iterable[Case]:
     for bits in ladders:
         for length in (4096, 32768):
             yield decode_case(bits, length, options.quick)
+    if captured.present():
+        yield decode_case((16, 8, 4), captured.TOKENS, options.quick, captured.NAME)
     if not options.quick:
         for heads in (KV_HEADS, HEADS):
             yield binds_case((16, 8, 4), 32768, heads)

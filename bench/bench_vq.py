@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench import inputs
+from bench import captured, inputs
 from bench.case import Case, Options, Outputs, Prepare, largest_error
 
 GROUP = "rvq_encode and ResidualVQ"
@@ -27,21 +27,39 @@ class Work:
     dim: int
     codes: int
     rows: int
+    source: str = inputs.RANDOM
 
     @property
     def name(self) -> str:
-        return f"Q{self.stages} D{self.dim} K{self.codes} N{self.rows}"
+        shape = f"Q{self.stages} D{self.dim} K{self.codes} N{self.rows}"
+        return shape if self.source == inputs.RANDOM else f"{shape}, keys of {self.source}"
 
     @property
     def flops(self) -> float:
         return 2.0 * self.stages * self.dim * self.codes * self.rows
 
     def inputs(self) -> Inputs:
-        """X and codebooks whose stages get smaller, as residuals do."""
+        """X and codebooks whose stages get smaller, as residuals do.
+
+        Of a real model: keys of its layers and heads, and codebooks that k-means found in them stage by stage.
+        """
+        if self.source == captured.NAME:
+            return self._keys()
         generator = torch.Generator().manual_seed(inputs.SEED)
         x = torch.randn(self.rows, self.dim, generator=generator)
         scale = 0.7 ** torch.arange(self.stages, dtype=torch.float32)
         return x, torch.randn(self.stages, self.codes, self.dim, generator=generator) * scale[:, None, None]
+
+    def _keys(self) -> Inputs:
+        from pycore import ops
+
+        keys = captured.attention_inputs()[1].float().reshape(-1, captured.HEAD_DIM)
+        rows = keys[torch.randperm(len(keys), generator=torch.Generator().manual_seed(inputs.SEED))[: self.rows]]
+        residual, books = rows, []
+        for _ in range(self.stages):
+            books.append(ops.kmeans(residual, self.codes, iterations=3)[0])
+            residual = residual - books[-1][ops.vq_encode(residual, books[-1])[..., 0]]
+        return rows, torch.stack(books)
 
 
 def _reconstruction_error(x: Tensor, books: Tensor, codes: Tensor) -> Tensor:
@@ -203,6 +221,8 @@ def cases(options: Options) -> Iterable[Case]:
     codec = Work(8, 128, 1024, 1200)
     yield _encode_case(codec)
     yield _encode_case(Work(4, 8, 1024, 16384 if options.quick else 65536))
+    if captured.present():
+        yield _encode_case(Work(4, captured.HEAD_DIM, 1024, 16384, captured.NAME))
     yield _encode_case(Work(8, 128, 1024, 1))
     yield _encode_case(Work(1, 64, 4096 if options.quick else 16384, 16384), memory=True)
     if _there(["faiss"]):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from bench import captured
+
 SEED = 20240
 RANDOM = "random"
 _TRAINED = pathlib.Path(__file__).resolve().parent.parent / "examples" / "out" / "bytelm.pt"
@@ -58,9 +60,12 @@ def attention_inputs(
 ) -> tuple[torch.Tensor, ...]:
     """query, key, value and, on request, an output gradient: [1, heads, length, head_dim].
 
-    Random ones are drawn on the device. From a model they are what its last layer gives to attention, un-rotated, with
-    the strides that they have there.
+    Random ones are drawn on the device. From bytelm they are what its last layer gives to attention, un-rotated, with
+    the strides that they have there; from SmolLM2 those of three layers, rotated, [3, 9, length, 64], each key and
+    value three times, as peers need them.
     """
+    if source == captured.NAME:
+        return _of_smollm2(heads, length, head_dim, gradient, device, dtype)
     generator = torch.Generator(device).manual_seed(SEED)
     shape = (1, heads, length, head_dim)
     if source == RANDOM:
@@ -85,3 +90,16 @@ def attention_inputs(
     if gradient:
         tensors = (*tensors, torch.randn(shape, generator=generator, device=device))
     return tuple(tensor.to(device, dtype) for tensor in tensors)
+
+
+def _of_smollm2(
+    heads: int, length: int, head_dim: int, gradient: bool, device: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    query, key, value = captured.attention_inputs()
+    tensors = [query, *(x.repeat_interleave(captured.HEADS // captured.KV_HEADS, 1) for x in (key, value))]
+    tensors = [x[:, :, :length].to(device, dtype).contiguous() for x in tensors]
+    shape = (len(captured.LAYERS), heads, length, head_dim)
+    assert tensors[0].shape == shape, f"inputs: {captured.NAME} has shape {tuple(tensors[0].shape)}, not {shape}"
+    if gradient:
+        tensors.append(torch.randn(shape, generator=torch.Generator(device).manual_seed(SEED), device=device).to(dtype))
+    return tuple(tensors)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench import bench_attention_cuda, case, flash_pair, measure, peers, report, sweeps
+from bench import bench_attention_cuda, captured, case, flash_pair, inputs, measure, peers, report, sweeps
 from tools import sanitize_cuda
 
 
@@ -226,3 +226,16 @@ def test_what_the_sanitizer_runs() -> None:
 def test_the_script_for_a_gpu_machine_parses() -> None:
     script = pathlib.Path(sanitize_cuda.__file__).with_name("device.sh")
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not captured.present(), reason="python examples/smollm2.py fetches the model")
+def test_inputs_of_a_real_model_are_its_three_layers() -> None:
+    """Softmax of its own scores: what a layer attends to, most of it the first token (an attention sink)."""
+    query, key, value = inputs.attention_inputs(captured.NAME, captured.HEADS, 512, captured.HEAD_DIM)
+    assert query.shape == key.shape == value.shape == (3, 9, 512, 64)
+    assert torch.equal(key[:, 0], key[:, 1]) and not torch.equal(key[:, 0], key[:, 3])  # three heads share one
+    weights = query[2, :, 256:] @ key[2].mT * 64**-0.5
+    causal = torch.arange(256, 512)[:, None] >= torch.arange(512)
+    first = weights.masked_fill(~causal, -torch.inf).softmax(-1)[..., 0].mean()
+    assert first > 0.2 and value.isfinite().all()
