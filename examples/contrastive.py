@@ -258,12 +258,12 @@ def run(options: argparse.Namespace) -> int:
     print(f"{len(pairs)} pairs to train on, {len(held)} held out")
     model, tokens, dims = build()
     rows = [{"name": "before", **recall(*measure(model, tokens, held))}]
-    runs = []
+    runs, epochs = [], options.epochs or (1 if options.quick else 2)
     for batch in (16, 128) if options.quick else (64, 4096):
         torch.manual_seed(options.seed)
         model, tokens, dims = build()
         rate = options.rate * (1 if batch <= 128 else 4)
-        runs.append(train(model, tokens, pairs, batch, options.epochs, rate, dims, options.seed))
+        runs.append(train(model, tokens, pairs, batch, epochs, rate, dims, options.seed))
         rows.append({"name": f"batches of {batch}", **recall(*measure(model, tokens, held)), **runs[-1]})
     print(f"{'':16}" + "".join(f"{name:>12}" for name in ("recall@1", "recall@5", "recall@10", "peak MiB")))
     for row in rows:
@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small random encoder, seconds")
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "models", help="folder of the wheel")
     parser.add_argument("--pairs", type=int, help=f"train on at most so many ({PAIRS})")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, help="times that every pair is seen (2; 1 with --quick)")
     parser.add_argument("--rate", type=float, default=3e-5, help="learning rate of the small batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-plot", action="store_true", help="there is none; taken for the other examples' sake")
