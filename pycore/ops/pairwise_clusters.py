@@ -66,8 +66,9 @@ def sinkhorn(
         if count == 0:
             raise ValueError(f"{op}: {name} has no rows and must have one")
     for name, weights in (("a", a), ("b", b)):
-        looked_at = weights is not None and not torch.compiler.is_compiling()
-        if looked_at and not torch._C._are_functorch_transforms_active() and bool((weights < 0).any()):  # type: ignore[operator]
+        if weights is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            continue
+        if bool((weights < 0).any()):
             raise ValueError(f"{op}: {name} has a negative weight and must have none")
     of_x = x.new_full((*lead, n), 1 / n) if a is None else per_row(op, "a", a.to(x.dtype), lead, n).reshape(*lead, n)
     of_y = y.new_full((*lead, m), 1 / m) if b is None else per_row(op, "b", b.to(y.dtype), lead, m).reshape(*lead, m)

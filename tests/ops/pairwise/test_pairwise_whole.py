@@ -34,7 +34,7 @@ def test_topk_of_more_rows_than_a_block_has(isa: str, n: int, m: int, d: int, k:
         alone = ops.pairwise_topk(x[row : row + 1], y, k)
         assert all(torch.equal(mine[0], whole[row]) for mine, whole in zip(alone, together, strict=True))
     exact, _ = (x.double() @ y.double().T).topk(k)
-    torch.testing.assert_close(together[0].double(), exact, rtol=1e-5, atol=1e-5)
+    assert (together[0] - exact).abs().max() <= 2e-6 * exact.abs().max()
 
 
 def test_topk_lengths_in_blocks(isa: str) -> None:
