@@ -10,6 +10,8 @@ have to do. ``pycore.models.codec.Codec`` learns its codebooks on a few minutes 
   perplexity how many of the 256 codes are in use, evenly counted
   bytes      a real stream of the arithmetic coder, beside eight bits a code
 
+The first seed's codec is kept (``speech_codec.pt``, for ``python -m pycore.models.codec_command``), with a file.
+
     python examples/speech_codec.py            # table, plot, WAV files and JSON under examples/out/
     python examples/speech_codec.py --quick    # the same path in seconds, figures without meaning
 """
@@ -34,6 +36,7 @@ from torch.nn import functional
 from pycore import ops
 from pycore.models.codec import Codec, CodecConfig
 from pycore.models.codec_audio import espeak, has_espeak, synthetic_vowels, write_wav
+from pycore.models.codec_file import pack, save_codec, unpack
 
 NAME = "speech_codec"
 SAMPLE_RATE = 16000
@@ -152,8 +155,11 @@ def one_seed(seed: int, options: argparse.Namespace, speech: bool, progress: Pro
         row["saved"] = 1 - len(data) / held.numel()
         row["bits_per_second"] = 8 * len(data) / (len(test) / SAMPLE_RATE)
         if seed == 0:
-            row["decodes"] = bool(torch.equal(codec.from_bytes(codec.to_bytes(held[:200])), held[:200]))
             clip = test[: 8 * SAMPLE_RATE]
+            save_codec(codec, options.out / f"{NAME}.pt", {"seconds": options.seconds, "steps": options.steps})
+            file = options.out / f"{NAME}.pccf"
+            file.write_bytes(pack(codec, codec.encode(clip), samples=len(clip)))
+            row["decodes"] = bool(torch.equal(unpack(codec, file.read_bytes()).codes, codec.encode(clip)))
             write_wav(options.out / f"{NAME}_original.wav", clip, SAMPLE_RATE)
             for n in (1, 4, 8):
                 again = codec.decode(codec.encode(clip, quantizers=n), length=len(clip))

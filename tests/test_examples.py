@@ -32,9 +32,10 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     """Asserts that an example ends with 2 and one line on stderr; in this process, which spares a start for each."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
-    def refuse(name: str, *arguments: str, message: str) -> None:
+    def refuse(name: str, *arguments: str, message: str, plot: bool = True) -> None:
+        no_plot = ["--no-plot"] if plot else []
         with pytest.raises(SystemExit) as ended:
-            sys.exit(importlib.import_module(name).main(["--quick", "--no-plot", *arguments]))
+            sys.exit(importlib.import_module(name).main(["--quick", *no_plot, *arguments]))
         assert ended.value.code == 2
         error = capsys.readouterr().err
         assert error.startswith(f"{name}: ") and message in error and error.count("\n") == 1
@@ -267,6 +268,97 @@ def test_rate_task(tmp_path: Path) -> None:
     assert 0.3 < written["accuracy"][0] < written["accuracy"][-1] <= 1 and written["decodes"] is True
     bad = run("rate_task.py", "--steps", "0")
     assert bad.returncode == 2 and bad.stderr == "rate_task: --steps is 0 and must be at least 1\n"
+
+
+# ---- all families, and compression ----------------------------------------------------------------------------------
+
+
+FAMILIES = ["pairwise", "linear", "vq", "attention", "staircase", "arithmetic_coding"]
+
+
+def test_compose(tmp_path: Path) -> None:
+    result = run("compose.py", "--quick", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "compose_quick.json").read_text(encoding="utf-8"))
+    sound, text = written["parts"]
+    assert [row["family"] for row in sound["rows"]] == FAMILIES
+    assert sorted(row["family"] for row in text["rows"]) == sorted(FAMILIES)
+    for part in (sound, text):
+        assert part["same"] is True and part["threads"] is True and 0 < part["file"] < part["bytes"]
+        for row in part["rows"]:
+            assert row["seconds"] >= 0 and f"  {row['family']:<18}{row['text']}  [" in result.stdout
+    assert (tmp_path / "compose_input.wav.pccf").stat().st_size == sound["file"]
+    assert (tmp_path / "compose_input.decoded.wav").stat().st_size == (tmp_path / "compose_input.wav").stat().st_size
+    assert "on any threads" in result.stdout
+    # Files of one's own; the codec is kept.
+    short = tmp_path / "short.txt"
+    short.write_bytes(bytes(range(256)))
+    again = run("compose.py", "--quick", "--out", str(tmp_path), str(short), str(tmp_path / "compose_input.wav"))
+    assert again.returncode == 0, again.stderr
+    assert "kept from before" in again.stdout and "code model" not in again.stderr
+    second = json.loads((tmp_path / "compose_quick.json").read_text(encoding="utf-8"))["parts"]
+    assert second[0]["bytes"] == 256 and second[1]["file"] == sound["file"]
+
+
+def test_the_page_says_what_compose_found() -> None:
+    """docs/memory_and_codec.md quotes the committed result."""
+    root = EXAMPLES.parent
+    kept = json.loads((root / "bench" / "results" / "compose_cpu.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "memory_and_codec.md").read_text(encoding="utf-8")
+    assert kept["quick"] is False and kept["all_seconds"] < 120
+    for part in kept["parts"]:
+        assert part["same"] is True and part["threads"] is True
+        for row in part["rows"]:
+            assert f"    {row['family']:<18}{row['text']}\n" in page
+
+
+def test_compose_bad_arguments(refuse: Callable[..., None], tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path))
+    (tmp_path / "no.wav").write_bytes(b"no sound")
+    refuse("compose", "--steps", "0", message="--steps is 0 and must be at least 1", plot=False)
+    refuse("compose", *out, str(tmp_path / "none.txt"), message="none.txt cannot be read: No such file", plot=False)
+
+
+def test_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("recordings")
+    monkeypatch.setattr(example, "INSIDE", Path("usr/share/sounds/nowhere"))
+    assert example.recordings(tmp_path) == []
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(example.UserError, match="^apt-get is not here; the recordings come from the package alsa-ut"):
+        example.fetch(tmp_path)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, line in (("apt-get", "echo E: no network >&2; exit 100"), ("dpkg", "exit 0")):
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/bin:/usr/bin")
+    with pytest.raises(example.UserError, match="^apt-get download failed .E: no network.$"):
+        example.fetch(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["programs"]
+
+
+def test_compression(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_bytes(b"a note, and another note, and a third one\n" * 20)
+    result = run("compression.py", "--quick", "--out", str(tmp_path), "--text", str(text), "--most", "500")
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "compression_quick.json").read_text(encoding="utf-8"))
+    assert list(written["parts"]) == ["1 held-out files", "1 records of 2048 bytes", "notes.txt"]
+    for title, rows in written["parts"].items():
+        names = [row["name"] for row in rows]
+        assert {"lmzip", "gzip -9", "bz2 -9", "xz -9e"} <= set(names) <= {
+            "lmzip", "gzip -9", "bz2 -9", "xz -9e", "zstd -19", "brotli -11"
+        }  # fmt: skip
+        for row in rows:
+            assert row["ratio"] == pytest.approx(row["bytes"] / row["packed"])
+            assert row["bits_per_byte"] == pytest.approx(8 / row["ratio"]) and row["compress_kb_per_s"] > 0
+            assert any(line.startswith(f"{row['name']} ") for line in result.stdout.splitlines())
+        assert {row["bytes"] for row in rows} == {500 if title == "notes.txt" else rows[0]["bytes"]}
+    records = {row["name"]: row["ratio"] for row in written["parts"]["1 records of 2048 bytes"]}
+    assert records["lmzip"] > 1.2 * records["gzip -9"]
+    bad = run("compression.py", "--text", str(tmp_path / "none"), "--out", str(tmp_path))
+    assert bad.returncode == 2 and "none cannot be read: No such file" in bad.stderr
 
 
 # ---- contrastive and prototypes --------------------------------------------------------------------------------------

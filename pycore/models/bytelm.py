@@ -21,8 +21,10 @@ from pycore import ops
 from pycore._checks import check_int
 from pycore._tensors import check_tensor
 from pycore.cache import LambdaKVCache
+from pycore.cache.staircase_cache import Staircase
 from pycore.nn.attention import POSITIONS, PositionScheme, SelfAttention
 from pycore.nn.linear import Projection, RMSNorm
+from pycore.nn.staircase import StaircaseLayer
 from pycore.ops.attention_call import AttentionOptions
 from pycore.schedules import Causal, Lambda, Probabilistic, Schedule
 
@@ -103,7 +105,7 @@ class Block(nn.Module):
         x: Tensor,
         options: AttentionOptions,
         schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
-        cache: LambdaKVCache | None = None,
+        cache: LambdaKVCache | StaircaseLayer | None = None,
         starts: Tensor | None = None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), options, schedule, cache, starts)
@@ -161,13 +163,29 @@ class Bytelm(nn.Module):
             raise ValueError(f"Bytelm: schedule is {schedule!r} and must be Causal or Lambda for a cache")
         return [LambdaKVCache(sinks, window, rollback) for _ in self.blocks]
 
+    def staircase_caches(self, staircase: Staircase, schedule: Schedule = Causal()) -> list[StaircaseLayer]:  # noqa: B008
+        """As :meth:`caches`, with fewer bits for older tokens; all tokens are kept.
+
+        Args:
+            staircase: how many bits at which age.
+            schedule: ``Causal``; or ``Lambda``, unless positions are rotations, whose distances packed keys cannot cut
+                off.
+        """
+        if not isinstance(schedule, Causal | Lambda):
+            raise ValueError(f"Bytelm: schedule is {schedule!r} and must be Causal or Lambda for a cache")
+        if isinstance(schedule, Lambda) and self.config.position in ("rope", "harmonic"):
+            raise ValueError(
+                f"Bytelm: position is {self.config.position!r} and must be another for Lambda on a staircase"
+            )
+        return [StaircaseLayer(staircase, schedule, self.config.max_distance) for _ in self.blocks]
+
     def forward(
         self,
         tokens: Tensor,
         *,
         schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
         distance_limit: int | None = None,
-        caches: Sequence[LambdaKVCache] | None = None,
+        caches: Sequence[LambdaKVCache | StaircaseLayer] | None = None,
         starts: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token that follows each position.
@@ -178,7 +196,7 @@ class Bytelm(nn.Module):
                 ``Tree`` of drafts, which the tokens then are; the caches' ``accept`` keeps a branch.
             distance_limit: distances beyond it are seen as it. None stands for the window with ``Lambda``, as in
                 LM-Infinite, and for no limit elsewhere.
-            caches: from :meth:`caches`; tokens then follow what the caches have seen.
+            caches: from :meth:`caches` or :meth:`staircase_caches`; tokens then follow what the caches have seen.
             starts: int64 ``[batch]``, tokens at the front of each row that are padding; their logits mean nothing.
 
         Returns:
@@ -223,7 +241,7 @@ class Bytelm(nn.Module):
         tokens: Tensor,
         schedule: Schedule,
         distance_limit: int | None,
-        caches: Sequence[LambdaKVCache] | None,
+        caches: Sequence[LambdaKVCache | StaircaseLayer] | None,
         starts: Tensor | None,
     ) -> Tensor:
         """What the output projection is given, ``[batch, length, dim]``."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,9 @@ from pycore._checks import check_bytes, check_int
 from pycore._tensors import check_tensor
 from pycore.cache import LambdaKVCache
 from pycore.models.bytelm import Block, BytelmConfig
-from pycore.nn.attention import PositionScheme
+from pycore.nn.attention import POSITIONS, PositionScheme
 from pycore.nn.linear import Projection, RMSNorm
+from pycore.nn.staircase import StaircaseLayer
 from pycore.nn.vq import MaskedChannelRVQ, ResidualVQ
 from pycore.ops.attention_call import AttentionOptions
 from pycore.schedules import Lambda
@@ -45,6 +47,9 @@ class CodecConfig:
         codes: of every codebook.
         layers, dim, heads: of the code model.
         window: frames that its attention looks back, and the first four.
+        position: how it learns where frames stand, see `pycore.nn.attention.PositionScheme`; of those that rotate, none
+            goes with a staircase (`pycore.models.codec_file`).
+        sample_rate: samples a second of the sound that it is for.
     """
 
     hop: int = 128
@@ -55,9 +60,11 @@ class CodecConfig:
     dim: int = 128
     heads: int = 4
     window: int = 250
+    position: str = "rope"
+    sample_rate: int = 16000
 
     def __post_init__(self) -> None:
-        for name in ("hop", "quantizers", "codes", "layers", "dim", "heads", "window"):
+        for name in ("hop", "quantizers", "codes", "layers", "dim", "heads", "window", "sample_rate"):
             check_int("CodecConfig", name, getattr(self, name), 1)
         check_int("CodecConfig", "masked", self.masked, 0)
         if self.hop % 2:
@@ -65,6 +72,8 @@ class CodecConfig:
         if self.masked > min(self.quantizers, self.hop):
             most = min(self.quantizers, self.hop)
             raise ValueError(f"CodecConfig: masked is {self.masked} and must be at most {most}, the quantizers")
+        if self.position not in POSITIONS:
+            raise ValueError(f"CodecConfig: position is {self.position!r} and must be one of {', '.join(POSITIONS)}")
         if self.codes > 4096:  # of a distribution's 2^16 shares
             raise ValueError(f"CodecConfig: codes is {self.codes} and must be at most 4096")
 
@@ -92,7 +101,7 @@ class CodeModel(nn.Module):
         self.frame = nn.Parameter(torch.randn(config.quantizers, config.codes, config.dim) * 0.1)
         self.so_far = nn.Parameter(torch.randn(config.quantizers, config.codes, config.dim) * 0.1)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(config.layers))
-        self.positions = PositionScheme("rope", config.heads, shape.head_dim, max_distance=config.window)
+        self.positions = PositionScheme(config.position, config.heads, shape.head_dim, max_distance=config.window)
         self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.quantizers))
         self.hidden = nn.ModuleList(Projection(config.dim, 2 * config.dim) for _ in range(config.quantizers))
         self.heads = nn.ModuleList(Projection(2 * config.dim, config.codes, gain=0.1) for _ in range(config.quantizers))
@@ -101,7 +110,7 @@ class CodeModel(nn.Module):
         """An empty cache for each layer."""
         return [LambdaKVCache(self.schedule.sink_size, self.schedule.window_size) for _ in self.blocks]
 
-    def context(self, codes: Tensor, caches: list[LambdaKVCache] | None = None) -> Tensor:
+    def context(self, codes: Tensor, caches: Sequence[LambdaKVCache | StaircaseLayer] | None = None) -> Tensor:
         """[b, t, dim] behind frames of codes [b, t, Q], -1 for what stands before the first."""
         options = AttentionOptions(distance_limit=self.config.window, **self.positions())
         x = ops.rvq_decode(codes, self.frame)
@@ -111,16 +120,32 @@ class CodeModel(nn.Module):
 
     def stage(self, q: int, context: Tensor, codes: Tensor) -> Tensor:
         """Logits [b, t, K] of stage q, with the codes [b, t, >= q] before it in the frame."""
+        logits: Tensor = self.heads[q](self._before_head(q, context, codes))
+        return logits
+
+    def _before_head(self, q: int, context: Tensor, codes: Tensor) -> Tensor:
         known = ops.rvq_decode(codes[..., :q], self.so_far) if q else torch.zeros_like(context)
         x = self.norms[q](context + known)
-        logits: Tensor = self.heads[q](functional.relu(self.hidden[q](x)).square())
-        return logits
+        return functional.relu(self.hidden[q](x)).square()
 
     def forward(self, codes: Tensor) -> Tensor:
         """Logits [b, t, n, K] of codes [b, t, n], the first n of Q of every frame."""
-        before = functional.pad(codes[:, :-1], (0, 0, 1, 0), value=-1)[:, : codes.shape[1]]
-        context = self.context(before)
+        context = self.context(_frames_before(codes))
         return torch.stack([self.stage(q, context, codes) for q in range(codes.shape[-1])], dim=2)
+
+    def loss(self, codes: Tensor) -> Tensor:
+        """The mean cross entropy, in nats, of codes [b, t, n]; no logits exist, in neither direction."""
+        context = self.context(_frames_before(codes))
+        stages = [
+            ops.linear_cross_entropy(self._before_head(q, context, codes), head.get_parameter("weight"), codes[..., q])
+            for q, head in enumerate(list(self.heads)[: codes.shape[-1]])
+        ]
+        return torch.stack(stages).mean()
+
+
+def _frames_before(codes: Tensor) -> Tensor:
+    """Codes [b, t, n] moved by a frame, -1 for what stands before the first."""
+    return functional.pad(codes[:, :-1], (0, 0, 1, 0), value=-1)[:, : codes.shape[1]]
 
 
 class Codec(nn.Module):

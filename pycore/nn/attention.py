@@ -12,6 +12,7 @@ from pycore._checks import check_bool, check_int, check_number
 from pycore._limits import KEY_TILE
 from pycore.cache import LambdaKVCache
 from pycore.nn.linear import Projection
+from pycore.nn.staircase import StaircaseLayer
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.positions import alibi_slopes, rope_alibi_harmonic, rope_tables, t5_bias
 from pycore.schedules import Causal, Lambda, Schedule, Tree
@@ -145,7 +146,7 @@ class SelfAttention(nn.Module):
         x: Tensor,
         options: AttentionOptions,
         schedule: Schedule = Causal(),  # noqa: B008 - a frozen value
-        cache: LambdaKVCache | None = None,
+        cache: LambdaKVCache | StaircaseLayer | None = None,
         starts: Tensor | None = None,
     ) -> Tensor:
         """The layer's output.
@@ -162,6 +163,8 @@ class SelfAttention(nn.Module):
             options = options._replace(key_starts=starts)
             mixed: Any = call_attention("attention", query, key, value, schedule, options)
         elif isinstance(schedule, Tree):
+            if isinstance(cache, StaircaseLayer):
+                raise ValueError(f"{type(self).__name__}: schedule is a Tree and must be none on a staircase")
             cache.append(key, value, starts=starts)
             mixed = cache.attend(query, tree=schedule, **options.for_cache())
         else:

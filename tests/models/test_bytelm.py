@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pycore import Staircase
 from pycore.models.bytelm import BOS, VOCABULARY, Bytelm, BytelmConfig, tokens_from_bytes
 from pycore.schedules import Causal, Full, Lambda, Tree
 
@@ -219,6 +220,50 @@ def test_same_bits_of_padded_rows(positioned: Bytelm) -> None:
             alone = positioned(torch.cat([text, more[b : b + 1]], dim=1), schedule=schedule)[0]
             assert torch.equal(together[b, int(starts[b]) :], alone)
             assert torch.equal(in_one_pass[b, int(starts[b]) :], alone[: text.shape[1]])
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("schedule", [Causal(), Lambda(3, 70)], ids=str)
+def test_staircases(positioned: Bytelm, schedule: Any) -> None:
+    """One pass and tokens one by one are the same bits; a staircase that quantizes nothing is a full cache."""
+    if isinstance(schedule, Lambda) and positioned.config.position in ("rope", "harmonic"):
+        with pytest.raises(ValueError, match=f"^Bytelm: position is '{positioned.config.position}' and must be anoth"):
+            positioned.staircase_caches(Staircase(), schedule)
+        return
+    tokens, ladder = random_tokens(2, 220), Staircase((16, 8, 4), step=64)
+    whole = positioned(tokens, caches=positioned.staircase_caches(ladder, schedule))
+    caches = positioned.staircase_caches(ladder, schedule)
+    parts = [positioned(tokens[:, :100], caches=caches)]
+    parts += [positioned(tokens[:, i : i + 1], caches=caches) for i in range(100, 220)]
+    assert torch.equal(torch.cat(parts, 1), whole)
+    exact = positioned(tokens, schedule=schedule)
+    torch.testing.assert_close(whole[:, :60], exact[:, :60], rtol=1e-4, atol=1e-4)
+    assert (whole - exact)[:, 64:].abs().max() > 1e-3
+    full = positioned(tokens, caches=positioned.staircase_caches(Staircase((16,)), schedule))
+    torch.testing.assert_close(full, exact, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_on_a_staircase(positioned: Bytelm) -> None:
+    ladder, tokens, starts = Staircase((16, 4), step=64), random_tokens(2, 150), torch.tensor([0, 33])
+    together = positioned(tokens, caches=positioned.staircase_caches(ladder), starts=starts)
+    alone = positioned(tokens[1:, 33:], caches=positioned.staircase_caches(ladder))
+    assert torch.equal(together[1, 33:], alone[0])
+
+
+def test_staircase_errors(positioned: Bytelm) -> None:
+    with pytest.raises(ValueError, match=r"Bytelm: schedule is Full\(\) and must be Causal or Lambda for a cache"):
+        positioned.staircase_caches(Staircase(), Full())
+    caches = positioned.staircase_caches(Staircase())
+    with pytest.raises(ValueError, match="^SelfAttention: schedule is a Tree and must be none on a staircase$"):
+        positioned(random_tokens(1, 2), caches=caches, schedule=Tree(torch.tensor([-1, 0])))
+    if positioned.config.position in ("rope", "harmonic"):
+        with pytest.raises(ValueError, match="^StaircaseLayer: rope is given with a distance limit, which packed keys"):
+            positioned(random_tokens(1, 2), caches=caches, distance_limit=5)
+        model = Bytelm(BytelmConfig(layers=1, dim=16, heads=1, kv_heads=1, max_distance=64))
+        with pytest.raises(ValueError, match="^StaircaseLayer: rope has 129 rows and must have 130, one for every"):
+            model(random_tokens(1, 130), caches=model.staircase_caches(Staircase()))
 
 
 @torch.no_grad()

@@ -8,10 +8,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
-#include <thread>
 #include <vector>
 
+#include "kernel_inputs.h"
+
 namespace {
+
+using pycore::test::threads;
 
 constexpr pycore::CpuIsa kAll[] = {pycore::CpuIsa::kScalar, pycore::CpuIsa::kAvx2, pycore::CpuIsa::kAvx512};
 
@@ -21,17 +24,6 @@ void expect(bool condition, const char* what) {
   if (condition) return;
   std::fprintf(stderr, "failed: %s\n", what);
   ++failures;
-}
-
-pycore::Parallel threads(int64_t count) {
-  pycore::Parallel parallel;
-  parallel.threads = count;
-  parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
-    std::vector<std::thread> team;
-    for (int64_t slot = 0; slot < slots; ++slot) team.emplace_back(body, argument, slot);
-    for (std::thread& thread : team) thread.join();
-  };
-  return parallel;
 }
 
 void check_names() {

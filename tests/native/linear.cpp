@@ -9,20 +9,16 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
+
+#include "kernel_inputs.h"
 
 namespace {
 
 using pycore::Parallel;
+using pycore::test::threads;
 
 int failures = 0;
-uint32_t state = 1;
-
-float random_value() {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(static_cast<int32_t>(state >> 8) - (1 << 23)) / (1 << 22);
-}
 
 pycore::DType dtype = pycore::DType::kFloat32;  // of the buffers that are made
 
@@ -31,7 +27,7 @@ struct Buffer {
   explicit Buffer(int64_t count, bool random = true)
       : bytes(count * pycore::dtype_size(dtype)), data(new char[static_cast<size_t>(bytes)]) {
     for (int64_t i = 0; i < count; ++i) {
-      const float x = random ? random_value() : -77.0f;
+      const float x = random ? pycore::test::random_value(2.0f) : -77.0f;
       if (dtype == pycore::DType::kFloat32) {
         std::memcpy(data.get() + 4 * i, &x, 4);
       } else {
@@ -47,17 +43,6 @@ struct Buffer {
   int64_t bytes;
   std::unique_ptr<char[]> data;
 };
-
-Parallel threads(int64_t count) {
-  Parallel parallel;
-  parallel.threads = count;
-  parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
-    std::vector<std::thread> team;
-    for (int64_t slot = 0; slot < slots; ++slot) team.emplace_back(body, argument, slot);
-    for (std::thread& thread : team) thread.join();
-  };
-  return parallel;
-}
 
 // Rows [outer, inner, width] with gaps between them: two dimensions that do not merge, or one if inner is 1.
 struct Rows {

@@ -7,61 +7,19 @@
 
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
+
+#include "kernel_inputs.h"
 
 namespace {
 
 using pycore::Parallel;
+using pycore::test::Buffer;
+using pycore::test::Scratch;
+using pycore::test::threads;
 
 int failures = 0;
-uint32_t state = 1;
 
-float random_value() {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(static_cast<int32_t>(state >> 8) - (1 << 23)) / (1 << 24);
-}
-
-// Exactly `count` values on the heap; a vector may have spare capacity that hides an overrun.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t size) : count(size), data(new T[static_cast<size_t>(size)]) {
-    for (int64_t i = 0; i < count; ++i) data[i] = static_cast<T>(-77);
-  }
-  bool operator==(const Buffer& other) const {
-    return std::memcmp(data.get(), other.data.get(), static_cast<size_t>(count) * sizeof(T)) == 0;
-  }
-  int64_t count;
-  std::unique_ptr<T[]> data;
-};
-
-Buffer<float> random_buffer(int64_t count) {
-  Buffer<float> buffer(count);
-  for (int64_t i = 0; i < count; ++i) buffer.data[i] = random_value();
-  return buffer;
-}
-
-Parallel threads(int64_t count) {
-  Parallel parallel;
-  parallel.threads = count;
-  parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
-    std::vector<std::thread> team;
-    for (int64_t slot = 0; slot < slots; ++slot) team.emplace_back(body, argument, slot);
-    for (std::thread& thread : team) thread.join();
-  };
-  return parallel;
-}
-
-// Aligned, and ending where the allocation does but for what alignment needs.
-struct Scratch {
-  explicit Scratch(int64_t bytes) : memory(new char[static_cast<size_t>(bytes + 63)]) {
-    data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
-  }
-  std::unique_ptr<char[]> memory;
-  void* data;
-};
+Buffer<float> random_buffer(int64_t count) { return pycore::test::random_floats(count, 0.5f); }
 
 struct Shape {
   int64_t batch, rows, columns, dim;

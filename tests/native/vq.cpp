@@ -6,58 +6,20 @@
 
 #include <cstdio>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <thread>
 #include <vector>
+
+#include "kernel_inputs.h"
 
 namespace {
 
 using pycore::Parallel;
+using pycore::test::Buffer;
+using pycore::test::Scratch;
+using pycore::test::threads;
 
 int failures = 0;
-uint32_t state = 1;
 
-float random_value() {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(static_cast<int32_t>(state >> 8) - (1 << 23)) / (1 << 22);
-}
-
-// Exactly `count` values on the heap; a vector may have spare capacity that hides an overrun.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t count) : count(count), data(new T[static_cast<size_t>(count)]) {}
-  bool operator==(const Buffer& other) const {
-    return std::memcmp(data.get(), other.data.get(), static_cast<size_t>(count) * sizeof(T)) == 0;
-  }
-  int64_t count;
-  std::unique_ptr<T[]> data;
-};
-
-Buffer<float> random_floats(int64_t count) {
-  Buffer<float> out(count);
-  for (int64_t i = 0; i < count; ++i) out.data[i] = random_value();
-  return out;
-}
-
-Parallel threads(int64_t count) {
-  Parallel parallel;
-  parallel.threads = count;
-  parallel.run = [](void*, int64_t slots, void (*body)(void*, int64_t), void* argument) {
-    std::vector<std::thread> team;
-    for (int64_t slot = 0; slot < slots; ++slot) team.emplace_back(body, argument, slot);
-    for (std::thread& thread : team) thread.join();
-  };
-  return parallel;
-}
-
-// 64-byte aligned, as the contract asks, with nothing behind it.
-struct Scratch {
-  explicit Scratch(int64_t bytes)
-      : data(bytes ? ::operator new(static_cast<size_t>(bytes), std::align_val_t{64}) : nullptr) {}
-  ~Scratch() { ::operator delete(data, std::align_val_t{64}); }
-  void* data;
-};
+Buffer<float> random_floats(int64_t count) { return pycore::test::random_floats(count, 2.0f); }
 
 struct Shape {
   int64_t rows, books, stages, codes, dim, topk, beam, masks;

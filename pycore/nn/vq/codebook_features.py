@@ -106,7 +106,7 @@ class CodebookFeatures(nn.Module):
         check_tensor("CodebookFeatures", "x", x)
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"CodebookFeatures: x has shape {list(x.shape)} and must have {self.dim} channels")
-        parts = self.norm(x).float().unflatten(-1, (self.heads, -1))
+        parts = self._normed(x).unflatten(-1, (self.heads, -1))
         if not any(self._off):
             codes = ops.vq_encode(parts, self.codebook.detach().float(), metric=self.metric, topk=self.k)
         else:
@@ -115,6 +115,16 @@ class CodebookFeatures(nn.Module):
             if forced:
                 codes[..., head, self.k - len(forced) :] = torch.tensor(forced, device=codes.device)
         return codes
+
+    def _normed(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if not isinstance(norm, nn.LayerNorm):
+            return x.float()
+        if x.device.type != "cpu":
+            normed: Tensor = norm(x)
+            return normed.float()
+        # The op's rows have the same bits in any batch, so the codes have too.
+        return ops.layer_norm(x.float(), norm.weight.float(), norm.bias.float(), norm.eps)
 
     def _encode_enabled(self, part: Tensor, head: int) -> Tensor:
         on = [code for code in range(self.num_codes) if code not in self._off[head]]
