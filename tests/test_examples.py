@@ -385,7 +385,7 @@ def test_contrastive_gradients_in_chunks_are_those_of_the_batch(monkeypatch: pyt
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("contrastive")
-    pairs, _ = example.read_pairs(200)
+    pairs, _ = example.read_pairs(200, few=True)
     model, tokens, _ = example.small_encoder()
     loss = example.ContrastiveLoss(scale=20.0)
     parameters = [*model.parameters(), loss.log_scale]
