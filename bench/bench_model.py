@@ -59,6 +59,7 @@ class Inputs:
         """Makes nothing yet."""
         self.model, self.ids = _loaded(dtype)
         self.context = context
+        self.filled: dict[str, Any] = {}
 
     @functools.cached_property
     def read(self) -> tuple[Any, torch.Tensor]:
@@ -97,7 +98,7 @@ def _allowed(name: str, inputs: Inputs, tokens: int) -> torch.Tensor:
     """What a contender's prediction after so many tokens may diverge from SDPA's."""
     rounding = ROUNDING[inputs.model.dtype]
     less = tokens > WINDOW and ("Λ" in name or "sliding" in name)
-    return torch.tensor(TOKENS if less else max(BITS, rounding) if "bits" in name else rounding)
+    return torch.tensor(TOKENS if less else max(BITS, rounding) if name.endswith(" bits") else rounding)
 
 
 # ---- caches and the attention that reads them ------------------------------------------------------------------------
@@ -126,6 +127,18 @@ def _staircase(model: Any) -> tuple[Any, Any]:
     return model, StaircaseCache(model.config, Staircase((16, 8, 4)))
 
 
+def _same(make: Callable[[Any], tuple[Any, Any]]) -> Callable[[Any], tuple[Any, Any]]:
+    """The same cache, of a model with the same bits."""
+
+    def made(model: Any) -> tuple[Any, Any]:
+        from pycore.integrations.transformers import same_bits
+
+        model, cache = make(model)
+        return same_bits(model), cache
+
+    return made
+
+
 def _dynamic(attention: str) -> Callable[[Any], tuple[Any, Any]]:
     def make(model: Any) -> tuple[Any, Any]:
         from transformers import DynamicCache
@@ -136,11 +149,10 @@ def _dynamic(attention: str) -> Callable[[Any], tuple[Any, Any]]:
 
 
 def ours() -> dict[str, Callable[[Any], tuple[Any, Any]]]:
-    """Pycore's caches, by name; Λ first. One that this version does not have is not there."""
-    from pycore.integrations import transformers
-
-    found = {"pycore Λ": _lambda, "pycore staircase, 16/8/4 bits": _staircase}
-    return found | ({"pycore KVCache": _causal} if hasattr(transformers, "KVCache") else {})
+    """Pycore's caches, by name; Λ first."""
+    caches = {"pycore Λ": _lambda, "pycore KVCache": _causal, "pycore staircase, 16/8/4 bits": _staircase}
+    same = {name.replace("pycore", "pycore same_bits"): _same(make) for name, make in caches.items()}
+    return caches | same
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
@@ -165,12 +177,17 @@ def _timed(name: str, prepare_step: Callable[[Inputs], Step]) -> Prepare:
     return prepare
 
 
-def _decode(make: Callable[[Any], tuple[Any, Any]]) -> Callable[[Inputs], Step]:
-    """A cache that the model fills itself."""
+def _decode(name: str, make: Callable[[Any], tuple[Any, Any]]) -> Callable[[Inputs], Step]:
+    """A cache that the model fills itself; with the same bits, a copy of what it was filled with without them."""
+    plain = name.replace("pycore same_bits", "pycore")
 
     def prepare(inputs: Inputs) -> Step:
         model, cache = make(inputs.model)
-        inputs.fill(model, cache)
+        if plain in inputs.filled:
+            cache = copy.deepcopy(inputs.filled[plain])
+        else:
+            inputs.fill(model, cache)
+            inputs.filled[plain] = copy.deepcopy(cache)
         return lambda ids, _: step_logits(model, cache, ids)
 
     return prepare
@@ -229,7 +246,7 @@ def _decode_static(inputs: Inputs) -> Step:
 
 def decode_case(context: int, dtype: torch.dtype, quick: bool) -> Case:
     """One token after `context` of them."""
-    contenders = {name: _decode(make) for name, make in ours().items()}
+    contenders = {name: _decode(name, make) for name, make in ours().items()}
     contenders["transformers SDPA"] = _decode_dynamic("sdpa")
     contenders["transformers eager"] = _decode_dynamic("eager")
     if not quick:
@@ -267,7 +284,8 @@ def _prefill(name: str, make: Callable[[Any], tuple[Any, Any]]) -> Prepare:
 
 def prefill_case(context: int, dtype: torch.dtype) -> Case:
     """A prompt of `context` tokens in one pass."""
-    makers = ours() | {"transformers SDPA": _dynamic("sdpa")}
+    makers = ours() if context <= 1024 else {"pycore Λ": _lambda}
+    makers["transformers SDPA"] = _dynamic("sdpa")
     if context <= 1024:
         makers["transformers eager"] = _dynamic("eager")
 
@@ -287,7 +305,7 @@ def prefill_case(context: int, dtype: torch.dtype) -> Case:
 
 
 def cases(options: Options) -> Iterable[Case]:
-    """A quick one of each; else three contexts in two dtypes, and prompts of two lengths."""
+    """A quick one of each; else what a quarter of an hour has room for."""
     if options.device != "cpu":
         return
     if not _examples().present():
@@ -297,11 +315,11 @@ def cases(options: Options) -> Iterable[Case]:
         yield decode_case(256, torch.float32, True)
         yield prefill_case(1024, torch.float32)
         return
-    for dtype in (torch.float32, torch.bfloat16):
-        for context in (256, 4096, 8192):
+    for dtype, contexts in ((torch.float32, (256, 8192)), (torch.bfloat16, (256, 4096))):
+        for context in contexts:
             yield decode_case(context, dtype, False)
-        for context in (1024, 8192):
-            yield prefill_case(context, dtype)
+        yield prefill_case(1024, dtype)
+    yield prefill_case(8192, torch.float32)
 
 
 def bench_model(case: Case, measure_case: Callable[[Case], None]) -> None:

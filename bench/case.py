@@ -69,9 +69,10 @@ def stems() -> list[str]:
     return sorted(path.stem for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
 
 
-def load(stem: str, options: Options) -> list[Case]:
-    """The cases of one benchmark module."""
-    return list(importlib.import_module(f"bench.{stem}").cases(options))
+def load(stem: str, options: Options, only: str = "") -> list[Case]:
+    """The cases of a benchmark module: those whose name contains `only`, or all of them if it is bench_<only>."""
+    cases = importlib.import_module(f"bench.{stem}").cases(options)
+    return [case for case in cases if only in case.name or stem == f"bench_{only}"]
 
 
 def largest_error(outputs: Outputs, reference: Outputs) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import measure
-from bench.case import Case, Options
+from bench.case import Case, Options, load
 
 _START = time.monotonic()
 
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         config = metafunc.config
         options = Options(quick=not config.getoption("--full"), device=config.getoption("--device"))
-        cases = [case for case in metafunc.module.cases(options) if config.getoption("--only") in case.name]
+        cases = load(metafunc.module.__name__.split(".")[-1], options, config.getoption("--only"))
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
 

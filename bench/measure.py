@@ -29,6 +29,7 @@ class Effort:
 QUICK = Effort(seconds=2.5, least=3, most=11)
 LATE = Effort(seconds=0.5, least=2, most=11)  # what a quick run turns to when a slow or busy machine has used its time
 LATE_SECONDS = 150.0
+SLOW_SECONDS = 15.0  # what takes longer runs three times in all
 FULL = Effort(seconds=12.0, least=5, most=31)
 
 
@@ -51,7 +52,9 @@ class Timer:
 
 
 def rounds_for(seconds: float, effort: Effort) -> int:
-    """Rounds that fit the effort for a contender that takes `seconds`."""
+    """Rounds that fit the effort for a contender that takes `seconds`; two of one that takes very long."""
+    if seconds > SLOW_SECONDS:
+        return 2
     return max(effort.least, min(effort.most, int(effort.seconds / max(seconds, 1e-9))))
 
 
@@ -102,7 +105,8 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
         timers["(gemm)"] = Timer(machine.sgemm(), "cpu")
         timers["(gemm)"]()
     for timer in timers.values():
-        timer()  # the first call may have compiled or grown pools; the second one says how many rounds fit
+        if timer.seconds[-1] <= SLOW_SECONDS:
+            timer()  # the first call may have compiled or grown pools; the second one says how many rounds fit
     rounds = {name: rounds_for(timer.seconds[-1], effort) for name, timer in timers.items()}
     total = max(rounds.values())
     rounds[subject] = total

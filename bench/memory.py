@@ -109,7 +109,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     options = Options(quick=not arguments.full, device=arguments.device)
-    _measure(case for case in load(arguments.stem, options) if arguments.only in case.name)
+    _measure(load(arguments.stem, options, arguments.only))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import torch
 Prepare = Callable[[Any], Callable[[], Any]]
 
 
-def available() -> dict[str, Prepare]:
-    """Contenders by name; those whose package is not installed are absent."""
+def available(bits: int) -> dict[str, Prepare]:
+    """Contenders with caches of 8 or 4 bits, by name; those whose package is not installed are absent."""
     found: dict[str, Prepare] = {}
     if all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx")):
-        found |= {f"onnxruntime int{bits}": lambda x, bits=bits: _onnxruntime(x, bits) for bits in (8, 4)}  # type: ignore[misc]
-    if importlib.util.find_spec("openvino"):
+        found[f"onnxruntime int{bits}"] = lambda x: _onnxruntime(x, bits)
+    if bits == 8 and importlib.util.find_spec("openvino"):
         found["OpenVINO u8"] = _openvino
     return found
 
@@ -79,6 +79,7 @@ def _onnxruntime(tensors: Any, bits: int) -> Callable[[], Any]:
         "total": numpy.array(length, numpy.int32),
     }  # fmt: skip
     binding = session.io_binding()
+    binding.bind_output("out")  # first, as outputs come in the order in which they are bound
     for name, x in (("key", key), ("value", value)):
         feeds[name] = x[:, :, -1:].transpose(0, 2, 1, 3).reshape(1, 1, -1)
         scale = numpy.abs(x).max(2, keepdims=True) / most
@@ -92,7 +93,6 @@ def _onnxruntime(tensors: Any, bits: int) -> Callable[[], Any]:
         binding.bind_ortvalue_output(f"present_{name}", held)
     for name, x in feeds.items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(numpy.ascontiguousarray(x)))
-    binding.bind_output("out")
 
     def step() -> Any:
         session.run_with_iobinding(binding)
@@ -144,8 +144,9 @@ def _openvino(tensors: Any) -> Callable[[], Any]:
 
     def feed(tokens: slice, seen: int) -> None:
         parts = (key[:, :, tokens], value[:, :, tokens])
-        blank = numpy.zeros((1, 1, 1, seen), numpy.float32)
-        request.infer({"query": query, "key": parts[0], "value": parts[1], "beams": row, "mask": blank})
+        mask = numpy.zeros((1, 1, 1, seen), numpy.float32)
+        mask[..., length:] = -numpy.inf  # the newest token's copies of earlier calls
+        request.infer({"query": query, "key": parts[0], "value": parts[1], "beams": row, "mask": mask})
 
     feed(slice(0, 1), 1)
     for state in request.query_state():

@@ -5,6 +5,7 @@ The files are those of the standard library that the shipped model was not train
 whatever --text names, as the texts of the Canterbury corpus (in the source package of brotli, tests/testdata).
 
     python examples/compression.py [--files 24] [--text FILE ...]     # table and JSON under examples/out/
+    python examples/compression.py --model smollm2 [--text FILE ...]  # with SmolLM2-135M, on one text of 100 KB
     python examples/compression.py --quick                            # one file, to see that it runs
 """
 
@@ -20,22 +21,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import smollm2
 from common import Parser, Progress, UserError, facts, make_folder, run_main, write
 
 from pycore.models.lmzip import compress, decompress
+from pycore.models.tokens import load_tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.train_bytelm import corpus
 
 NAME = "compression"
-RECORD, MOST = 2048, 16384
+RECORD, MOST, WHOLE = 2048, 16384, 100_000
+OWN = f"{WHOLE} bytes of held-out sources"
 Coder = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
 
-def coders() -> dict[str, Coder]:
+def coders(model: Any, segment: int | None) -> dict[str, Coder]:
     """Every compressor that is installed, at its densest."""
     found: dict[str, Coder] = {
-        "lmzip": (compress, decompress),
+        "lmzip": (lambda x: compress(x, model, segment=segment), lambda x: decompress(x, model)),
         "gzip -9": (lambda x: zlib.compress(x, 9, 31), lambda x: zlib.decompress(x, 31)),
         "bz2 -9": (bz2.compress, bz2.decompress),
         "xz -9e": (lambda x: lzma.compress(x, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
@@ -87,19 +91,30 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures everything; returns the exit status: 1 if lmzip is below 1.3 times gzip's ratio on records."""
+    """Measures everything; returns the exit status: 1 if lmzip is below 1.3 times gzip's ratio on records.
+
+    With SmolLM2: below twice xz's on the text of its own.
+    """
     make_folder(options.out)
     held_out = [data[: RECORD if options.quick else MOST] for _, data in corpus()[1] if len(data) >= RECORD]
     step = max(1, len(held_out) // options.files)
     files = held_out[::step][: options.files]
-    records = [data[:RECORD] for data in files]
+    records, model = [data[:RECORD] for data in files], None
     parts = {f"{len(files)} held-out files": files, f"{len(records)} records of {RECORD} bytes": records}
+    if options.model == "smollm2":
+        if not smollm2.present():
+            raise UserError(smollm2.missing())
+        model = load_tokens(smollm2.FOLDER)
+        whole = b"".join(data for _, data in corpus()[1])
+        parts = {} if options.text else {OWN: [whole[:WHOLE]]}
+        if options.quick:
+            parts = {"2048 bytes of sources": [whole[:2048]]}
     for path in options.text:
         try:
             parts[path.name] = [path.read_bytes()[: options.most]]
         except OSError as error:
             raise UserError(f"--text {path} cannot be read: {error.strerror}") from error
-    found = coders()
+    found = coders(model, 64 if model and options.quick else options.segment)
     progress = Progress(NAME, len(found) * sum(map(len, parts.values())))
     result: dict[str, Any] = {"name": NAME, "quick": options.quick, **facts(), "parts": {}}
     done = 0
@@ -110,7 +125,17 @@ def run(options: argparse.Namespace) -> int:
             done += len(texts)
         result["parts"][title] = rows
         print(table(title, rows))
-    write(result, options.out / (f"{NAME}_quick" if options.quick else NAME), None)
+    stem = NAME if model is None else f"{NAME}_{options.model}"
+    stem += f"_{options.segment}" if options.segment else ""
+    write(result, options.out / (f"{stem}_quick" if options.quick else stem), None)
+    if model is not None:
+        enough = True
+        for title, rows in result["parts"].items():
+            ratio = {row["name"]: row["ratio"] for row in rows}
+            factor = ratio["lmzip"] / ratio["xz -9e"]
+            enough = enough and (factor >= 2.0 or title != OWN)
+            print(f"{title}: {factor:.2f} times xz's ratio")
+        return 0 if enough else 1
     ratio = {row["name"]: row["ratio"] for row in result["parts"][f"{len(records)} records of {RECORD} bytes"]}
     factor = ratio["lmzip"] / ratio["gzip -9"]
     print(f"on records lmzip has {factor:.2f} times gzip's ratio")
@@ -124,11 +149,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--files", type=int, default=24, help="held-out files (default: %(default)s)")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="other texts, each by itself")
     parser.add_argument("--most", type=int, default=60000, help="bytes of each of these (default: %(default)s)")
+    parser.add_argument("--model", choices=("bytelm", "smollm2"), default="bytelm", help="of lmzip (default: bytelm)")
+    parser.add_argument("--segment", type=int, help="tokens that lmzip reads one after another (default: its own)")
     parser.add_argument("--quick", action="store_true", help="one file")
     options = parser.parse_args(argv)
     for name in ("files", "most"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)} and must be at least 1")
+    if options.segment is not None and options.segment < 1:
+        parser.error(f"--segment is {options.segment} and must be at least 1")
     options.files = 1 if options.quick else options.files
     return options
 

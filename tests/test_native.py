@@ -63,6 +63,7 @@ KERNELS = [
     "torchac_decode",
     "torchac_encode",
     "vq_encode",
+    "vq_rotate",
     "vq_statistics",
     "window_counts",
     "window_decode",

@@ -22,6 +22,11 @@ struct Vec {
   static PYCORE_INLINE Vec load_first(const float* p, int64_t count) { return {_mm256_maskload_ps(p, first(count))}; }
   PYCORE_INLINE void store_first(float* p, int64_t count) const { _mm256_maskstore_ps(p, first(count), v); }
 
+  // Lanes 4i .. 4i + 3 from p + i * stride, put together as they are loaded, without a shuffle.
+  static PYCORE_INLINE Vec load_fours(const float* p, int64_t stride) {
+    return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1)};
+  }
+
   static PYCORE_INLINE Vec load_float16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
@@ -131,4 +136,14 @@ PYCORE_INLINE void transpose(Vec (&rows)[Vec::kWidth]) {
     rows[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
     rows[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
+}
+
+// Four vectors as load_fours makes them of rows a, a + 4, ...: lane i of the j-th becomes number j of row i.
+PYCORE_INLINE void transpose_fours(Vec (&rows)[4]) {
+  const __m256 a = _mm256_unpacklo_ps(rows[0].v, rows[1].v), b = _mm256_unpackhi_ps(rows[0].v, rows[1].v);
+  const __m256 c = _mm256_unpacklo_ps(rows[2].v, rows[3].v), d = _mm256_unpackhi_ps(rows[2].v, rows[3].v);
+  rows[0].v = _mm256_shuffle_ps(a, c, 0x44);
+  rows[1].v = _mm256_shuffle_ps(a, c, 0xee);
+  rows[2].v = _mm256_shuffle_ps(b, d, 0x44);
+  rows[3].v = _mm256_shuffle_ps(b, d, 0xee);
 }

@@ -37,6 +37,14 @@ struct Vec {
   }
   PYCORE_INLINE void store_first(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, first(count), v); }
 
+  // Lanes 4i .. 4i + 3 from p + i * stride, put together as they are loaded, without a shuffle.
+  static PYCORE_INLINE Vec load_fours(const float* p, int64_t stride) {
+    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+    const __m256 high =
+        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 2 * stride)), _mm_loadu_ps(p + 3 * stride), 1);
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
+  }
+
   static PYCORE_INLINE Vec load_float16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
@@ -142,4 +150,14 @@ PYCORE_INLINE void transpose(Vec (&rows)[Vec::kWidth]) {
     rows[4 + c].v = _mm512_shuffle_f32x4(odd_lo, odd_hi, 0x88);
     rows[12 + c].v = _mm512_shuffle_f32x4(odd_lo, odd_hi, 0xdd);
   }
+}
+
+// Four vectors as load_fours makes them of rows a, a + 4, ...: lane i of the j-th becomes number j of row i.
+PYCORE_INLINE void transpose_fours(Vec (&rows)[4]) {
+  const __m512 a = _mm512_unpacklo_ps(rows[0].v, rows[1].v), b = _mm512_unpackhi_ps(rows[0].v, rows[1].v);
+  const __m512 c = _mm512_unpacklo_ps(rows[2].v, rows[3].v), d = _mm512_unpackhi_ps(rows[2].v, rows[3].v);
+  rows[0].v = _mm512_shuffle_ps(a, c, 0x44);
+  rows[1].v = _mm512_shuffle_ps(a, c, 0xee);
+  rows[2].v = _mm512_shuffle_ps(b, d, 0x44);
+  rows[3].v = _mm512_shuffle_ps(b, d, 0xee);
 }

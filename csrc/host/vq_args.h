@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -242,6 +243,32 @@ inline VqStatisticsParams vq_statistics_params(const TensorView& x, const Tensor
   params.codebook_size = codebook_size;
   params.x = row_view(x);
   params.codes = kept;
+  return params;
+}
+
+// v, x and code [..., D], all of one shape and dtype.
+inline VqRotateParams vq_rotate_params(const TensorView& v, const TensorView& x, const TensorView& code,
+                                       bool transpose) {
+  constexpr const char* kOp = "vq_rotate";
+  const std::pair<const char*, const TensorView*> given[] = {{"v", &v}, {"x", &x}, {"code", &code}};
+  for (const auto& [argument, view] : given) {
+    check_value(view->device == Device::kCpu, kOp, argument, " is not on the CPU, which is where this op has kernels");
+    check_value(view->dtype == DType::kFloat32 || view->dtype == DType::kFloat64, kOp, argument, " has dtype ",
+                dtype_name(view->dtype), " and must have float32 or float64");
+    check_value(view->dtype == v.dtype, kOp, argument, " has dtype ", dtype_name(view->dtype), " and must have v's ",
+                dtype_name(v.dtype));
+    check_value(view->dims >= 1, kOp, argument, " is a scalar and must have shape [..., D]");
+    check_value(shape_text(*view) == shape_text(v), kOp, argument, " has shape ", shape_text(*view),
+                " and must have v's ", shape_text(v));
+    vq::check_last_contiguous(kOp, argument, *view);
+  }
+  VqRotateParams params;
+  params.dtype = v.dtype;
+  params.dim = v.shape[v.dims - 1];
+  params.transpose = transpose;
+  params.v = row_view(v);
+  params.x = row_view(x);
+  params.code = row_view(code);
   return params;
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// pycore.native.{vq_encode, rvq_encode, rvq_decode, vq_statistics}: the kernels for NumPy arrays and DLPack tensors.
+// pycore.native.{vq_encode, rvq_encode, rvq_decode, vq_statistics, vq_rotate}: the kernels for NumPy arrays and DLPack
+// tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -113,6 +114,22 @@ py::tuple vq_statistics_array(py::object x, py::object codes, py::object codeboo
   return py::make_tuple(counts_array.object, sums_array.object);
 }
 
+py::object vq_rotate_array(py::object v, py::object x, py::object code, bool transpose, py::object out,
+                           py::object threads) {
+  constexpr const char* kOp = "vq_rotate";
+  const Array v_array = input(v, kOp, "v"), x_array = input(x, kOp, "x"), code_array = input(code, kOp, "code");
+  VqRotateParams params = vq_rotate_params(v_array.view, x_array.view, code_array.view, transpose);
+  const Array result = cpu_result(out, params.dtype, with_last(leading(v_array.view), params.dim), kOp, "out");
+  check_disjoint(kOp, {{"out", result.view}}, {{"v", v_array.view}, {"x", x_array.view}, {"code", code_array.view}});
+  params.out = result.view.data;
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    throw_if(vq_rotate(params, parallel), kOp);
+  }
+  return result.object;
+}
+
 constexpr const char* kEncodeDoc = R"(The codes nearest to each row: see pycore.ops.vq_encode.
 
 x [..., D] and codebook [K, D], or x [..., C, D] and codebook [C, K, D]: float32, bfloat16 or float16 NumPy arrays or DLPack
@@ -131,6 +148,10 @@ constexpr const char* kStatisticsDoc = R"(Counts and sums of the rows that have 
 
 x [..., D], codes [...] int64. Returns (counts [codebook_size], sums [codebook_size, D]), float32, or float64 for float64.)";
 
+constexpr const char* kRotateDoc = R"(v turned and scaled as x is onto code: see pycore.ops.vq_rotate.
+
+v, x and code [..., D], float32 or float64. Returns [..., D].)";
+
 }  // namespace
 
 void register_vq(py::module_& m) {
@@ -144,6 +165,8 @@ void register_vq(py::module_& m) {
         py::arg("sizes") = none, py::arg("out") = none, py::arg("threads") = none);
   m.def("vq_statistics", &vq_statistics_array, kStatisticsDoc, py::arg("x"), py::arg("codes"), py::arg("codebook_size"),
         py::kw_only(), py::arg("counts") = none, py::arg("sums") = none, py::arg("threads") = none);
+  m.def("vq_rotate", &vq_rotate_array, kRotateDoc, py::arg("v"), py::arg("x"), py::arg("code"), py::kw_only(),
+        py::arg("transpose") = false, py::arg("out") = none, py::arg("threads") = none);
 }
 
 }  // namespace pycore::python

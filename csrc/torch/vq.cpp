@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pycore.{vq_encode, rvq_encode, rvq_decode, vq_statistics}: schema, validation, allocation.
+// torch.ops.pycore.{vq_encode, rvq_encode, rvq_decode, vq_statistics, vq_rotate}: schema, validation, allocation.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -99,6 +99,17 @@ std::tuple<Tensor, Tensor> vq_statistics_cpu(const Tensor& x_any, const Tensor& 
   return {counts, sums};
 }
 
+Tensor vq_rotate_cpu(const Tensor& v_any, const Tensor& x_any, const Tensor& code_any, bool transpose) {
+  constexpr const char* kOp = "vq_rotate";
+  const Tensor v = last_contiguous(v_any, kOp, "v"), x = last_contiguous(x_any, kOp, "x"),
+               code = last_contiguous(code_any, kOp, "code");
+  VqRotateParams params = vq_rotate_params(view(v, kOp, "v"), view(x, kOp, "x"), view(code, kOp, "code"), transpose);
+  const Tensor out = new_tensor(kOp, "out", v, with_last(leading(v), params.dim), v.scalar_type());
+  params.out = out.mutable_data_ptr();
+  throw_if(vq_rotate(params, torch_parallel()), kOp);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
@@ -109,6 +120,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
       "Tensor? channel_masks) -> Tensor");
   m.def("rvq_decode(Tensor codes, Tensor codebooks, SymInt[]? sizes) -> Tensor");
   m.def("vq_statistics(Tensor x, Tensor codes, SymInt codebook_size) -> (Tensor counts, Tensor sums)");
+  m.def("vq_rotate(Tensor v, Tensor x, Tensor code, bool transpose) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
@@ -116,6 +128,7 @@ STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
   m.impl("rvq_encode", TORCH_BOX(&rvq_encode_cpu));
   m.impl("rvq_decode", TORCH_BOX(&rvq_decode_cpu));
   m.impl("vq_statistics", TORCH_BOX(&vq_statistics_cpu));
+  m.impl("vq_rotate", TORCH_BOX(&vq_rotate_cpu));
 }
 
 }  // namespace pycore

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pycore._checks import check_int
 from pycore._limits import KEY_TILE
-from pycore.cache.checks import check_index
+from pycore.cache.checks import check_index, check_path
+from pycore.ops.attention_append import Again
 from pycore.ops.key_tiles import rows_of_tiles, tiles_of_rows
 
 __all__ = ["HeldTokens", "by_tiles", "to_layout"]
@@ -41,6 +42,7 @@ class HeldTokens:
         self._key: Tensor | None = None
         self._value: Tensor | None = None
         self._lengths: Tensor | None = None
+        self._again: Again | None = None  # the newest call of `append_and_attend`
         self._cropped = 0  # tokens taken back and not appended anew, the most of any row
         self._behind: Tensor | None = None  # int64 [batch], the same of each row, where they may differ
 
@@ -85,6 +87,34 @@ class HeldTokens:
         self._cropped += tokens
         self._taken_back(tokens)
 
+    def append(self, key: Tensor, value: Tensor, *, starts: Tensor | None = None) -> None:
+        """Takes new tokens at the end of every row."""
+        raise NotImplementedError
+
+    def accept(self, path: Tensor, tokens: int) -> None:
+        """Of the newest `tokens` of every row keeps those at `path`, one after another, and takes the others back.
+
+        So a branch of a tree that `attend` has verified stays, as if it alone had been appended. It needs `rollback`:
+        the tokens are taken back, as by `crop`, and those of the branch appended anew.
+
+        Args:
+            path: int64 [n], or [batch, n], the tokens that stay, ascending, 0 being the first of the newest `tokens`;
+                rows that keep fewer end with -1.
+            tokens: the nodes of the tree.
+
+        Raises:
+            IndexError: a place that the newest `tokens` do not have.
+            ValueError: as for `crop`, or path is of another shape or does not ascend.
+        """
+        op = f"{self._name}.accept"
+        held_key, held_value, lengths = self._held("accept")
+        self._check_crop(op, tokens)
+        path = check_path(op, path, len(lengths), tokens).to(lengths.device)
+        key, value, starts = self._branch(held_key, held_value, lengths, path, tokens)
+        self.crop(tokens)
+        self.append(key, value, starts=starts)
+        self._accepted()
+
     def reorder(self, index: Tensor) -> None:
         """Row b becomes what row index[b] was, as in beam search; int64 [batch]."""
         batch = self._held("reorder")[0].shape[0]
@@ -107,6 +137,9 @@ class HeldTokens:
 
     def _chosen(self) -> None:
         """What else changes when rows are chosen."""
+
+    def _accepted(self) -> None:
+        """What else changes when a branch was accepted."""
 
     def _rows(self, position: Tensor) -> Tensor:
         """Where the tokens at these positions lie."""
@@ -209,5 +242,6 @@ class HeldTokens:
             key, value, lengths = (x.index_select(0, index) for x in (held_key, held_value, lengths))
             behind = None if self._behind is None else self._behind.index_select(0, index)
         self._key, self._value, self._lengths, self._behind = key, value, lengths, behind
+        self._again = None
         self._chosen()
         self._settle()

@@ -13,9 +13,9 @@ from pycore._checks import check_int
 from pycore._limits import KEY_TILE
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
-from pycore.cache.checks import STATE_VERSION, check_path, check_starts, check_state, check_tokens
+from pycore.cache.checks import STATE_VERSION, check_starts, check_state, check_tokens
 from pycore.cache.held_tokens import HeldTokens, to_layout
-from pycore.ops.attention_append import append_and_attend, fuses
+from pycore.ops.attention_append import Again, append_and_attend, fuses
 from pycore.ops.attention_cache import lambda_cache_append
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import Causal, Schedule, Tree
@@ -43,6 +43,9 @@ class KVCache(HeldTokens):
             of what it holds whenever it is full, so that a token costs the same however many there are.
         rollback: tokens that `crop` may take back, at least 0; None: all.
 
+    Attributes:
+        schedule: what `attend` reads without a tree, `Causal()`; a `Lambda` may take its place at any time.
+
     Batch, heads, channels, dtype and device are those of the first tokens appended. The cache carries no gradient.
 
     Example:
@@ -61,6 +64,7 @@ class KVCache(HeldTokens):
             check_int("KVCache", "rollback", rollback, 0)
         self.capacity = capacity
         self.rollback = rollback
+        self.schedule: Schedule = Causal()
         self.reset()
 
     def reset(self) -> None:
@@ -115,7 +119,7 @@ class KVCache(HeldTokens):
         op = "KVCache.attend"
         key, value, lengths = self._held("attend")
         check_tensor(op, "query", query)
-        schedule: Schedule = Causal()
+        schedule = self.schedule
         if tree is not None:
             if not isinstance(tree, Tree):
                 raise TypeError(f"{op}: tree is a {type(tree).__name__} and must be a pycore.schedules.Tree")
@@ -139,12 +143,23 @@ class KVCache(HeldTokens):
             options: as for `attend`.
         """
         op = "KVCache.attend"
+        again = None if torch.compiler.is_compiling() else self._again
+        if again is not None and starts is None and again.fits(query, key, value, options, self.schedule):
+            room = self._held("append")
+            if self.capacity is not None or self._longest + key.shape[2] <= room[1].shape[2]:
+                out = again.call(query, key, value, room)
+                self._taken(key.shape[2], None, room)
+                return out
         check_tensor(op, "query", query)
         given = AttentionOptions(**options) if options.keys() <= _OPTIONS.keys() else None
         if given is not None and fuses(query, key, given):
             key, value, starts, held, most = self._room("KVCache.append", key, value, starts)
-            out = append_and_attend("KVCache.append", op, query, key, value, held, starts, Causal(), given, most=most)
+            out, args = append_and_attend(
+                "KVCache.append", op, query, key, value, held, starts, self.schedule, given, most=most
+            )
             self._taken(key.shape[2], starts, held)
+            if not torch.compiler.is_compiling():
+                self._again = None if args is None else Again(query, key, value, options, self.schedule, args)
             return out
         tokens = key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else 0
         if query.dim() == 4 and query.shape[2] != tokens:
@@ -159,28 +174,6 @@ class KVCache(HeldTokens):
             vars(self).update(before)
             self._lengths = lengths
             raise
-
-    def accept(self, path: Tensor, tokens: int) -> None:
-        """Of the newest `tokens` of every row keeps those at `path`, one after another, and takes the others back.
-
-        So a branch of a tree that `attend` has verified stays, as if it alone had been appended.
-
-        Args:
-            path: int64 [n], or [batch, n], the tokens that stay, ascending, 0 being the first of the newest `tokens`;
-                rows that keep fewer end with -1.
-            tokens: the nodes of the tree.
-
-        Raises:
-            IndexError: a place that the newest `tokens` do not have.
-            ValueError: as for `crop`, or path is of another shape or does not ascend.
-        """
-        op = "KVCache.accept"
-        held_key, held_value, lengths = self._held("accept")
-        self._check_crop(op, tokens)
-        path = check_path(op, path, len(lengths), tokens).to(lengths.device)
-        key, value, starts = self._branch(held_key, held_value, lengths, path, tokens)
-        self.crop(tokens)
-        self.append(key, value, starts=starts)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -254,6 +247,7 @@ class KVCache(HeldTokens):
             rows = max(_tiles(max(needed, 1)), _tiles(before * 3 // 2))
         what = f"capacity is {self.capacity}" if self.capacity is not None else f"room for {rows} tokens is asked for"
         new_key, new_value = self._allocate_rows(key, value, rows, what)
+        self._again = None  # it knew how many tokens there was room for
         if self._key is None or self._value is None or self._lengths is None:
             with torch.inference_mode(False):
                 return new_key, new_value, torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)

@@ -12,9 +12,9 @@ from pycore._checks import check_int
 from pycore._limits import KEY_TILE
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
-from pycore.cache.checks import check_path, check_starts, check_tokens
+from pycore.cache.checks import check_starts, check_tokens
 from pycore.cache.lambda_tokens import Chunk, LambdaTokens
-from pycore.ops.attention_append import append_and_attend, fuses
+from pycore.ops.attention_append import Again, append_and_attend, fuses
 from pycore.ops.attention_cache import lambda_cache_append
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.ops.attention_middle import with_middle
@@ -163,6 +163,12 @@ class LambdaKVCache(LambdaTokens):
             key, value, starts: as for `append`.
             options: as for `attend`; neither tree nor middle_topk.
         """
+        again = None if torch.compiler.is_compiling() else self._again
+        if again is not None and starts is None and again.fits(query, key, value, options):
+            out = again.call(query, key, value, self._held("append"))
+            self._chunk, self._own = None, key.shape[2]
+            self._catch_up(key.shape[2], None)
+            return out
         op, append_op = "LambdaKVCache.attend", "LambdaKVCache.append"
         held = None if self._lengths is None else self._held("append")
         check_tokens(append_op, key, value, self._like_held())
@@ -174,13 +180,16 @@ class LambdaKVCache(LambdaTokens):
             key, value = key.detach(), value.detach()
             tensors = self._allocate(key, value) if held is None else held
             limit = self.window_size if given.distance_limit is None else given.distance_limit
-            out = append_and_attend(
-                append_op, op, query, key, value, tensors, starts, Lambda(self.sink_size, self.window_size),
+            schedule = Lambda(self.sink_size, self.window_size)
+            out, args = append_and_attend(
+                append_op, op, query, key, value, tensors, starts, schedule,
                 given._replace(distance_limit=limit), self._before_ring, self._ring,
             )  # fmt: skip
             self._key, self._value, self._lengths = tensors
             self._chunk, self._own = None, key.shape[2]
             self._catch_up(key.shape[2], starts)
+            if not torch.compiler.is_compiling():
+                self._again = None if args is None else Again(query, key, value, options, schedule, args)
             return out
         if not torch.compiler.is_compiling():
             on_cpu = isinstance(starts, Tensor) and starts.device.type == "cpu"
@@ -190,31 +199,10 @@ class LambdaKVCache(LambdaTokens):
         self.append(key, value, starts=starts)
         return self.attend(query, **options)
 
-    def accept(self, path: Tensor, tokens: int) -> None:
-        """Of the newest `tokens` of every row keeps those at `path`, one after another, and takes the others back.
-
-        So a branch of a tree that `attend` has verified stays, as if it alone had been appended. It needs `rollback`:
-        the tokens are taken back, as by `crop`, and those of the branch appended anew.
-
-        Args:
-            path: int64 [n], or [batch, n], the tokens that stay, ascending, 0 being the first of the newest `tokens`;
-                rows that keep fewer end with -1.
-            tokens: the nodes of the tree.
-
-        Raises:
-            IndexError: a place that the newest `tokens` do not have.
-            ValueError: as for `crop`, or path is of another shape or does not ascend.
-        """
-        op = "LambdaKVCache.accept"
-        held_key, held_value, lengths = self._held("accept")
-        self._check_crop(op, tokens)
-        path = check_path(op, path, len(lengths), tokens).to(lengths.device)
-        key, value, starts = self._branch(held_key, held_value, lengths, path, tokens)
-        self.crop(tokens)
-        self.append(key, value, starts=starts)
-        self._own = 0
-
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _accepted(self) -> None:
+        self._own = 0
 
     def _rehearse(
         self,

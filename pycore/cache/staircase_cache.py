@@ -7,46 +7,26 @@ docs/ops/staircase.md writes the format down; csrc/include/pycore/staircase/cach
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pycore._checks import check_int, check_str, is_bool
+from pycore._checks import check_int, check_str
 from pycore._tangents import refuse_tangents
 from pycore._tensors import check_devices, check_tensor
 from pycore.cache.checks import check_index, check_starts, check_tokens
 from pycore.cache.staircase import DTYPES, Staircase
 from pycore.cache.staircase_attend import Chunk, attend_full, attend_steps, replay, rotate
-from pycore.cache.staircase_prefix import StaircasePrefix, held_bytes, trimmed
+from pycore.cache.staircase_prefix import StaircasePrefix, held_bytes
+from pycore.cache.staircase_state import loaded, state_of
+from pycore.cache.staircase_storage import Side, allocate, side_of, whole_groups
 from pycore.ops import staircase_cache as _rules  # noqa: F401 - registers the rules of its ops
-from pycore.ops.staircase import hadamard
 from pycore.schedules import Causal, Lambda, Schedule
 
 __all__ = ["Staircase", "StaircaseKVCache"]
-
-
-class _Side(NamedTuple):
-    """What the storage of keys, or of values, looks like. Rows of None are as many as the cache holds."""
-
-    bits: tuple[int, ...]
-    by_token: bool
-    channels: int
-    rotation: Tensor | None
-    full_rows: int | None
-    plane_rows: tuple[int | None, int | None, int | None]  # 0: no such plane
-    centers: tuple[bool, bool, bool]
-
-    def rings(self) -> list[int]:
-        """Which tensors of the storage tokens leave."""
-        rows = [self.full_rows, *self.plane_rows, None, None, *self.plane_rows]
-        return [i for i, count in enumerate(rows) if count]
-
-    def served_from(self, query: int, step: int, age: int) -> int:
-        """The first token that a query reads at an age below `age`."""
-        return max(0, (query // step - age + 1) * step)
 
 
 class StaircaseKVCache:
@@ -115,43 +95,17 @@ class StaircaseKVCache:
         self.batch, self.kv_heads, self.head_dim = batch, kv_heads, head_dim
         self.value_dim = head_dim if value_dim is None else value_dim
         self.capacity, self.dtype = capacity, dtype
-        self._sides = (
-            self._side(False, staircase.ladders[0], head_dim, staircase.key_rotation),
-            self._side(True, staircase.ladders[1], self.value_dim, staircase.value_rotation),
+        self._sides = tuple(
+            side_of(staircase, by_token, channels, kv_heads, capacity)
+            for by_token, channels in ((False, head_dim), (True, self.value_dim))
         )
         self.reset()
 
-    def _side(self, by_token: bool, bits: tuple[int, ...], channels: int, rotation: str | Tensor | None) -> _Side:
-        name = "value_rotation" if by_token else "key_rotation"
-        if isinstance(rotation, str):
-            rotation = hadamard(channels).float().expand(self.kv_heads, -1, -1).contiguous()
-        if rotation is not None and rotation.shape != (self.kv_heads, channels, channels):
-            raise ValueError(
-                f"StaircaseKVCache: {name} has shape {list(rotation.shape)} and must be [{self.kv_heads}, {channels}, "
-                f"{channels}]"
-            )
-        stairs, quantized = self.staircase, [width for width in bits if width < 16]
-        limit = None if self.capacity is None else self._up(self.capacity)
-
-        def rows(least: int) -> int | None:
-            """Of what holds every token that is read with at least so many bits."""
-            if max(quantized, default=0) < least and least < 16:
-                return 0
-            if bits[-1] >= least:
-                return None
-            served = sum(width >= least for width in bits) * self._step
-            ring = self._up(max(served, stairs.group_size) + stairs.rollback)  # the newest group is always full
-            return ring if limit is None else min(ring, limit)
-
-        embedded = stairs.grid == "embedded"
-        return _Side(
-            bits, by_token, channels, rotation, rows(16), (rows(2), rows(4), rows(8)),
-            (embedded and 2 in bits, embedded and 4 in bits, embedded and 8 in bits),
-        )  # fmt: skip
-
     def _up(self, tokens: int) -> int:
-        group = self.staircase.group_size
-        return -(-tokens // group) * group
+        return whole_groups(self.staircase, tokens)
+
+    def _allocate(self, side: Side, rows: int) -> list[Tensor]:
+        return allocate(side, self.staircase, rows, self.batch, self.kv_heads, self.dtype)
 
     @property
     def _step(self) -> int:
@@ -179,33 +133,6 @@ class StaircaseKVCache:
             self._peak = torch.zeros(self.batch, dtype=torch.int64)
         self._rows = rows
         self._chunk: Chunk | None = None
-
-    def _allocate(self, side: _Side, rows: int) -> list[Tensor]:
-        """Storage for `rows` tokens: full, three planes, lo, hi, and the centers of the widths 2, 4 and 8."""
-        stairs, group = self.staircase, self.staircase.group_size
-        groups = group * -(-side.channels // group) if side.by_token else side.channels
-        quarters = -(-group // 4) * (side.channels // group) + -(-(side.channels % group) // 4)
-        packed = group * quarters if side.by_token else side.channels * -(-group // 4)
-
-        def make(count: int | None, tile: int, dtype: torch.dtype) -> Tensor:
-            tokens = rows if count is None else count
-            if count == 0:
-                return torch.zeros(0, dtype=dtype)
-            return torch.zeros(self.batch, self.kv_heads, max(tokens // group, 1), tile, dtype=dtype)
-
-        full = rows if side.full_rows is None else side.full_rows
-        two, four, eight = side.plane_rows
-        return [
-            torch.zeros(self.batch, self.kv_heads, stairs.sink_size + full, side.channels, dtype=self.dtype),
-            make(two, packed, torch.uint8),
-            make(four, packed, torch.uint8),
-            make(eight, 2 * packed, torch.uint8),
-            make(two, groups, self.dtype),
-            make(two, groups, self.dtype),
-            make(two if side.centers[0] else 0, groups, torch.uint8),
-            make(four if side.centers[1] else 0, groups, torch.uint8),
-            make(eight if side.centers[2] else 0, groups, torch.uint8),
-        ]
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
 
@@ -505,22 +432,9 @@ class StaircaseKVCache:
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        stairs = self.staircase
-        plain = {f.name: getattr(stairs, f.name) for f in fields(stairs) if not f.name.endswith("rotation")}
-        plain |= dict(zip(("key_bits", "value_bits"), stairs.ladders, strict=True))
-        del plain["bits"]
-        return plain | {
-            name: getattr(self, name) for name in ("kv_heads", "head_dim", "value_dim", "capacity", "dtype")
-        }
-
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on elsewhere; the tensors are the cache's own."""
-        rotations = dict(zip(("key_rotation", "value_rotation"), (side.rotation for side in self._sides), strict=True))
-        tiles = self._rows // self.staircase.group_size
-        key, value = (trimmed(x, side.rings(), tiles) for x, side in zip(self._storage, self._sides, strict=True))
-        tensors = {"key": key, "value": value, "lengths": self._lengths, "peak": self._peak}
-        return self._settings() | rotations | tensors
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a `state_dict` of a cache with the same settings, of any batch; the tensors are copied.
@@ -530,70 +444,6 @@ class StaircaseKVCache:
             TypeError: an entry is of another type.
             The cache is then as before.
         """
-        op = "StaircaseKVCache.load_state_dict"
-        if not isinstance(state, Mapping):
-            raise TypeError(f"{op}: state is a {type(state).__name__} and must be a dict")
-        settings = self._settings()
-        for name in (*settings, "key_rotation", "value_rotation", "key", "value", "lengths", "peak"):
-            if name not in state:
-                raise ValueError(f"{op}: {name} is missing")
-        for name, mine in settings.items():
-            given = tuple(state[name]) if isinstance(mine, tuple) else state[name]
-            if is_bool(given) or given != mine:
-                raise ValueError(f"{op}: {name} is {given!r} and must be {mine!r}")
-        for name, side in zip(("key_rotation", "value_rotation"), self._sides, strict=True):
-            given = state[name]
-            if (given is None) != (side.rotation is None) or (
-                side.rotation is not None and not (isinstance(given, Tensor) and torch.equal(given, side.rotation))
-            ):
-                raise ValueError(f"{op}: {name} is another than the cache's and must be equal to it")
-        counts = []
-        for name in ("lengths", "peak"):
-            check_tensor(op, name, state[name])
-            if state[name].dtype != torch.int64 or state[name].dim() != 1 or state[name].device.type != "cpu":
-                raise ValueError(
-                    f"{op}: {name} is {state[name].dtype} {list(state[name].shape)} and must be int64 [batch]"
-                )
-            counts.append(state[name].detach().clone())
-        lengths, peak = counts
-        if lengths.shape != peak.shape or bool((lengths < 0).any()) or bool((peak < lengths).any()):
-            raise ValueError(f"{op}: peak is {peak.tolist()} and must be at least lengths, {lengths.tolist()}")
-        if bool((peak - lengths > self.staircase.rollback).any()):
-            raise ValueError(
-                f"{op}: peak is {peak.tolist()}, more than rollback, {self.staircase.rollback}, past lengths"
-            )
-        fresh = StaircaseKVCache(
-            self.staircase, batch=len(lengths), kv_heads=self.kv_heads, head_dim=self.head_dim, capacity=self.capacity,
-            value_dim=self.value_dim, dtype=self.dtype,
-        )  # fmt: skip
-        rows = self._up(int(peak.max()) if peak.numel() else 0)
-        if self.capacity is None:
-            # What the state has room for, which may be more than it has tokens.
-            for name, side in zip(("key", "value"), fresh._sides, strict=True):
-                given = state[name]
-                if isinstance(given, Sequence) and len(given) == 9 and all(isinstance(x, Tensor) for x in given):
-                    if side.full_rows is None and given[0].dim() == 4:
-                        rows = max(rows, given[0].shape[2] - self.staircase.sink_size)
-                    elif given[1].dim() == 4 and given[1].shape[2] > 1:
-                        rows = max(rows, given[1].shape[2] * self.staircase.group_size)
-        elif rows > self._up(self.capacity):
-            raise ValueError(f"{op}: peak is {peak.tolist()} and must be at most capacity, {self.capacity}")
-        else:
-            rows = self._up(self.capacity)
-        storage = []
-        for name, side in zip(("key", "value"), fresh._sides, strict=True):
-            given = state[name]
-            if not isinstance(given, Sequence) or len(given) != 9:
-                raise ValueError(f"{op}: {name} must be a list of 9 tensors")
-            wanted = fresh._allocate(side, rows)
-            for i, (x, like) in enumerate(zip(given, wanted, strict=True)):
-                check_tensor(op, f"{name}[{i}]", x)
-                if x.shape != like.shape or x.dtype != like.dtype or x.device.type != "cpu":
-                    raise ValueError(
-                        f"{op}: {name}[{i}] is {str(x.dtype)[6:]} {list(x.shape)} and must be {str(like.dtype)[6:]} "
-                        f"{list(like.shape)}"
-                    )
-                like.copy_(x)
-            storage.append(wanted)
+        lengths, peak, storage, rows = loaded(self, state)
         self.batch, self._storage, self._rows, self._lengths, self._peak = len(lengths), storage, rows, lengths, peak
         self._chunk = None

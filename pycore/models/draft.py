@@ -11,6 +11,7 @@ Source: Liu et al., "Adaptive Draft-Verification for LLM Decoding" (ADED, arXiv 
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import zlib
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pycore import BitstreamError, ops
-from pycore._checks import check_int, check_number
+from pycore._checks import check_bool, check_int, check_number
 from pycore.models.language import LanguageModel
 from pycore.schedules import Tree
 
@@ -89,6 +90,17 @@ class NgramTable:
         tokens, parents = ops.ngram_draft(*self._arrays, first, second, nodes=nodes, depth=depth)
         count = int((tokens >= 0).sum())
         return tokens[:count].tolist(), parents[:count].tolist()
+
+    def chain(self, first: int, second: int, *, depth: int = 8) -> list[int]:
+        """The likeliest successor, its likeliest successor, and so on; fewer than depth where a pair is unknown."""
+        out: list[int] = []
+        while len(out) < depth:
+            found, _ = self.draft(first, second, nodes=1, depth=1)
+            if not found:
+                break
+            first, second = second, found[0]
+            out.append(second)
+        return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table; docs/formats.md has the format."""
@@ -200,6 +212,7 @@ def generate(
     depth: int = 8,
     adapt: float = 0.04,
     margin: float = 1e-3,
+    chain: bool = False,
 ) -> Drafted:
     """`count` tokens of greedy decoding, several for each pass.
 
@@ -212,23 +225,36 @@ def generate(
         depth: tokens of the longest draft.
         adapt: by how much likelier the trigrams of what was accepted become.
         margin: logits nearer to each other are told apart by reading the text anew.
+        chain: one branch, of up to `nodes` tokens, in place of a tree. It is read as text is, so that its logits have
+            plain decoding's bits, in any dtype, and nothing is read anew. It suits models of many weights, whose pass
+            takes no longer for six rows than for one, and longer for more.
     """
     check_int("generate", "count", count, 0)
     check_int("generate", "nodes", nodes, 0, 255)
     check_int("generate", "depth", depth, 1, 255)
+    check_bool("generate", "chain", chain)
     text = [model.bos, *prompt]
     state = model.state(nodes + 1)
     if len(text) > 1:
-        model.logits(torch.tensor([text[:-1]]), state)
+        model.read(torch.tensor([text[:-1]]), state)
     result = Drafted()
     before = len(text)
     while len(text) < before + count:
-        tokens, parents = table.draft(text[-2], text[-1], nodes=nodes, depth=depth) if len(text) > 2 else ([], [])
-        tree = torch.tensor([-1, *(n + 1 for n in parents)])
-        logits = model.logits(torch.tensor([[text[-1], *tokens]]), state, Tree(tree))[0]
+        tokens: list[int] = []
+        parents: list[int] = []
+        if len(text) > 2 and chain:
+            tokens = table.chain(text[-2], text[-1], depth=min(nodes, before + count - len(text) - 1))
+            parents = list(range(-1, len(tokens) - 1))
+        elif len(text) > 2:
+            tokens, parents = table.draft(text[-2], text[-1], nodes=nodes, depth=depth)
+        tree = None if chain else Tree(torch.tensor([-1, *(n + 1 for n in parents)]))
+        logits = model.logits(torch.tensor([[text[-1], *tokens]]), state, tree)[0]
         result.forwards += 1
-        best, place = logits.topk(2)
-        choice, gap = place[:, 0].tolist(), (best[:, 0] - best[:, 1]).tolist()
+        if chain:
+            choice, gap = logits.argmax(-1).tolist(), [math.inf] * len(logits)
+        else:
+            best, place = logits.topk(2)
+            choice, gap = place[:, 0].tolist(), (best[:, 0] - best[:, 1]).tolist()
         children = {(parent + 1, token): n for n, (token, parent) in enumerate(zip(tokens, parents, strict=True), 1)}
         path, new = [0], []
         while gap[path[-1]] >= margin:
@@ -246,8 +272,7 @@ def generate(
             text.append(new[-1])
             result.reread += 1
         else:
-            for cache in state:
-                cache.accept(torch.tensor(path), len(tokens) + 1)
+            state.accept(torch.tensor(path), len(tokens) + 1)
         result.lengths.append(len(new))
         if adapt:
             table.update(text[max(1, len(text) - len(new) - 2) :], adapt)

@@ -33,11 +33,15 @@ class LanguageModel(Protocol):
         vocabulary: tokens are 0 to vocabulary - 1.
         bos: what every text is preceded by; it may lie beyond the vocabulary.
         fingerprint: 32 bits that two models, or machines that compute other bits, do not share.
+        longest: tokens that it reads one after another, BOS not counted.
+        batch: texts that it reads side by side with profit.
     """
 
     vocabulary: int
     bos: int
     fingerprint: int
+    longest: int
+    batch: int
 
     def tokens(self, data: bytes) -> list[int]:
         """The text in tokens, for any bytes at all."""
@@ -47,16 +51,33 @@ class LanguageModel(Protocol):
         """Inverse of `tokens`."""
         ...
 
-    def state(self, rollback: int = 0) -> list[LambdaKVCache]:
-        """Empty caches; those of a draft take `rollback` tokens back."""
+    def segment(self, tokens: int) -> int:
+        """How many tokens of a text of so many to read one after another, where nobody says."""
         ...
 
-    def logits(self, tokens: Tensor, state: list[LambdaKVCache], tree: Tree | None = None) -> Tensor:
+    def state(self, rollback: int = 0) -> Any:
+        """Nothing read yet; that of a draft takes `rollback` tokens back, and has `accept` of `KVCache`."""
+        ...
+
+    def read(self, tokens: Tensor, state: Any) -> None:
+        """Reads tokens whose logits nobody wants."""
+        ...
+
+    def logits(self, tokens: Tensor, state: Any, tree: Tree | None = None) -> Tensor:
         """Logits, ``[batch, n, vocabulary]``: of what follows each of int64 ``[batch, n]``, which follow `state`.
 
         tree: the tokens are the nodes of a tree, see :class:`pycore.schedules.Tree`.
         """
         ...
+
+
+class ByteState(list[LambdaKVCache]):
+    """A cache for each layer."""
+
+    def accept(self, path: Tensor, tokens: int) -> None:
+        """Of the newest tokens keeps those at path."""
+        for cache in self:
+            cache.accept(path, tokens)
 
 
 class ByteModel:
@@ -70,6 +91,8 @@ class ByteModel:
 
     vocabulary = 256
     bos = BOS
+    longest = 1 << 20
+    batch = 64
 
     def __init__(self, model: Bytelm, *, sink_size: int = 4, window_size: int = 512) -> None:
         if not isinstance(model, Bytelm):
@@ -93,12 +116,20 @@ class ByteModel:
         """The bytes."""
         return bytes(tokens)
 
-    def state(self, rollback: int = 0) -> list[LambdaKVCache]:
+    def segment(self, tokens: int) -> int:
+        """4096, whatever the text."""
+        return 4096
+
+    def state(self, rollback: int = 0) -> ByteState:
         """Empty caches, one for each layer."""
-        return self.model.caches(self.schedule, rollback=rollback)
+        return ByteState(self.model.caches(self.schedule, rollback=rollback))
+
+    def read(self, tokens: Tensor, state: ByteState) -> None:
+        """As `logits`."""
+        self.logits(tokens, state)
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, state: list[LambdaKVCache], tree: Tree | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, state: ByteState, tree: Tree | None = None) -> Tensor:
         """float32 ``[batch, n, 256]``; BOS, which follows nothing, has none."""
         return cast(Tensor, self.model(tokens, caches=state, schedule=tree or Causal()))[..., :256]
 

@@ -21,7 +21,7 @@ from pycore.ops.pairwise_clusters import hamming_topk, kmeans, pack_bits, sinkho
 from pycore.ops.pairwise_losses import contrastive_loss, linear_cross_entropy, maxsim
 from pycore.ops.staircase import staircase_dequantize, staircase_quantize, staircase_rotation
 from pycore.ops.staircase_attention import staircase_attention
-from pycore.ops.vq import rvq_decode, rvq_encode, vq_encode, vq_statistics
+from pycore.ops.vq import rvq_decode, rvq_encode, vq_encode, vq_rotate, vq_statistics
 
 __all__ = [
     "ac_decode",
@@ -61,6 +61,7 @@ __all__ = [
     "rvq_encode",
     "sinkhorn",
     "vq_encode",
+    "vq_rotate",
     "vq_statistics",
     "silu_mul",
     "softcap",

@@ -18,7 +18,7 @@ from pycore.schedules import Schedule
 
 load_ops()
 
-__all__ = ["append_and_attend", "fuses"]
+__all__ = ["Again", "append_and_attend", "fuses"]
 
 _APPEND = Schema("attention_append")
 
@@ -35,6 +35,60 @@ def fuses(query: Any, key: Any, options: AttentionOptions) -> bool:
     return not any(isinstance(x, Tensor) and x.requires_grad for x in learning)
 
 
+class Again:
+    """A call of `append_and_attend` that was taken: one like it needs no checks in Python, which cost as much again.
+
+    What the op reads it checks itself, every time.
+
+    Attributes:
+        args: the op's arguments behind `starts`.
+    """
+
+    __slots__ = ("_like", "_options", "_schedule", "args")
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], schedule: Schedule, args: Any
+    ) -> None:
+        self._like = (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype)
+        self._options, self._schedule, self.args = options, schedule, args
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Nothing: the copy of a cache has its own first call."""
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
+
+    def fits(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], schedule: Schedule | None = None
+    ) -> bool:
+        """Whether this is a call like it: tensors of the same kind, options that are the same objects or numbers."""
+        if not type(query) is type(key) is type(value) is Tensor or torch.is_grad_enabled():
+            return False
+        if (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype) != self._like:
+            return False
+        if not (query.is_cpu and key.is_cpu and value.is_cpu) or torch.is_autocast_enabled("cpu") or forward_mode():
+            return False
+        if len(options) != len(self._options) or (schedule is not None and schedule is not self._schedule):
+            return False
+        for name, given in options.items():
+            if name not in self._options:
+                return False
+            before = self._options[name]
+            if given is before or (type(given) is type(before) and type(given) in (int, float) and given == before):
+                continue
+            pairs = type(given) is type(before) is tuple and len(given) == len(before)
+            if not pairs or not all(x is y for x, y in zip(given, before, strict=True)):
+                return False
+        return True
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, held: tuple[Tensor, Tensor, Tensor]) -> Any:
+        """The op, without a word of padding: the output, or that and lse."""
+        out, lse = torch.ops.pycore.attention_append.default(query, key, value, *held, None, *self.args)
+        if not held[2].is_inference():
+            torch.autograd.graph.increment_version(held)
+        return (out, lse) if self._options.get("return_lse") else out
+
+
 def append_and_attend(
     append_op: str,
     op: str,
@@ -48,7 +102,7 @@ def append_and_attend(
     sink_size: int = 0,
     key_ring: int = 0,
     most: int = -1,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor | tuple[Tensor, Tensor], tuple[Any, ...] | None]:
     """`lambda_cache_append` under the name `append_op`, then attention over `held` under the name `op`.
 
     Args:
@@ -58,6 +112,9 @@ def append_and_attend(
         sink_size: rows before the ring that tokens are appended to.
         key_ring: the ring that attention sees.
         most: tokens that a row of the batch may have, or -1.
+
+    Returns:
+        What `attend` does, and the arguments of `Again` where tables went in as they were given.
     """
     for name, table in (("distance_bias", options.distance_bias), ("alibi_slopes", options.alibi_slopes),
                         ("sink_logits", options.sink_logits)):  # fmt: skip
@@ -76,16 +133,19 @@ def append_and_attend(
     ):  # fmt: skip
         numbers = graph_numbers(1.0 if scale is None else scale, softcap)
         scale, softcap = scale if scale is None else 1.0, 0.0
-    tables = (cos, sin, options.distance_bias, options.alibi_slopes, options.sink_logits)
-    out, lse = torch.ops.pycore.attention_append(
-        query, key, value, *held, starts, *(x if x is None else as_table(x, query) for x in tables), append_op, op,
-        schedule.kind, schedule.args, bool(options.interleaved), limit, scale, softcap, sink_size, key_ring, most,
-        numbers,
+    given = (cos, sin, options.distance_bias, options.alibi_slopes, options.sink_logits)
+    tables = tuple(x if x is None else as_table(x, query) for x in given)
+    args = (
+        *tables, append_op, op, schedule.kind, schedule.args, bool(options.interleaved), limit, scale, softcap,
+        sink_size, key_ring, most, numbers,
     )  # fmt: skip
+    out, lse = torch.ops.pycore.attention_append(query, key, value, *held, starts, *args)
     if not torch.compiler.is_compiling() and not held[2].is_inference():
         # The op does not: autograd would read rows that were written over, for queries that are still to learn.
         torch.autograd.graph.increment_version(held)
-    return (out, lse) if options.return_lse else out
+    as_given = numbers is None and all(x is y for x, y in zip(tables, given, strict=True))
+    repeatable = as_given and not torch.compiler.is_compiling()
+    return (out, lse) if options.return_lse else out, args if repeatable else None
 
 
 @torch.library.register_fake("pycore::attention_append")

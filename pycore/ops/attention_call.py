@@ -11,6 +11,7 @@ from torch import Tensor
 from pycore._checks import check_bool, check_int, check_number
 from pycore._tensors import as_index, as_table, check_tensor, graph_numbers
 from pycore.ops import attention_autograd, attention_fakes, attention_vmap  # noqa: F401 - they register the op's rules
+from pycore.ops._autograd import call
 from pycore.schedules import KeySubset, Lambda, Probabilistic, Schedule, Segments, Tree
 from pycore.schedules.attention_bitmaps import key_words, tree_nodes
 from pycore.schedules.attention_blocks import LENGTHS, Lengths, draw_blocks
@@ -121,8 +122,9 @@ def call_attention(
     # For a gradient, lse comes with what rounding it left out.
     differentiable = (query, key, value, bias, slopes, sinks, numbers)
     pair = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    out, lse = torch.ops.pycore.attention(
-        query, key, value, cos, sin, bias, slopes, sinks, *lengths, schedule_tensor, seed, block_bias, op,
+    out, lse = call(
+        torch.ops.pycore.attention.default, query, key, value, cos, sin, bias, slopes, sinks, *lengths,
+        schedule_tensor, seed, block_bias, op,
         schedule.kind, schedule.args, bool(options.interleaved), limit, scale, softcap, dropout_p, key_ring,
         bool(options.symmetric_bias), numbers, pair, key_layout,
     )  # fmt: skip

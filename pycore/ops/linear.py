@@ -18,7 +18,7 @@ from torch import Tensor
 from pycore._checks import check_bool, check_number
 from pycore._schema import Schema
 from pycore._tensors import check_devices, check_tensor, graph_numbers
-from pycore.ops._autograd import no_second_derivative, register_derivatives
+from pycore.ops._autograd import call, no_second_derivative, register_derivatives
 
 __all__ = ["gelu_mul", "invariant_linear", "layer_norm", "rms_norm", "silu_mul"]
 
@@ -54,7 +54,7 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     check_tensor("invariant_linear", "x", x)
     check_tensor("invariant_linear", "weight", weight)
     check_tensor("invariant_linear", "bias", bias, optional=True)
-    return torch.ops.pycore.invariant_linear(x, weight, bias)
+    return call(torch.ops.pycore.invariant_linear.default, x, weight, bias)  # type: ignore[no-any-return]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, plus_one: bool = False) -> Tensor:
@@ -85,7 +85,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, plus_on
     check_bool("rms_norm", "plus_one", plus_one)
     if torch.compiler.is_compiling() and eps != 1e-6:
         return torch.ops.pycore.rms_norm(x, weight, 0.0, graph_numbers(eps), plus_one)
-    return torch.ops.pycore.rms_norm(x, weight, eps, None, plus_one)
+    return call(torch.ops.pycore.rms_norm.default, x, weight, eps, None, plus_one)  # type: ignore[no-any-return]
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -115,7 +115,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     eps = check_number("layer_norm", "eps", eps)
     if torch.compiler.is_compiling() and eps != 1e-5:
         return torch.ops.pycore.layer_norm(x, weight, bias, 0.0, graph_numbers(eps))
-    return torch.ops.pycore.layer_norm(x, weight, bias, eps)
+    return call(torch.ops.pycore.layer_norm.default, x, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """
     check_tensor("silu_mul", "gate", gate)
     check_tensor("silu_mul", "up", up)
-    return torch.ops.pycore.silu_mul(gate, up)
+    return call(torch.ops.pycore.silu_mul.default, gate, up)  # type: ignore[no-any-return]
 
 
 def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
@@ -171,7 +171,7 @@ def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     check_tensor("gelu_mul", "up", up)
     if not isinstance(approximate, str):
         raise TypeError(f"gelu_mul: approximate is a {type(approximate).__name__} and must be 'none' or 'tanh'")
-    return torch.ops.pycore.gelu_mul(gate, up, approximate)
+    return call(torch.ops.pycore.gelu_mul.default, gate, up, approximate)  # type: ignore[no-any-return]
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------

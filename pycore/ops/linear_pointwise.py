@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pycore._checks import check_bool, check_number
 from pycore._tensors import check_devices, check_tensor, graph_numbers
-from pycore.ops._autograd import no_second_derivative, register_derivatives
+from pycore.ops._autograd import call, no_second_derivative, register_derivatives
 from pycore.ops.linear import elementwise, one_by_one
 
 __all__ = ["rotary_tables", "rotate", "softcap"]
@@ -70,7 +70,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     check_tensor("rotate", "cos", cos)
     check_tensor("rotate", "sin", sin)
     check_bool("rotate", "inverse", inverse)
-    return torch.ops.pycore.rotate(x, cos, sin, inverse)
+    return call(torch.ops.pycore.rotate.default, x, cos, sin, inverse)  # type: ignore[no-any-return]
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:
@@ -95,7 +95,7 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     cap = check_number("softcap", "cap", cap)
     if torch.compiler.is_compiling():
         return torch.ops.pycore.softcap(x, 1.0, graph_numbers(cap))
-    return torch.ops.pycore.softcap(x, cap)
+    return call(torch.ops.pycore.softcap.default, x, cap)  # type: ignore[no-any-return]
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------

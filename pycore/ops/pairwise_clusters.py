@@ -65,6 +65,11 @@ def sinkhorn(
     for name, count in (("x", n), ("y", m)):
         if count == 0:
             raise ValueError(f"{op}: {name} has no rows and must have one")
+    for name, weights in (("a", a), ("b", b)):
+        if weights is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            continue
+        if bool((weights < 0).any()):
+            raise ValueError(f"{op}: {name} has a negative weight and must have none")
     of_x = x.new_full((*lead, n), 1 / n) if a is None else per_row(op, "a", a.to(x.dtype), lead, n).reshape(*lead, n)
     of_y = y.new_full((*lead, m), 1 / m) if b is None else per_row(op, "b", b.to(y.dtype), lead, m).reshape(*lead, m)
     log_x, log_y = of_x.detach().log(), of_y.detach().log()
@@ -129,6 +134,8 @@ def _first_centroids(x: Tensor, k: int, seed: int, init: str | Tensor) -> Tensor
         check_tensor(op, "init", init)
         if init.shape != (k, x.shape[1]):
             raise ValueError(f"{op}: init has shape {list(init.shape)} and must have {[k, x.shape[1]]}")
+        if not bool(torch.isfinite(init).all()):
+            raise ValueError(f"{op}: init has a NaN or an infinity and must have none")
         return init.detach().to(x.dtype).clone()
     check_str(op, "init", init)
     generator = torch.Generator().manual_seed(seed % 2**63)

@@ -313,7 +313,7 @@ def maxsim(
     query, document = widened(op, query=query, document=document)
     if query.dim() > 3:
         raise ValueError(f"{op}: query has shape {list(query.shape)} and must be [queries, tokens, channels]")
-    if document.dim() > 4 or (document.dim() == 4 and query.dim() == 3 and document.shape[0] != query.shape[0]):
+    if document.dim() > 4 or (document.dim() == 4 and document.shape[0] != (query.shape[0] if query.dim() == 3 else 1)):
         raise ValueError(
             f"{op}: document has shape {list(document.shape)} and must be [documents, tokens, channels], or "
             "[queries, documents, tokens, channels]"
@@ -330,24 +330,40 @@ def maxsim(
         empty = -math.inf if length > 0 else 0.0
         scores = queries.new_full((q, p), empty) + 0 * (queries.sum() + documents.sum())
     else:
-        of_tokens = None if of_document is None else of_document.reshape(-1)
-        if pairs:
-            x_lengths = None if of_query is None else of_query.unsqueeze(1).expand(q, p).reshape(-1)
-            best = torch.ops.pycore.pairwise_topk(
-                batched(queries.unsqueeze(1), (q, p), 2), documents.reshape(q * p, tokens, channels), 1, False,
-                x_lengths, of_tokens, op,
-            )[0].reshape(q, p, length)  # fmt: skip
-        else:
-            x = queries.reshape(q * length, channels)
-            if of_query is not None:  # what does not count is not read
-                x = torch.where(_counts(of_query, length).reshape(-1, 1), x, 0.0)
-            best = _BestProducts.apply(x, documents, of_tokens)[0]  # type: ignore[no-untyped-call]
-            best = best.reshape(p, q, length).transpose(0, 1)
+        best = _best_products(queries, documents, of_query, of_document, pairs)
         if of_query is not None:
             best = torch.where(_counts(of_query, length).unsqueeze(1), best, 0.0)
         scores = best.double().sum(-1).to(best.dtype)
     scores = scores.squeeze(1) if one_document else scores
     return scores.squeeze(0) if one_query else scores
+
+
+def _best_products(
+    queries: Tensor, documents: Tensor, of_query: Tensor | None, of_document: Tensor | None, pairs: bool
+) -> Tensor:
+    """[Q, P, L]: what each token of a query has best in a document; what does not count is not read."""
+    (q, length, channels), (p, tokens) = queries.shape, documents.shape[-3:-1]
+    of_tokens = None if of_document is None else of_document.reshape(-1)
+
+    def run() -> Tensor:
+        if pairs:
+            x_lengths = None if of_query is None else of_query.unsqueeze(1).expand(q, p).reshape(-1)
+            rows, all_tokens = batched(queries.unsqueeze(1), (q, p), 2), documents.reshape(q * p, tokens, channels)
+            best = torch.ops.pycore.pairwise_topk(rows, all_tokens, 1, False, x_lengths, of_tokens, "maxsim")[0]
+            return best.reshape(q, p, length)
+        x = queries.reshape(q * length, channels)
+        if of_query is not None:
+            x = torch.where(_counts(of_query, length).reshape(-1, 1), x, 0.0)
+        best = _BestProducts.apply(x, documents, of_tokens)[0]  # type: ignore[no-untyped-call]
+        return best.reshape(p, q, length).transpose(0, 1)
+
+    if torch.compiler.is_compiling():
+        return run()
+    try:
+        return run()
+    except ValueError as error:  # the op calls them x and y
+        text = str(error).replace("maxsim: x has", "maxsim: query has").replace("maxsim: y has", "maxsim: document has")
+        raise ValueError(text) from None
 
 
 def _counts(lengths: Tensor, tokens: int) -> Tensor:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycore._checks import check_int, check_str
+from pycore._checks import check_bool, check_int, check_str
 from pycore._load import load_ops
 from pycore._tensors import as_index, check_devices, check_tensor
 from pycore.ops._autograd import register_derivatives
 
 load_ops()
 
-__all__ = ["rvq_decode", "rvq_encode", "vq_encode", "vq_statistics"]
+__all__ = ["rvq_decode", "rvq_encode", "vq_encode", "vq_rotate", "vq_statistics"]
 
 
 def vq_encode(x: Tensor, codebook: Tensor, *, metric: str = "euclidean", topk: int = 1) -> Tensor:
@@ -153,6 +153,32 @@ def vq_statistics(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor,
     return torch.ops.pycore.vq_statistics(x, as_index(codes), codebook_size)
 
 
+def vq_rotate(v: Tensor, x: Tensor, code: Tensor, *, transpose: bool = False) -> Tensor:
+    """V turned and scaled as x is onto its code: the linear map of the rotation trick, which takes x to code.
+
+    |code|/|x| (v - 2 (v w) w + 2 (v u) q), with u along x, q along code and w halfway between, all of length one.
+    Lengths that divide are taken as 1e-6 where they are less. In sums of sixteen lanes, a row's bits its own.
+
+    Args:
+        v: [..., D], what is turned; float32 or float64.
+        x, code: [..., D], of v's shape and dtype. They have no gradient: the trick takes the map as fixed.
+        transpose: times the transposed matrix, as a gradient is.
+
+    Returns:
+        [..., D]. Differentiable in v, any number of times.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+        TypeError: an argument of the wrong type.
+
+    Source: Fifty et al., arXiv 2410.06424, section 4.2.
+    """
+    for name, tensor in (("v", v), ("x", x), ("code", code)):
+        check_tensor("vq_rotate", name, tensor)
+    check_bool("vq_rotate", "transpose", transpose)
+    return torch.ops.pycore.vq_rotate(v, x, code, transpose)
+
+
 def _stacked(op: str, codebooks: Any) -> tuple[Tensor, list[int] | None]:
     """Codebooks as [Q, K, D], and how many codes of each count where that is not all."""
     if not isinstance(codebooks, list | tuple | torch.nn.ParameterList):
@@ -220,7 +246,13 @@ def _statistics_fake(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tens
     return x.new_empty((codebook_size,), dtype=dtype), x.new_empty((codebook_size, x.shape[-1]), dtype=dtype)
 
 
-# ---- autograd: both are linear, and each is the other's transpose ----------------------------------------------------
+@torch.library.register_fake("pycore::vq_rotate")
+def _rotate_fake(v: Tensor, x: Tensor, code: Tensor, transpose: bool) -> Tensor:
+    check_devices("vq_rotate", v=v, x=x, code=code)
+    return v.new_empty(v.shape)
+
+
+# ---- autograd: all are linear. rvq_decode and vq_statistics are each other's transpose; vq_rotate has a flag ---------
 
 
 def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -268,8 +300,26 @@ def _statistics_jvp(
     return torch.zeros_like(output[0]), sums
 
 
+def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, code, ctx.transpose = inputs
+    ctx.save_for_backward(x, code)
+
+
+def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, code = (saved.detach() for saved in ctx.saved_tensors)
+    return torch.ops.pycore.vq_rotate(grad, x, code, not ctx.transpose), None, None, None
+
+
+def _rotate_jvp(inputs: Sequence[Any], tangents: list[Tensor | None], output: Tensor) -> Tensor:
+    _, x, code, transpose = inputs
+    if tangents[0] is None:
+        return torch.zeros_like(output)
+    return torch.ops.pycore.vq_rotate(tangents[0], x, code, transpose)
+
+
 register_derivatives("rvq_decode", _decode_backward, _decode_setup, _decode_jvp)
 register_derivatives("vq_statistics", _statistics_backward, _statistics_setup, _statistics_jvp)
+register_derivatives("vq_rotate", _rotate_backward, _rotate_setup, _rotate_jvp)
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------
@@ -308,3 +358,16 @@ _register_vmap("vq_encode", rows=True)
 _register_vmap("rvq_encode", rows=True)
 _register_vmap("rvq_decode", rows=True)
 _register_vmap("vq_statistics", rows=False)
+
+
+def _rotate_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """A batch is more rows; what has none is every sample's."""
+    *given, transpose = args
+    rows = [
+        arg.movedim(dim, 0) if isinstance(dim, int) else arg.expand(info.batch_size, *arg.shape)
+        for arg, dim in zip(given, in_dims, strict=False)
+    ]
+    return torch.ops.pycore.vq_rotate(*rows, transpose), 0
+
+
+torch.library.register_vmap("pycore::vq_rotate", _rotate_vmap)

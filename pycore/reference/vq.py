@@ -78,3 +78,14 @@ def vq_statistics(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor,
     rows, codes = x.reshape(-1, x.shape[-1]), codes.reshape(-1)
     one_hot = (codes.unsqueeze(-1) == torch.arange(codebook_size)).to(x.dtype)
     return one_hot.sum(0), one_hot.T @ rows
+
+
+def vq_rotate(v: Tensor, x: Tensor, code: Tensor, *, transpose: bool = False) -> Tensor:
+    """V [..., D] turned and scaled as x is onto code: the rotation trick's linear map, with its matrix written out."""
+    least = 1e-6
+    u = (x / x.norm(dim=-1, keepdim=True).clamp(min=least)).unsqueeze(-1)
+    q = (code / code.norm(dim=-1, keepdim=True).clamp(min=least)).unsqueeze(-1)
+    w = (u + q) / (u + q).norm(dim=-2, keepdim=True).clamp(min=least)
+    ratio = code.norm(dim=-1) / x.norm(dim=-1).clamp(min=least)
+    matrix = torch.eye(x.shape[-1], dtype=x.dtype) - 2 * w @ w.mT + 2 * q @ u.mT
+    return ratio.unsqueeze(-1) * ((matrix.mT if transpose else matrix) @ v.unsqueeze(-1)).squeeze(-1)

@@ -189,7 +189,7 @@ def test_no_probability(table: Tensor) -> None:
 
 
 def test_a_lambda_cache_is_refused() -> None:
-    message = "drawn: past_key_values is a LambdaCache and must be a cache that keeps every token"
+    message = "drawn: past_key_values is a LambdaCache and must be a cache of transformers' own"
     with pytest.raises(ValueError, match=exactly(message)):
         logits(use(tiny("llama"), "drawn"), tokens(1, 8), past_key_values=LambdaCache(2, 8))
 

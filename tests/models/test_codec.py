@@ -166,6 +166,25 @@ def test_bytes_decode_to_the_codes(codec: Codec, sound: Tensor) -> None:
     assert empty.shape == (0, 5) and empty.dtype == torch.int64
 
 
+def test_several_streams_are_those_of_each_alone(codec: Codec, sound: Tensor) -> None:
+    codes = codec.encode(sound)
+    parts = [codes[:9], codes[20:24], codes[:0], codes[30:60], codes[9:18]]
+    streams = codec.to_bytes(parts)
+    assert streams == [codec.to_bytes(part) for part in parts]
+    assert all(torch.equal(mine, part) for mine, part in zip(codec.from_bytes(streams), parts, strict=True))
+    alike = codec.to_bytes([parts[0], parts[4]])
+    assert alike == [streams[0], streams[4]]
+    assert codec.to_bytes([]) == codec.from_bytes([]) == []
+    assert codec.to_bytes([codes[:0]]) == [streams[2]]
+    with pytest.raises(BitstreamError):
+        codec.from_bytes([streams[0], streams[1][:-1]])
+    with pytest.raises(ValueError, match="^Codec: codes has 4 codes a frame in one of the list and must have 5"):
+        codec.to_bytes([codes, codes[:, :4]])
+    decoded = codec.from_bytes(streams[0])
+    assert not decoded.is_inference()
+    decoded += 1
+
+
 def test_damaged_and_foreign_streams_are_reported(codec: Codec, sound: Tensor) -> None:
     codes = codec.encode(sound)[:6]
     data = codec.to_bytes(codes)

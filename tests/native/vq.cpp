@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Nearest codes, decoding and statistics on odd shapes, with buffers of exactly the size the contract names, so that a
-// sanitizer sees every read or write beside them. Codes are compared with the scalar kernels'.
+// Nearest codes, decoding, statistics and rotations on odd shapes, with buffers of exactly the size the contract names,
+// so that a sanitizer sees every read or write beside them. Codes are compared with the scalar kernels'.
 #include <pycore/cpu_isa.h>
 #include <pycore/vq/vq.h>
 
@@ -106,6 +106,18 @@ void decode_and_count(const Shape& s, const Buffer<float>& x, const Buffer<float
   int64_t expected = 0;
   for (int64_t row = 0; row < s.rows; ++row) expected += first.data[row] >= 0;
   failures += total != static_cast<float>(expected);
+
+  for (const bool transpose : {false, true}) {
+    pycore::VqRotateParams rotate;
+    rotate.dim = s.dim;
+    rotate.transpose = transpose;
+    rotate.v = rotate.x = rotate.code = statistics.x;
+    rotate.code.data = out.data.get();
+    Buffer<float> turned(s.rows * s.dim);
+    rotate.out = turned.data.get();
+    failures += !pycore::vq_rotate(rotate, parallel).ok();
+    for (int64_t i = 0; i < turned.count; ++i) failures += turned.data[i] - turned.data[i] != 0;
+  }
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CodebookFeatures, DiscreteKeyValueBottleneck and GumbelVectorQuantizer."""
+"""CodebookFeatures, DiscreteKeyValueBottleneck and GumbelVectorQuantizer; what all quantizers refuse and take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pycore.nn import CodebookFeatures, DiscreteKeyValueBottleneck, GumbelVectorQuantizer
+from pycore.nn import (
+    CodebookFeatures,
+    DiscreteKeyValueBottleneck,
+    GroupedResidualVQ,
+    GumbelVectorQuantizer,
+    MaskedChannelRVQ,
+    ResidualVQ,
+    VectorQuantize,
+)
 
 # ---- CodebookFeatures ------------------------------------------------------------------------------------------------
 
@@ -191,3 +199,55 @@ def test_gumbel_errors() -> None:
         GumbelVectorQuantizer(8, 10, (0.5, 2.0, 0.9), 2, False, 12)
     with pytest.raises(ValueError, match="^GumbelVectorQuantizer: x has 7 channels and must have 8$"):
         GumbelVectorQuantizer(8, 10, (2.0, 0.5, 0.9), 2, False, 12)(torch.zeros(1, 2, 7))
+
+
+# ---- every quantizer -------------------------------------------------------------------------------------------------
+
+QUANTIZERS = {
+    "VectorQuantize": lambda: VectorQuantize(16, 40),
+    "ResidualVQ": lambda: ResidualVQ(dim=16, num_quantizers=3, codebook_size=20),
+    "GroupedResidualVQ": lambda: GroupedResidualVQ(dim=16, groups=2, num_quantizers=2, codebook_size=20),
+    "MaskedChannelRVQ": lambda: MaskedChannelRVQ(dim=16, num_quantizers=4, codebook_size=20),
+    "CodebookFeatures": lambda: CodebookFeatures(16, 40, num_codebooks=2),
+    "DiscreteKeyValueBottleneck": lambda: DiscreteKeyValueBottleneck(16, num_memories=20, num_memory_codebooks=4),
+    "GumbelVectorQuantizer": lambda: GumbelVectorQuantizer(16, 8, (2, 0.5, 0.9), 2, False, 16),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_names_itself_and_what_is_wrong(name: str) -> None:
+    for training in (True, False):
+        module = QUANTIZERS[name]().train(training)
+        with pytest.raises(TypeError, match=f"^{name}: x is a list and must be a Tensor$"):
+            module([1.0])
+        with pytest.raises(ValueError, match=f"^{name}: x has .*int64.* and must .*floating point$"):
+            module(torch.ones(2, 9, 16, dtype=torch.int64))
+        with pytest.raises(ValueError, match=f"^{name}: x has .*7.* and must have .*16"):
+            module(torch.ones(2, 9, 7))
+        with pytest.raises(ValueError, match=f"^{name}: x has .*1.* and must have"):
+            module(torch.ones(2, 9, 16, 1, 1))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_every_quantizer_takes_what_its_weights_are_not(name: str, dtype: torch.dtype) -> None:
+    module, x = QUANTIZERS[name]().eval(), torch.randn(2, 9, 16).to(dtype)
+
+    def output(x: torch.Tensor) -> torch.Tensor:
+        result = module(x)
+        return result["x"] if isinstance(result, dict) else result[0] if isinstance(result, tuple) else result
+
+    wide = output(x.float())
+    torch.testing.assert_close(output(x).float(), wide, rtol=2**-7, atol=1e-2)
+    assert output(x).dtype == (torch.float32 if name == "DiscreteKeyValueBottleneck" else dtype)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("shape", [(2, 0, 16), (0, 9, 16)], ids=str)
+def test_every_quantizer_takes_nothing(name: str, shape: tuple[int, ...]) -> None:
+    for training in (True, False):
+        result = QUANTIZERS[name]().train(training)(torch.randn(shape))
+        if isinstance(result, dict):
+            result = (result["x"], result["code_perplexity"], result["prob_perplexity"])
+        tensors = result if isinstance(result, tuple) else (result,)
+        assert tensors[0].shape == shape and all(bool(x.isfinite().all()) for x in tensors)

@@ -31,8 +31,11 @@ const LinearKernels* kernels_for(DType dtype, CpuIsa isa) {
 
 constexpr Status kNoKernel = {StatusCode::kUnsupported, "the linear kernels have no CPU version for this dtype"};
 constexpr int64_t kMaxItemRows = 384, kMinItemRows = 96;
-constexpr int64_t kSerialWork = 1 << 19;  // multiply-adds that are not worth waking a second thread for
-constexpr int64_t kNormChunks = 64;       // at most
+constexpr int64_t kSerialWork = 1 << 19;      // multiply-adds that are not worth waking a second thread for
+constexpr int64_t kFewSerialBytes = 1 << 17;  // the same of few rows, in bytes of the weight
+constexpr int64_t kFewColumns = 32;           // what an item of few rows has a multiple of
+constexpr int64_t kFewItemBytes = 1 << 21;    // and the least of the weight, if each thread is to have several
+constexpr int64_t kNormChunks = 64;           // at most
 
 int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 Range part(int64_t index, int64_t size, int64_t total) { return {index * size, std::min((index + 1) * size, total)}; }
@@ -43,11 +46,14 @@ int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, DType dty
   return std::clamp(parts(wanted, 12) * 12, kMinItemRows, dtype_size(dtype) == 2 ? kMaxHalfRows : kMaxItemRows);
 }
 
-// Columns of an item. Few rows read the weight from item to item, and what comes next is fetched within one. In 16 bits
-// an item's rows are converted, which more columns share. Both where there are items enough.
-int64_t item_columns(int64_t rows, int64_t columns, int64_t threads, DType dtype) {
-  if (rows <= kFewRows)
-    return std::max<int64_t>(columns / (8 * std::max<int64_t>(threads, 1) * kLinearColumns), 1) * kLinearColumns;
+// Columns of an item. Few rows read the weight, whose next rows are fetched ahead within an item and not beyond. In 16
+// bits an item's rows are converted, which more columns share. Both where there are items enough.
+int64_t item_columns(int64_t rows, int64_t columns, int64_t depth, int64_t threads, DType dtype) {
+  if (rows <= kFewRows) {
+    const int64_t bytes = size_product({columns, depth, dtype_size(dtype)}), slots = std::max<int64_t>(threads, 1);
+    const int64_t items = slots * std::clamp<int64_t>(bytes / (slots * kFewItemBytes), 1, 8);
+    return std::max<int64_t>(parts(parts(columns, items), kFewColumns), 1) * kFewColumns;
+  }
   const int64_t wide = size_product({parts(rows, kMaxHalfRows), parts(columns, kHalfColumns)});
   return dtype_size(dtype) == 2 && wide >= 8 * threads ? kHalfColumns : kLinearColumns;
 }
@@ -142,10 +148,13 @@ Status linear_forward(const LinearParams& params, const Parallel& parallel, void
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, columns = params.out_features;
-  const int64_t width = item_columns(rows, columns, parallel.threads, params.dtype);
+  const int64_t width = item_columns(rows, columns, params.in_features, parallel.threads, params.dtype);
   const int64_t column_items = parts(columns, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
-  const Parallel pool = limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
+  const Parallel pool =
+      rows <= kFewRows
+          ? limited(parallel, size_product({columns, params.in_features, dtype_size(params.dtype)}), kFewSerialBytes)
+          : limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
     const FlushedFloats flushed(params.dtype == DType::kBFloat16);
     kernels->forward(params, part(item / column_items, height, rows), part(item % column_items, width, columns),
@@ -163,7 +172,8 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, ins = params.in_features, outs = params.out_features;
-  const int64_t width = rows > kFewRows ? item_columns(rows, ins, parallel.threads, params.dtype) : kLinearColumns;
+  const int64_t width =
+      rows > kFewRows ? item_columns(rows, ins, outs, parallel.threads, params.dtype) : kLinearColumns;
   const int64_t column_items = parts(ins, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
   const int64_t weight_columns = parts(ins, kWeightColumns);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The linear layer for up to kFewRows rows (decoding): bound by reading the weight, which is read once, where it lies,
-// in its own dtype. Squares of it are transposed in registers and multiply all rows; the chains are the tile product's.
+// in its own dtype. The chains are the tile product's: a lane is an output, so weight rows have to be transposed.
 //
-// A square is kWidth weight rows by kWidth 32-bit lanes: one channel each in float32, two in 16 bits, so that half the
-// shuffles do. Squares are taken a cache line at a time from each weight row: rows a power of two apart share the sets
-// of the first cache, and half a line would be gone before its other half is wanted. For the same reason what is
-// fetched ahead goes to the second cache.
+// A cache line of each of kColumns weight rows is copied to the stack, one step ahead of the products; float16 becomes
+// float32 on the way. From there sixteen bytes of every fourth row make up a vector, so that four vectors need only the
+// transposition within their sixteen bytes: half the shuffles, and few registers. Copies, because rows a power of two
+// apart share the sets of the first cache: a line that is read in four parts would be gone before its last. For the
+// same reason what is fetched ahead goes to the second cache.
 #pragma once
 
 #include <pycore/dtype.h>
@@ -17,13 +18,8 @@
 #include "kernels.h"
 #include "rows.inl.h"
 
-constexpr int64_t kFewDepth = 2048;  // rows of 16 bits that are no longer become float32 once an item
-constexpr int64_t kLineBytes = 64, kAheadBytes = 8 * kLineBytes;
-
-// What a thread has on its stack.
-struct FewScratch {
-  float rows[kFewRows * kFewDepth];  // x in float32, if it is not; [rows][kFewDepth]
-};
+constexpr int64_t kFewDepth = 2048;  // rows of 16 bits that are no longer are prepared once an item
+constexpr int64_t kLineBytes = 64, kAheadBytes = 16 * kLineBytes;
 
 // Channels of a square.
 template <DType kType>
@@ -83,12 +79,6 @@ PYCORE_INLINE void prepare_row(const char* row, int64_t n, float* out) {
   }
 }
 
-// How many floats of a prepared row hold `channels` of them.
-template <DType kType>
-PYCORE_INLINE int64_t prepared(int64_t channels) {
-  return kPairs<kType> ? channels / 2 : channels;
-}
-
 // panel[k][i] = rows[i][k], rows of 16 bits `stride` bytes apart.
 template <DType kType>
 inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t depth, float* panel,
@@ -120,85 +110,112 @@ inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t
   }
 }
 
-// The chains of M rows by kGroups vectors of columns go on by the first `channels` channels of the groups' squares;
-// x[m] begins where they do. Group by group within a channel: a chain's next FMA waits for its last, and the others
-// fill the gap. Unrolled, or the squares would go through memory.
-template <DType kType, int M, int kGroups>
-PYCORE_INLINE void follow_squares(const Vec (&squares)[kGroups][Vec::kWidth], int64_t channels, const float* x,
-                                  int64_t x_row, Vec (&chain)[kGroups][M]) {
-  constexpr int kPer = kType == DType::kFloat32 ? 1 : 2;
-#pragma GCC unroll 16
-  for (int j = 0; j < Vec::kWidth; ++j) {
-    if (kPer * j >= channels) return;
-#ifdef PYCORE_BFLOAT16_PRODUCTS
-    if constexpr (kPairs<kType>) {
-#pragma GCC unroll 2
-      for (int g = 0; g < kGroups; ++g) {
-        const Vec pair = squares[g][j].turned();
-#pragma GCC unroll 6
-        for (int m = 0; m < M; ++m) chain[g][m] = Vec::fma_pairs(Vec::broadcast(x[m * x_row + j]), pair, chain[g][m]);
-      }
-      continue;
+// How a line of a weight row lies on the stack: bfloat16 in lanes of two, the rest in float32, a channel a lane.
+template <DType kType>
+constexpr int64_t kStagedLanes = kLineBytes / (kType == DType::kFloat16 ? 2 : 4);
+template <DType kType>
+constexpr int64_t kLaneChannels = kType == DType::kBFloat16 ? 2 : 1;
+
+// Groups of kWidth columns that take turns. A chain's next FMA waits for its last, and a line of 16 float32 lanes has
+// work enough for the time.
+template <DType kType, int M>
+constexpr int kFewGroups = M <= 2 && !(kType == DType::kFloat32 && Vec::kWidth == 16) ? 2 : 1;
+
+// What a thread has on its stack.
+template <DType kType, int M>
+struct FewScratch {
+  alignas(64) float lines[2][kFewGroups<kType, M> * Vec::kWidth][kStagedLanes<kType>];  // this line and the next
+  float rows[M * kFewDepth];                                                            // x as prepare_row has it
+};
+
+// Copies `bytes` of each row from byte `at` on; what is left of the line is zero.
+template <DType kType, int kColumns>
+PYCORE_INLINE void stage(const char* const* rows, int64_t at, int64_t bytes, float (*lines)[kStagedLanes<kType>]) {
+  constexpr int64_t kStep = kType == DType::kFloat16 ? 2 * Vec::kWidth : 4 * Vec::kWidth;  // bytes of a vector
+  char padded[kLineBytes] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < kColumns; ++i) {
+    const char* from = rows[i] + at;
+    if (bytes < kLineBytes) {
+      __builtin_memcpy(padded, from, static_cast<size_t>(bytes));
+      from = padded;
     }
-#endif
-#pragma GCC unroll 2
-    for (int g = 0; g < kGroups; ++g) {
-      const Vec first = channel_of<kType, 0>(squares[g][j]);
-#pragma GCC unroll 6
-      for (int m = 0; m < M; ++m) chain[g][m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * j]), first, chain[g][m]);
-    }
-    if (kPer == 1 || kPer * j + 1 >= channels) continue;
-#pragma GCC unroll 2
-    for (int g = 0; g < kGroups; ++g) {
-      const Vec second = channel_of<kType, 1>(squares[g][j]);
-#pragma GCC unroll 6
-      for (int m = 0; m < M; ++m) {
-        chain[g][m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * j + 1]), second, chain[g][m]);
-      }
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kLineBytes / kStep; ++j) {
+      const char* const part = from + j * kStep;
+      const Vec x = kType == DType::kFloat16 ? Vec::load_float16(reinterpret_cast<const uint16_t*>(part))
+                                             : Vec::load(reinterpret_cast<const float*>(part));
+      x.store(lines[i] + j * Vec::kWidth);
     }
   }
 }
 
-// One block of the chains. `next` is how far the weight rows of the next columns are: their beginnings are fetched
-// where these rows end.
+// The chains of M rows by kGroups vectors of columns go on by the first `channels` channels of a line; x[m] begins
+// where they do. Unrolled, or the vectors would go through memory.
 template <DType kType, int M, int kGroups>
-PYCORE_INLINE void few_block(const char* const* rows, int64_t begin, int64_t end, int64_t depth, int64_t next,
-                             const float* x, int64_t x_row, Vec (&chain)[kGroups][M]) {
-  constexpr int64_t kBytes = kElementBytes<kType>, kLine = kLineBytes / kBytes;
-  Vec squares[kGroups][Vec::kWidth];
-  int64_t k = begin;
-  for (; k + kLine <= end; k += kLine) {
-    const int64_t at = k * kBytes, ahead = at + kAheadBytes;
-    const int64_t fetched = ahead < depth * kBytes ? ahead : ahead - depth * kBytes + next;
-    for (int i = 0; i < kGroups * Vec::kWidth; ++i) __builtin_prefetch(rows[i] + fetched, 0, 2);
-    for (int64_t s = 0; s < kLine; s += kSquare<kType>) {
-      // x is read again for every square: kept in registers for all of them, it would crowd out the rest.
-      __asm__ volatile("" : : : "memory");
-      for (int g = 0; g < kGroups; ++g) load_square(rows + g * Vec::kWidth, at + s * kBytes, squares[g]);
-      follow_squares<kType, M>(squares, kSquare<kType>, x + prepared<kType>(k + s - begin), x_row, chain);
-    }
-  }
-  for (; k < end; k += kSquare<kType>) {
-    const int64_t channels = smaller(kSquare<kType>, end - k);
+PYCORE_INLINE void follow_line(const float (*lines)[kStagedLanes<kType>], int64_t channels, const float* x,
+                               int64_t x_row, Vec (&chain)[kGroups][M]) {
+  constexpr int kPer = static_cast<int>(kLaneChannels<kType>);
+#pragma GCC unroll 8
+  for (int s = 0; s < kStagedLanes<kType>; s += 4) {
+    if (kPer * s >= channels) return;
+    Vec fours[kGroups][4];
+#pragma GCC unroll 2
     for (int g = 0; g < kGroups; ++g) {
-      load_square_first(rows + g * Vec::kWidth, k * kBytes, channels * kBytes, squares[g]);
+#pragma GCC unroll 4
+      for (int a = 0; a < 4; ++a) {
+        fours[g][a] = Vec::load_fours(lines[g * Vec::kWidth + a] + s, 4 * kStagedLanes<kType>);
+      }
+      transpose_fours(fours[g]);
     }
-    follow_squares<kType, M>(squares, channels, x + prepared<kType>(k - begin), x_row, chain);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int lane = s + j;
+      if (kPer * lane >= channels) return;
+#ifdef PYCORE_BFLOAT16_PRODUCTS
+      if constexpr (kPairs<kType>) {
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroups; ++g) {
+          const Vec pair = fours[g][j].turned();
+#pragma GCC unroll 6
+          for (int m = 0; m < M; ++m) {
+            chain[g][m] = Vec::fma_pairs(Vec::broadcast(x[m * x_row + lane]), pair, chain[g][m]);
+          }
+        }
+        continue;
+      }
+#endif
+#pragma GCC unroll 2
+      for (int c = 0; c < kPer; ++c) {
+        if (c == 1 && kPer * lane + 1 >= channels) return;
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroups; ++g) {
+          const Vec column = kPer == 1 ? fours[g][j]
+                             : c == 0  ? fours[g][j].low_bfloat16()
+                                       : fours[g][j].high_bfloat16();
+#pragma GCC unroll 6
+          for (int m = 0; m < M; ++m) {
+            chain[g][m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * lane + c]), column, chain[g][m]);
+          }
+        }
+      }
+    }
   }
 }
 
 template <DType kType, int M>
 __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int64_t first_row, Range columns) {
-  constexpr int64_t kWidth = Vec::kWidth, kBytes = kElementBytes<kType>;
-  constexpr int kGroups = M <= 2 ? 2 : 1;
+  constexpr int64_t kWidth = Vec::kWidth, kBytes = kElementBytes<kType>, kLine = kLineBytes / kBytes;
+  constexpr int kGroups = kFewGroups<kType, M>;
   constexpr int64_t kColumns = kGroups * kWidth;
-  const int64_t depth = params.in_features, stride = params.weight_stride * kBytes;
+  static_assert(kLinearBlock % kLine == 0);
+  const int64_t depth = params.in_features, row_bytes_read = depth * kBytes, stride = params.weight_stride * kBytes;
   // float32 rows with one stride stay where they are; others come into scratch, whole or by the block.
   const bool in_place = kType == DType::kFloat32 && params.x.uniform(), whole = depth <= kFewDepth;
-  FewScratch scratch;
+  FewScratch<kType, M> scratch;
   const float* x = scratch.rows;
   int64_t x_row = kFewDepth;
-  const auto convert = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+  const auto prepare = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
     for (int m = 0; m < M; ++m) {
       prepare_row<kType>(row_bytes<kType>(params.x, first_row + m) + k * kBytes, count, scratch.rows + m * kFewDepth);
     }
@@ -207,37 +224,67 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
     x = reinterpret_cast<const float*>(row_bytes<kType>(params.x, first_row));
     x_row = params.x.row_stride();
   } else if (whole) {
-    convert(0, depth);
+    prepare(0, depth);
   }
-  for (int64_t n = columns.begin; n < columns.end; n += kColumns) {
-    const int64_t count = smaller(kColumns, columns.end - n);
-    const char* rows[kColumns];  // a missing one is the last, and its result is not kept
+  const char* rows[kColumns];  // a missing one is the last, and its result is not kept
+  const auto point = [&](int64_t n) __attribute__((always_inline)) {
     for (int64_t i = 0; i < kColumns; ++i) {
-      rows[i] = static_cast<const char*>(params.weight) + (n + smaller(i, count - 1)) * stride;
+      rows[i] = static_cast<const char*>(params.weight) + smaller(n + i, columns.end - 1) * stride;
     }
+  };
+  if (columns.count() <= 0) return;
+  int turn = 0;
+  point(columns.begin);
+  for (int64_t at = 0; at < smaller(kAheadBytes, row_bytes_read); at += kLineBytes) {
+    for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + at, 0, 2);
+  }
+  if (depth > 0) stage<kType, kColumns>(rows, 0, smaller(kLineBytes, row_bytes_read), scratch.lines[turn]);
+  for (int64_t n = columns.begin; n < columns.end; n += kColumns) {
     const int64_t next = n + kColumns < columns.end ? kColumns * stride : 0;
-    Vec total[kGroups][M];
-    int64_t block = 0;
-    do {
-      const int64_t end = smaller(block + kLinearBlock, depth);
-      Vec chain[kGroups][M];
-      for (int g = 0; g < kGroups; ++g) {
-        for (int m = 0; m < M; ++m) chain[g][m] = Vec::zero();
+    Vec total[kGroups][M], chain[kGroups][M];
+    for (int g = 0; g < kGroups; ++g) {
+      for (int m = 0; m < M; ++m) total[g][m] = chain[g][m] = Vec::zero();
+    }
+    for (int64_t k = 0; k < depth; k += kLine) {
+      const int64_t block = k / kLinearBlock * kLinearBlock, line_end = k + kLine;
+      const bool by_block = !in_place && !whole;
+      if (by_block && k == block) prepare(block, smaller(kLinearBlock, depth - block));
+      // What comes next to the stack, and what comes later to the second cache.
+      const int64_t ahead = (line_end * kBytes) + kAheadBytes;
+      const int64_t fetched = ahead < row_bytes_read ? ahead : ahead - row_bytes_read + next;
+      for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + fetched, 0, 2);
+      if (line_end + kLine <= depth) {
+        stage<kType, kColumns>(rows, line_end * kBytes, kLineBytes, scratch.lines[turn ^ 1]);
+      } else if (line_end < depth) {
+        stage<kType, kColumns>(rows, line_end * kBytes, row_bytes_read - line_end * kBytes, scratch.lines[turn ^ 1]);
+      } else if (next) {
+        point(n + kColumns);
+        stage<kType, kColumns>(rows, 0, smaller(kLineBytes, row_bytes_read), scratch.lines[turn ^ 1]);
       }
-      if (!in_place && !whole) convert(block, end - block);
-      few_block<kType, M, kGroups>(rows, block, end, depth, next, in_place || whole ? x + prepared<kType>(block) : x,
-                                   x_row, chain);
-      for (int g = 0; g < kGroups; ++g) {
-        for (int m = 0; m < M; ++m) total[g][m] = block == 0 ? chain[g][m] : total[g][m] + chain[g][m];
+      const float* at = x + (k - (by_block ? block : 0)) / (kPairs<kType> ? 2 : 1);
+      // x is read again for every line: kept in registers for all of them, it would crowd out the rest.
+      __asm__ volatile("" : : : "memory");
+      if (line_end <= depth) {
+        follow_line<kType, M>(scratch.lines[turn], kLine, at, x_row, chain);
+      } else {
+        follow_line<kType, M>(scratch.lines[turn], depth - k, at, x_row, chain);
       }
-      block = end;
-    } while (block < depth);
+      turn ^= 1;
+      if (line_end % kLinearBlock != 0 && line_end < depth) continue;
+      for (int g = 0; g < kGroups; ++g) {
+        for (int m = 0; m < M; ++m) {
+          total[g][m] = block == 0 ? chain[g][m] : total[g][m] + chain[g][m];
+          chain[g][m] = Vec::zero();
+        }
+      }
+    }
+    const int64_t count = smaller(kColumns, columns.end - n);
     for (int g = 0; g < kGroups && g * kWidth < count; ++g) {
       const int64_t kept = smaller(kWidth, count - g * kWidth), column = n + g * kWidth;
       for (int m = 0; m < M; ++m) {
-        Vec x = total[g][m];
-        if (params.bias) x = x + load_some<kType>(static_cast<const char*>(params.bias), column, kept);
-        store_some<kType>(x, static_cast<char*>(params.out) + (first_row + m) * params.out_features * kBytes, column,
+        Vec sum = total[g][m];
+        if (params.bias) sum = sum + load_some<kType>(static_cast<const char*>(params.bias), column, kept);
+        store_some<kType>(sum, static_cast<char*>(params.out) + (first_row + m) * params.out_features * kBytes, column,
                           kept);
       }
     }

@@ -33,10 +33,12 @@ inline int64_t work_of(const PairwiseParams& params) {
   return size_product({params.batch, params.rows, params.columns, std::max<int64_t>(params.dim, 1)});
 }
 
-// Rows of an item: enough of them to pay for turning the columns, few enough to go round, whole groups of six.
+inline constexpr int64_t kGroupRows = 6;  // of the tile product
+
+// Rows of an item: enough of them to pay for turning the columns, few enough to go round, whole groups.
 inline int64_t item_rows(int64_t batch, int64_t rows, int64_t threads) {
   const int64_t fair = parts(size_product({batch, rows}), std::max<int64_t>(threads, 1) * 2);
-  return std::clamp<int64_t>(parts(fair, 6) * 6, 6, kPairwiseRows);
+  return std::clamp<int64_t>(parts(fair, kGroupRows) * kGroupRows, kGroupRows, kPairwiseRows);
 }
 
 inline double number(const void* memory, DType dtype, int64_t index) {

@@ -131,8 +131,9 @@ Chunk lay_out(const Job& job, int64_t threads, char* memory) {
   Chunk chunk;
   const int64_t fit = kChunkFloats / kSegmentStride / segments / kPairwiseRows * kPairwiseRows;
   const int64_t all = std::max<int64_t>(parts(job.params.rows, kPairwiseRows), 1) * kPairwiseRows;
-  chunk.rows = std::min(std::clamp(fit, kPairwiseRows, kMostChunkRows), all);
-  chunk.row_part = kPairwiseRows / 2;
+  chunk.rows = std::min(std::clamp(fit, 2 * kPairwiseRows, kMostChunkRows), all);
+  const int64_t items = segments * parts(std::min(chunk.rows, std::max<int64_t>(job.params.rows, 1)), kPairwiseRows);
+  chunk.row_part = items < 2 * threads ? kPairwiseRows / 2 : kPairwiseRows;
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
     char* piece = memory + at;

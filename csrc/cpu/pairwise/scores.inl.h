@@ -144,7 +144,7 @@ void pairwise_scores(const PairwiseParams& params, int64_t batch, Range rows, Ra
   float* const panel = static_cast<PairwiseScratch*>(scratch)->panel;
   const int64_t x_row = params.x.row_stride;
   for (int64_t c = columns.begin; c < columns.end; c += kKeyTile) {
-    const int64_t width = smaller(kKeyTile, columns.end - c);
+    const int64_t width = smaller(kKeyTile, columns.end - c), whole = round_up(width, Vec::kWidth);
     float* const out = static_cast<float*>(memory) + (c - columns.begin);
     int64_t k = 0;
     do {
@@ -157,9 +157,9 @@ void pairwise_scores(const PairwiseParams& params, int64_t batch, Range rows, Ra
         if (params.euclidean) {
           distance_block(count, depth, x, x_row, panel, width, to, k > 0);
         } else if (k == 0) {
-          tile_product<false>(count, depth, x, x_row, panel, kKeyTile, 0, width, StoreBlock{to, kSegmentStride});
+          tile_product<false>(count, depth, x, x_row, panel, kKeyTile, 0, whole, StoreBlock{to, kSegmentStride});
         } else {
-          tile_product<false>(count, depth, x, x_row, panel, kKeyTile, 0, width, AddBlock{to, kSegmentStride});
+          tile_product<false>(count, depth, x, x_row, panel, kKeyTile, 0, whole, AddBlock{to, kSegmentStride});
         }
       }
       k += depth;

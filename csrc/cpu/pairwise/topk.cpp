@@ -16,14 +16,19 @@ namespace {
 
 constexpr int64_t kFewRows = 8;         // whose scores say whether y is finite
 constexpr int64_t kMostHeld = 1 << 16;  // entries of an item's lists, where its rows allow
+constexpr int64_t kTopkRows = 288;      // of an item, at most: turning y into columns is shared by them
+constexpr int64_t kRowFloats = 1 << 17,
+                  kScoreFloats = kPairwiseRows * kPairwiseSegment;  // of an item: the second cache
 
-int64_t list_rows(const PairwiseTopkParams& params) {
-  return std::clamp<int64_t>(kMostHeld / std::max<int64_t>(params.k, 1), 1, kPairwiseRows);
+// Rows of an item, at most.
+int64_t most_rows(const PairwiseTopkParams& params) {
+  const int64_t by_cache = std::clamp<int64_t>(kRowFloats / std::max<int64_t>(params.dim, 1), kPairwiseRows, kTopkRows);
+  return std::clamp<int64_t>(kMostHeld / std::max<int64_t>(params.k, 1), 1, by_cache);
 }
 
 int64_t topk_bytes(const PairwiseTopkParams& params, const PairwiseKernels& kernels) {
   const int64_t size = element_size(params.dtype);
-  return aligned(kernels.scratch) + aligned(kPairwiseRows * kSegmentStride * size) + kPairwiseRows * 8;
+  return aligned(kernels.scratch) + aligned(kTopkRows * kSegmentStride * size) + kTopkRows * 8;
 }
 
 // By integers, so that no compiler reasons about NaN.
@@ -127,7 +132,7 @@ bool select_bounded(const PairwiseTopkParams& params, const PairwiseKernels& ker
   return true;
 }
 
-// Columns, whole segments but for the last, join the lists. What does not count is not read. `suspicious`, if it is
+// Columns join the lists, as many at a time as scores fit. What does not count is not read. `suspicious`, if it is
 // asked for, becomes true where a row of y has a NaN or an infinity, and maybe elsewhere.
 void scan(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t batch, Range all, Range columns,
           char* memory, const Lists& lists, std::atomic<bool>* suspicious) {
@@ -138,8 +143,10 @@ void scan(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int6
   const bool bounded = kernels.bounds && !params.euclidean && rows.count() <= kBoundedRows && params.dim > 0 &&
                        params.dim <= kMostBoundedDim;
   for (int64_t r = 0; r < all.count(); ++r) lists.held[r] = 0;
-  for (int64_t begin = columns.begin; begin < end && rows.count() > 0; begin += kPairwiseSegment) {
-    const Range segment = {begin, std::min(begin + kPairwiseSegment, end)};
+  if (rows.count() == 0) return;
+  const int64_t step = std::clamp(kScoreFloats / rows.count() / kKeyTile * kKeyTile, kKeyTile, kPairwiseSegment);
+  for (int64_t begin = columns.begin; begin < end; begin += step) {
+    const Range segment = {begin, std::min(begin + step, end)};
     if (bounded && select_bounded(params, kernels, batch, rows, segment, scores, memory, lists)) continue;
     kernels.scores(params, batch, rows, segment, scores, memory);
     for (int64_t r = 0; r < rows.count(); ++r) {
@@ -188,18 +195,28 @@ void join(const Lists& from, int64_t rows, int64_t k, const Lists& to) {
   }
 }
 
-// How the work of a call is cut. Where there are fewer blocks of rows than threads, columns are cut too, and the lists
-// of their parts join in order.
+// How the work of a call is cut: into blocks of rows, or where they are fewer than the threads ask for, into columns
+// too, whose lists join in order.
 struct Cut {
   int64_t rows, items, parts, part_columns, thread_bytes, list_bytes;
 
   Cut(const PairwiseTopkParams& params, const PairwiseKernels& kernels, int64_t threads) {
-    rows = std::min(item_rows(params.batch, params.rows, threads), list_rows(params));
+    const int64_t most = most_rows(params), segments = pairwise::parts(params.columns, kPairwiseSegment);
+    const int64_t even = pairwise::parts(params.rows, std::max<int64_t>(pairwise::parts(params.rows, most), 1));
+    rows = std::clamp<int64_t>(pairwise::parts(even, kGroupRows) * kGroupRows, 1, most);
     items = pairwise::parts(params.rows, rows);
-    const int64_t segments = pairwise::parts(params.columns, kPairwiseSegment);
-    const int64_t blocks = size_product({params.batch, items});
-    const int64_t wanted = blocks > 0 && blocks < threads ? pairwise::parts(threads, blocks) : 1;
-    part_columns = pairwise::parts(segments, std::max<int64_t>(wanted, 1)) * kPairwiseSegment;
+    int64_t blocks = size_product({params.batch, items}), wanted = 1;
+    const int64_t pieces = threads == 1 || params.rows <= kFewRows ? threads : 2 * threads;
+    if (blocks > 0 && blocks < pieces) {
+      wanted = pairwise::parts(pieces, blocks);
+      if (segments < 2 * wanted && params.rows > kFewRows) {  // columns are too few to be cut
+        rows = std::min(item_rows(params.batch, params.rows, threads), most);
+        items = pairwise::parts(params.rows, rows);
+        blocks = size_product({params.batch, items});
+        wanted = blocks < threads ? pairwise::parts(threads, blocks) : 1;
+      }
+    }
+    part_columns = pairwise::parts(segments, wanted) * kPairwiseSegment;
     parts = std::max<int64_t>(part_columns > 0 ? pairwise::parts(params.columns, part_columns) : 1, 1);
     thread_bytes = topk_bytes(params, kernels);
     list_bytes = parts > 1 ? aligned(size_product({rows, params.k, 16})) + aligned(rows * 8) : 0;
@@ -310,7 +327,7 @@ Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel,
       const Range columns = part(item % cut.parts, cut.part_columns, params.columns);
       return scan(params, *kernels, batch, rows, columns, own, cut.lists(listed, item, params.k), suspicious);
     }
-    int64_t* const held = reinterpret_cast<int64_t*>(own + cut.thread_bytes) - kPairwiseRows;
+    int64_t* const held = reinterpret_cast<int64_t*>(own + cut.thread_bytes) - kTopkRows;
     scan(params, *kernels, batch, rows, {0, params.columns}, own, result_lists(params, batch, rows.begin, held),
          suspicious);
     finish(params, batch, rows, held);
@@ -318,7 +335,7 @@ Status pairwise_topk(const PairwiseTopkParams& params, const Parallel& parallel,
   for_each_item(pool, cut.parts > 1 ? params.batch * cut.items : 0, [&](int64_t, int64_t block) {
     const int64_t batch = block / cut.items;
     const Range rows = part(block % cut.items, cut.rows, params.rows);
-    int64_t held[kPairwiseRows] = {};
+    int64_t held[kTopkRows] = {};
     const Lists to = result_lists(params, batch, rows.begin, held);
     for (int64_t i = 0; i < cut.parts; ++i) {
       const Lists from = cut.lists(listed, block * cut.parts + i, params.k);

@@ -13,15 +13,19 @@ PYCORE_INLINE __m128 halved_squares(__m256 x, const float* c) {
   return _mm_add_ps(_mm256_castps256_ps128(squares), _mm256_extractf128_ps(squares, 1));
 }
 
-// out[v] = the distance of x[8] to c[v][8], of the first kCount of four: two or four.
+// out[v] = the distance of x[8] to the code at c + v * step, of the first kCount of four: two or four. Codes from
+// `count` on are taken as the first.
 template <int kCount>
-PYCORE_INLINE void four_distances(const float* x, const float* const (&c)[4], float* out) {
+PYCORE_INLINE void four_distances(const float* x, const float* c, int64_t step, int count, float* out) {
+  const float* const second = count > 1 ? c + step : c;
   const __m256 line = _mm256_loadu_ps(x);
-  const __m128 a = halved_squares(line, c[0]), b = halved_squares(line, c[1]);
+  const __m128 a = halved_squares(line, c), b = halved_squares(line, second);
   const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));  // a0 + a2, b0 + b2, a1 + a3, b1 + b3
   __m128 ef = ab;
   if (kCount > 2) {
-    const __m128 e = halved_squares(line, c[2]), f = halved_squares(line, c[3]);
+    const float* const third = count > 2 ? c + 2 * step : c;
+    const float* const fourth = count > 3 ? c + 3 * step : c;
+    const __m128 e = halved_squares(line, third), f = halved_squares(line, fourth);
     ef = _mm_add_ps(_mm_unpacklo_ps(e, f), _mm_unpackhi_ps(e, f));
   }
   _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, ef), _mm_movehl_ps(ef, ab)));

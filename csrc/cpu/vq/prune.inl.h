@@ -172,12 +172,19 @@ __attribute__((noinline)) void take_lane(const VqBook& stage, const float* line,
   const int columns = static_cast<int>(smaller(left, Vec::kProductColumns));
   if (dim == 8) {  // where the products are so few that distances show
     float four[4];
-    const float* codes[4];
-    for (int v = 0; v < 4; ++v) codes[v] = rows + (v < columns ? v : 0) * step;
-    four_distances<Vec::kProductColumns>(line, codes, four);
+    four_distances<Vec::kProductColumns>(line, rows, step, columns, four);
     for (int v = 0; v < columns; ++v) r[v] = four[v];
   } else {
     for (int v = 0; v < columns; ++v) r[v] = distance(line, rows + v * step, dim);
+  }
+  if (keep == 1) {  // no branch that depends on which is the nearest; distances are finite here
+    float least = r[0];
+    int nearest = 0;
+    for (int v = 1; v < columns; ++v) {
+      nearest = r[v] < least ? v : nearest;
+      least = r[v] < least ? r[v] : least;
+    }
+    return insert(best, count, 1, least, of_beam + first + nearest * kLanes);
   }
   for (int v = 0; v < columns; ++v) insert(best, count, keep, r[v], of_beam + first + v * kLanes);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The vectors of codes, and the counts and sums of the rows that have each code. Plain loops in one order on every
-// instruction set; a thread takes rows (decode) or channels (statistics), so threads change no sum.
+// instruction set; a thread takes rows (decode) or codes and channels (statistics), so threads change no sum.
 #include <pycore/dtype.h>
 #include <pycore/sizes.h>
 #include <pycore/vq/vq.h>
@@ -34,17 +34,25 @@ struct Loader {
   }
 };
 
+template <class Wide, class T>
+void narrow(const Wide* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+}
+
 template <class Wide>
 void store(DType dtype, const Wide* from, int64_t count, void* data, int64_t at) {
-  for (int64_t i = 0; i < count; ++i) {
-    switch (dtype) {
-      case DType::kFloat64: static_cast<double*>(data)[at + i] = static_cast<double>(from[i]); break;
-      case DType::kFloat32: static_cast<float*>(data)[at + i] = static_cast<float>(from[i]); break;
-      case DType::kFloat16:
+  switch (dtype) {
+    case DType::kFloat64: return narrow(from, count, static_cast<double*>(data) + at);
+    case DType::kFloat32: return narrow(from, count, static_cast<float*>(data) + at);
+    case DType::kFloat16:
+      for (int64_t i = 0; i < count; ++i) {
         static_cast<uint16_t*>(data)[at + i] = float16_from_float(static_cast<float>(from[i]));
-        break;
-      default: static_cast<uint16_t*>(data)[at + i] = bfloat16_from_float(static_cast<float>(from[i]));
-    }
+      }
+      return;
+    default:
+      for (int64_t i = 0; i < count; ++i) {
+        static_cast<uint16_t*>(data)[at + i] = bfloat16_from_float(static_cast<float>(from[i]));
+      }
   }
 }
 
@@ -83,35 +91,42 @@ Status vq_decode(const VqDecodeParams& params, const Parallel& parallel) {
 }
 
 int64_t vq_statistics_scratch(const VqStatisticsParams& params, int64_t) {
-  return size_product({params.codebook_size, size_sum(params.dim, 1), 8});
+  return size_product({size_sum(params.x.rows, size_sum(params.codebook_size, 1)), 8});
 }
 
 Status vq_statistics(const VqStatisticsParams& params, const Parallel& parallel, void* scratch) {
   const DType result = params.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  const int64_t rows = params.x.rows, dim = params.dim;
-  double* const sums = static_cast<double*>(scratch);  // [codebook_size, dim]
-  double* const counts =
-      sums + size_product({params.codebook_size, dim});  // [codebook_size]; a float32 stands still at 2^24
-  std::fill_n(counts, params.codebook_size, 0.0);
+  const int64_t rows = params.x.rows, dim = params.dim, codes = params.codebook_size;
+  // The rows by their code, and ascending: those of code k are order[ends[k - 1]] to order[ends[k] - 1]. So a sum stays
+  // in registers and is written once.
+  int64_t* const ends = static_cast<int64_t*>(scratch);  // [codes + 1]; while rows are placed, ends[k] is k's first
+  int64_t* const order = ends + codes + 1;               // [rows]
+  std::fill_n(ends, codes + 1, int64_t{0});
   for (int64_t row = 0; row < rows; ++row) {
-    if (params.codes[row] >= 0) counts[params.codes[row]] += 1;
+    if (params.codes[row] >= 0) ++ends[params.codes[row] + 1];
   }
-  store(result, counts, params.codebook_size, params.counts, 0);
-  const Parallel pool = limited(parallel, size_product({rows + params.codebook_size, dim}), kSerialWork);
-  // Wide rows go in pieces of channels; a narrow one is a single item.
-  for_each_item(pool, parts(dim, kChannels), [&](int64_t, int64_t item) {
-    const int64_t first = item * kChannels, count = std::min(kChannels, dim - first);
-    for (int64_t k = 0; k < params.codebook_size; ++k) std::fill_n(sums + k * dim + first, count, 0.0);
-    double x[kChannels];
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t code = params.codes[row];
-      if (code < 0) continue;
-      Loader<double>::load(params.dtype, params.x.data, params.x.offset(row) + first, count, x);
-      double* sum = sums + code * dim + first;
-      for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
-    }
-    for (int64_t k = 0; k < params.codebook_size; ++k) {
-      store(result, sums + k * dim + first, count, params.sums, k * dim + first);
+  for (int64_t k = 0; k < codes; ++k) {
+    const double count = static_cast<double>(ends[k + 1]);
+    store(result, &count, 1, params.counts, k);
+    ends[k + 1] += ends[k];
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    if (params.codes[row] >= 0) order[ends[params.codes[row]]++] = row;
+  }
+  const Parallel pool = limited(parallel, size_product({size_sum(rows, codes), dim}), kSerialWork);
+  // The channels are cut too, as one code may have all the rows.
+  const int64_t pieces = parts(dim, kChannels);
+  for_each_item(pool, size_product({parts(codes, kRows), pieces}), [&](int64_t, int64_t item) {
+    const int64_t first = item % pieces * kChannels, count = std::min(kChannels, dim - first);
+    const int64_t begin = item / pieces * kRows, end = std::min(begin + kRows, codes);
+    double sum[kChannels], x[kChannels];
+    for (int64_t k = begin; k < end; ++k) {
+      std::fill_n(sum, count, 0.0);
+      for (int64_t at = k > 0 ? ends[k - 1] : 0; at < ends[k]; ++at) {
+        Loader<double>::load(params.dtype, params.x.data, params.x.offset(order[at]) + first, count, x);
+        for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
+      }
+      store(result, sum, count, params.sums, k * dim + first);
     }
   });
   return {};

@@ -10,13 +10,14 @@
 docs/integrations/transformers.md says which models, what padding and caches do, and what is refused.
 """
 
-from pycore.integrations.transformers._cache import LambdaCache
+from pycore.integrations.transformers._cache import KVCache, LambdaCache
 from pycore.integrations.transformers._loss import register_loss, unregister_loss
 from pycore.integrations.transformers._register import register, register_probabilistic, set_round
 from pycore.integrations.transformers._same_bits import same_bits
 from pycore.integrations.transformers._staircase import StaircaseCache
 
 __all__ = [
+    "KVCache",
     "LambdaCache",
     "StaircaseCache",
     "register",
@@ -27,5 +28,6 @@ __all__ = [
     "unregister_loss",
 ]
 
+KVCache.__module__ = __name__
 LambdaCache.__module__ = __name__
 StaircaseCache.__module__ = __name__

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pycore.integrations.transformers._cache import MARK, LambdaLayer, StoreLayer
+from pycore.integrations.transformers._cache import MARK, LambdaLayer, StoreLayer, TokensLayer
 from pycore.integrations.transformers._mask import Spans, read_spans, require
 from pycore.integrations.transformers._positions import check_positions, position_offset
 from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate, unrotate_both
@@ -85,7 +85,9 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         schedule: Schedule = Causal() if window_size is None else Lambda(sink_size, window_size)
         draw, counted = registered.draw if window is None else None, False
         if registered.draw is not None and layer is not None:
-            raise ValueError(f"{name}: past_key_values is a LambdaCache and must be a cache that keeps every token")
+            raise ValueError(
+                f"{name}: past_key_values is a {layer.cache_name} and must be a cache of transformers' own"
+            )
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         sinks = None if s_aux is None else s_aux.to(wide)
         rope, tables, interleaved, limit = None, None, False, None
@@ -134,19 +136,24 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         elif isinstance(layer, StaircaseLayer):
             out = _attend_staircase(call, layer, query, key, value)
         else:
-            assert isinstance(layer, LambdaLayer)
-            for size, given, wanted in (
-                ("sink_size", layer.sink_size, registered.sink_size),
-                ("window_size", layer.window_size, registered.window_size),
-            ):
-                if given != wanted:
-                    raise ValueError(
-                        f"{name}: past_key_values has {size} {given} and must have the registered {wanted}"
-                    )
+            assert isinstance(layer, TokensLayer)
+            if isinstance(layer, LambdaLayer):
+                _check_sizes(registered, layer)
             out = _attend_cached(call, layer, query, key, value)
         return out.transpose(1, 2).contiguous(), None
 
     return attention
+
+
+def _check_sizes(registered: Options, layer: LambdaLayer) -> None:
+    for size, given, wanted in (
+        ("sink_size", layer.sink_size, registered.sink_size),
+        ("window_size", layer.window_size, registered.window_size),
+    ):
+        if given != wanted:
+            raise ValueError(
+                f"{registered.name}: past_key_values has {size} {given} and must have the registered {wanted}"
+            )
 
 
 def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -192,17 +199,17 @@ def _evicted(call: _Call, key: Tensor) -> Tensor:
     return (tokens - held).clamp(min=0).minimum(most)
 
 
-def _attend_cached(call: _Call, layer: LambdaLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Appends new tokens to a layer of a LambdaCache and attends to what it holds."""
+def _attend_cached(call: _Call, layer: TokensLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Appends new tokens to a layer of a LambdaCache or a KVCache and attends to what it holds."""
     name = call.name
     if call.options.dropout_p:
-        raise ValueError(f"{name}: dropout is {call.options.dropout_p} and must be 0 with a LambdaCache")
+        raise ValueError(f"{name}: dropout is {call.options.dropout_p} and must be 0 with a {layer.cache_name}")
     if call.middle_topk:
         raise ValueError(
-            f"{name}: middle_topk is {call.middle_topk} and must be 0 with a LambdaCache, which forgets the middle"
+            f"{name}: middle_topk is {call.middle_topk} and must be 0 with a {layer.cache_name}, which "
+            + ("forgets the middle" if isinstance(layer, LambdaLayer) else "does not choose tokens")
         )
-    assert call.window_size is not None  # it is the layer's
-    store = layer.open_store(name, call.sink_size, call.window_size)
+    store = layer.open_store(name, call.sink_size, call.window_size, call.rope is not None)
     starts = _new_starts(call, query)
     offset, next_ids = layer.position_offset, None
     if call.rope is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LambdaCache: transformers' cache interface over a LambdaKVCache a layer.
+"""LambdaCache and KVCache: transformers' cache interface over a LambdaKVCache or a KVCache a layer.
 
 A layer of transformers' caches takes rotated keys and returns all of them. Here only the attention function can undo
 the rotation and knows the padding, so `update` keeps the new tokens and returns them marked with their layer; the
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pycore._checks import check_int
+from pycore.cache import KVCache as Tokens
 from pycore.cache import LambdaKVCache
+from pycore.schedules import Causal, Lambda
 
 MARK = "_pycore_layer"  # the attribute of marked keys
 
@@ -35,7 +38,7 @@ class StoreLayer(CacheLayerMixin):
     supports_early_init = False
     cache_name: str
     rollback: int
-    store: Any  # LambdaKVCache or StaircaseKVCache, None as long as there are no tokens
+    store: Any  # LambdaKVCache, KVCache or StaircaseKVCache, None as long as there are no tokens
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -114,28 +117,25 @@ class StoreLayer(CacheLayerMixin):
             self.store.repeat_interleave(repeats)
 
 
-class LambdaLayer(StoreLayer):
-    """One layer of a LambdaCache.
+class TokensLayer(StoreLayer):
+    """A layer whose store keeps tokens in their own dtype, un-rotated where distances are limited.
 
     Attributes:
         position_offset: int64 [batch], what a token's position id exceeds its number by; None as long as none is known.
         next_ids: the position id that each row goes on with; None where it has to be counted.
     """
 
-    cache_name = "LambdaCache"
-    store: LambdaKVCache | None
-
-    def __init__(self, sink_size: int, window_size: int, rollback: int) -> None:
-        """The sizes are LambdaCache's."""
-        super().__init__()
-        self.sink_size, self.window_size, self.rollback = sink_size, window_size, rollback
-        self.reset()
+    store: LambdaKVCache | Tokens | None
 
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
         self.position_offset: Tensor | None = None
         self.next_ids: list[int] | None = None
+
+    def open_store(self, name: str, sink_size: int, window_size: int | None, unrotated: bool) -> Any:
+        """The store, for attention of these sizes over keys that are rotated or not."""
+        raise NotImplementedError
 
     def count(self, tokens: int, position_offset: Tensor | None, next_ids: list[int] | None) -> None:
         """Says that `store` has taken tokens."""
@@ -146,17 +146,6 @@ class LambdaLayer(StoreLayer):
         """As any layer's."""
         super().crop(length)
         self.next_ids = None
-
-    def open_store(self, name: str, sink_size: int, window_size: int) -> LambdaKVCache:
-        """The store, of these sizes."""
-        if self.store is None or self._seen == 0:
-            self.store = LambdaKVCache(sink_size, window_size, self.rollback)
-        if (self.store.sink_size, self.store.window_size) != (sink_size, window_size):
-            raise ValueError(
-                f"{name}: past_key_values was filled with sink_size {self.store.sink_size} and window_size "
-                f"{self.store.window_size} and must be used with these, not with {sink_size} and {window_size}"
-            )
-        return self.store
 
     def _choose(self, index: Tensor) -> None:
         super()._choose(index)
@@ -172,7 +161,96 @@ class LambdaLayer(StoreLayer):
             self.position_offset = self.position_offset.repeat_interleave(repeats)
 
 
-class LambdaCache(Cache):
+class LambdaLayer(TokensLayer):
+    """One layer of a LambdaCache."""
+
+    cache_name = "LambdaCache"
+    store: LambdaKVCache | None
+
+    def __init__(self, sink_size: int, window_size: int, rollback: int) -> None:
+        """The sizes are LambdaCache's."""
+        super().__init__()
+        self.sink_size, self.window_size, self.rollback = sink_size, window_size, rollback
+        self.reset()
+
+    def open_store(self, name: str, sink_size: int, window_size: int | None, unrotated: bool) -> LambdaKVCache:
+        """The store, of these sizes."""
+        assert window_size is not None  # it is the layer's
+        if self.store is None or self._seen == 0:
+            self.store = LambdaKVCache(sink_size, window_size, self.rollback)
+        if (self.store.sink_size, self.store.window_size) != (sink_size, window_size):
+            raise ValueError(
+                f"{name}: past_key_values was filled with sink_size {self.store.sink_size} and window_size "
+                f"{self.store.window_size} and must be used with these, not with {sink_size} and {window_size}"
+            )
+        return self.store
+
+
+class KVLayer(TokensLayer):
+    """One layer of a KVCache."""
+
+    cache_name = "KVCache"
+    rollback = 1  # any number of tokens
+    store: Tokens | None
+
+    def __init__(self, capacity: int | None) -> None:
+        """As KVCache's."""
+        super().__init__()
+        self.capacity = capacity
+        self._sizes: tuple[int, int | None] | None = None
+        self.reset()
+
+    def open_store(self, name: str, sink_size: int, window_size: int | None, unrotated: bool) -> Tokens:
+        """The store, whose attention now has these sizes: it has every token."""
+        if self.store is None or self._seen == 0:
+            self.store, self.unrotated, self._sizes = Tokens(self.capacity), unrotated, None
+        if self.unrotated != unrotated:
+            limits = ("without", "with") if unrotated else ("with", "without")
+            raise ValueError(
+                f"{name}: past_key_values was filled {limits[0]} a limit of distances and must not be used "
+                f"{limits[1]} one: keys are kept as that attention takes them"
+            )
+        if self._sizes != (sink_size, window_size):
+            self._sizes = (sink_size, window_size)
+            self.store.schedule = Causal() if window_size is None else Lambda(sink_size, window_size)
+        return self.store
+
+
+class _StoreCache(Cache):
+    """A cache of store layers, which only a registered attention can read."""
+
+    _last: StoreLayer | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes a layer's new tokens and returns them for the attention function.
+
+        Raises:
+            ValueError: the attention before this one did not take its tokens from the cache.
+        """
+        if self._last is not None and self._last.waits:
+            self._last.forget_new()
+            raise ValueError(
+                f"{type(self).__name__}: attn_implementation is one that does not read this cache and must be one made "
+                "by pycore.integrations.transformers.register"
+            )
+        new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._last = self.layers[layer_idx]
+        return new
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._last = None
+        super().reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)
+
+
+class LambdaCache(_StoreCache):
     """A cache of constant size for models whose `attn_implementation` was made by `register`.
 
     Full-attention layers keep `sink_size` + `window_size` + `rollback` tokens, sliding layers their own window and
@@ -195,34 +273,32 @@ class LambdaCache(Cache):
     def __init__(self, sink_size: int, window_size: int, rollback: int = 0) -> None:
         LambdaKVCache(sink_size, window_size, rollback)  # checks them
         self.sink_size, self.window_size, self.rollback = sink_size, window_size, rollback
-        self._last: LambdaLayer | None = None
         new_layer: Any = functools.partial(LambdaLayer, sink_size, window_size, rollback)
         super().__init__(layer_class_to_replicate=new_layer)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Takes a layer's new tokens and returns them for the attention function.
 
-        Raises:
-            ValueError: the attention before this one did not take its tokens from the cache.
-        """
-        if self._last is not None and self._last.waits:
-            self._last.forget_new()
-            raise ValueError(
-                "LambdaCache: attn_implementation is one that does not read this cache and must be one made by "
-                "pycore.integrations.transformers.register"
-            )
-        new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._last = self.layers[layer_idx]
-        return new
+class KVCache(_StoreCache):
+    """A cache of every token for models whose `attn_implementation` was made by `register`, at decoding's speed.
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        self._last = None
-        super().reset()
+    A step appends and attends in one call, keys lie as decoding reads them, and room grows by half whenever it is full,
+    so that nothing is copied for a token. Any number of tokens can be taken back, which is what assisted decoding asks
+    for. `register(name, window_size=None)` is the attention that reads all it keeps.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values held."""
-        return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)
+    Args:
+        capacity: tokens that a row may have, room for which is made with the first ones. None: it grows.
+
+    Raises:
+        ValueError, TypeError: capacity is no integer, or less than 1.
+
+    Example:
+        >>> register("pycore_causal", window_size=None)
+        >>> model.set_attn_implementation("pycore_causal")
+        >>> model.generate(**inputs, past_key_values=KVCache())
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        if capacity is not None:
+            check_int("KVCache", "capacity", capacity, 1)
+        self.capacity = capacity
+        new_layer: Any = functools.partial(KVLayer, capacity)
+        super().__init__(layer_class_to_replicate=new_layer)

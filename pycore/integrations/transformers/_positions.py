@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycore.integrations.transformers._cache import LambdaLayer
+from pycore.integrations.transformers._cache import TokensLayer
 from pycore.integrations.transformers._mask import Spans, require, text_boundaries
 
 _FOLLOWING = "_pycore_following"
@@ -48,7 +48,7 @@ def check_positions(
 
 
 def position_offset(
-    name: str, layer: LambdaLayer, position_ids: Tensor, query: Tensor, starts: Tensor | None
+    name: str, layer: TokensLayer, position_ids: Tensor, query: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, list[int] | None]:
     """What a token's position id exceeds its number by, [batch], and each row's next id, where that is known.
 

@@ -44,11 +44,11 @@ _ACTIVATIONS = {
 def same_bits(model: nn.Module, undo: bool = False) -> nn.Module:
     """Gives a model of transformers logits that are bitwise the same whatever a token is computed with.
 
-    In one pass, in chunks and token by token, with any cache (`DynamicCache`, `LambdaCache`, `StaircaseCache` with
-    prefill="staircase"), alone or in a batch with padding on the left and position ids that leave it out, on any number
-    of threads, compiled or not, on AVX2 and AVX-512. Linear layers, norms, activations, rotation and the softcap of
-    logits become those of `pycore.ops`, attention one of this library's: the registered one in use, or else causal
-    attention. docs/same_bits.md says in which order everything is added.
+    In one pass, in chunks and token by token, with any cache (`DynamicCache`, `KVCache`, `LambdaCache`,
+    `StaircaseCache` with prefill="staircase"), alone or in a batch with padding on the left and position ids that leave
+    it out, on any number of threads, compiled or not, on AVX2 and AVX-512. Linear layers, norms, activations, rotation
+    and the softcap of logits become those of `pycore.ops`, attention one of this library's: the registered one in use,
+    or else causal attention. docs/same_bits.md says in which order everything is added.
 
     The model is changed in place. Its parameters, buffers and state dict stay as they are, so it can be saved, copied,
     cast and trained. Against the model as it was, logits differ by rounding: in 16 bits a norm or activation rounds

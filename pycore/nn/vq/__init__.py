@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vector quantizers: modules on `pycore.ops.vq_encode`, `rvq_encode`, `rvq_decode` and `vq_statistics`."""
+"""Vector quantizers: modules on `pycore.ops.vq_encode`, `rvq_encode`, `rvq_decode`, `vq_statistics` and `vq_rotate`."""
 
 from pycore.nn.vq.bottleneck import DiscreteKeyValueBottleneck
 from pycore.nn.vq.codebook_features import CodebookFeatures

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of vector-quantize-pytorch that have no counterpart here: their defaults pass, anything else is refused."""
+"""What every quantizer asks of its arguments; those of vector-quantize-pytorch without a counterpart are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["check_range", "refuse"]
+from pycore._tensors import check_tensor
+
+__all__ = ["check_floating", "check_range", "refuse"]
 
 
 def refuse(owner: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -24,3 +26,10 @@ def check_range(owner: str, name: str, value: float, least: float, most: float) 
     """Refuses a number outside [least, most], NaN too."""
     if not least <= value <= most:
         raise ValueError(f"{owner}: {name} is {value} and must be {least} to {most}")
+
+
+def check_floating(owner: str, x: Any) -> None:
+    """An input must be a tensor of floating point."""
+    check_tensor(owner, "x", x)
+    if not x.is_floating_point():
+        raise ValueError(f"{owner}: x has dtype {x.dtype} and must be floating point")

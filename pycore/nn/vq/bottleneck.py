@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycore import ops
+from pycore.nn.vq._arguments import check_floating
 from pycore.nn.vq.quantize import VectorQuantize
 
 __all__ = ["DiscreteKeyValueBottleneck"]
@@ -67,6 +68,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         if self.encoder is not None:
             with torch.no_grad():
                 x = self.encoder(x).detach()
+        check_floating("DiscreteKeyValueBottleneck", x)
         if x.dim() != 3 or x.shape[-1] != self.dim_embed:
             raise ValueError(
                 f"DiscreteKeyValueBottleneck: x has shape {list(x.shape)} and must have [batch, length, "

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycore import ops
-from pycore._tensors import check_tensor
-from pycore.nn.vq._arguments import check_range
+from pycore.nn.vq._arguments import check_floating, check_range
 
 __all__ = ["CodebookFeatures"]
 
@@ -103,7 +102,7 @@ class CodebookFeatures(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Codes [..., heads, k], the nearest first; -1 where too few are switched on."""
-        check_tensor("CodebookFeatures", "x", x)
+        check_floating("CodebookFeatures", x)
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"CodebookFeatures: x has shape {list(x.shape)} and must have {self.dim} channels")
         parts = self._normed(x).unflatten(-1, (self.heads, -1))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycore.nn.vq._arguments import check_floating
 from pycore.nn.vq.residual import ResidualVQ, synchronized_seed
 
 __all__ = ["GroupedResidualVQ"]
@@ -68,6 +69,10 @@ class GroupedResidualVQ(nn.Module):
         freeze_codebook: bool | None = None, mask: Tensor | None = None, lens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """As `ResidualVQ`: the quantized x, codes [groups, b, n, Q], losses [groups, Q]."""
+        check_floating("GroupedResidualVQ", x)
+        wanted = 4 if self.accept_image_fmap else 3
+        if x.dim() != wanted:
+            raise ValueError(f"GroupedResidualVQ: x has shape {list(x.shape)} and must have {wanted} dimensions")
         if x.shape[self.split_dim] != self.dim:
             raise ValueError(f"GroupedResidualVQ: x has {x.shape[self.split_dim]} channels and must have {self.dim}")
         seed = synchronized_seed(x.device) if self.training else None

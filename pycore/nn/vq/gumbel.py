@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pycore.nn.vq._arguments import check_floating
+
 __all__ = ["GumbelVectorQuantizer"]
 
 
@@ -84,13 +86,14 @@ class GumbelVectorQuantizer(nn.Module):
             they are chosen without noise, "prob_perplexity" of the mean probabilities (differentiable: the diversity
             loss), "temp", and with produce_targets "targets" [b, n, groups].
         """
+        check_floating("GumbelVectorQuantizer", x)
         if x.dim() != 3:
             raise ValueError(f"GumbelVectorQuantizer: x has shape {list(x.shape)} and must have 3 dimensions")
         x = x if self.time_first else x.mT
         if x.shape[-1] != self.input_dim:
             raise ValueError(f"GumbelVectorQuantizer: x has {x.shape[-1]} channels and must have {self.input_dim}")
         batch, length, _ = x.shape
-        logits = self.weight_proj(x).reshape(batch * length, self.groups, self.num_vars)
+        logits = self.weight_proj(x.to(self.vars.dtype)).reshape(batch * length, self.groups, self.num_vars)
         codes = logits.argmax(-1)
         hard = F.one_hot(codes, self.num_vars).to(logits.dtype)
         result: dict[str, Any] = {"num_vars": self.num_vars * self.groups, "temp": self.curr_temp}
@@ -100,12 +103,12 @@ class GumbelVectorQuantizer(nn.Module):
             hard = F.gumbel_softmax(logits.float(), tau=self.curr_temp, hard=True).to(logits.dtype)
         if produce_targets:
             result["targets"] = hard.argmax(-1).view(batch, length, self.groups).detach()
-        out = self._vectors(hard).view(batch, length, self.vq_dim)
+        out = self._vectors(hard).view(batch, length, self.vq_dim).to(x.dtype)
         result["x"] = out if self.time_first else out.mT
         return result
 
 
 def _perplexity(probabilities: Tensor) -> Tensor:
     """Of the mean over rows [rows, groups, num_vars], summed over groups."""
-    mean = probabilities.mean(0)
+    mean = probabilities.sum(0) / max(len(probabilities), 1)
     return torch.exp(-(mean * torch.log(mean + 1e-7)).sum(-1)).sum()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycore._tensors import check_tensor
-from pycore.nn.vq._arguments import check_range, refuse
+from pycore.nn.vq._arguments import check_floating, check_range, refuse
 from pycore.nn.vq._codebook import Codebook, EmaWeight, normalize
 from pycore.nn.vq._gradients import directional, rotate_to, straight_through
 
@@ -193,11 +193,9 @@ class VectorQuantize(nn.Module):
 
     def _check(self, x: Any, mask: Any, lens: Any) -> Tensor | None:
         name = "VectorQuantize"
-        check_tensor(name, "x", x)
+        check_floating(name, x)
         check_tensor(name, "mask", mask, optional=True)
         check_tensor(name, "lens", lens, optional=True)
-        if not x.is_floating_point():
-            raise ValueError(f"{name}: x has dtype {x.dtype} and must be floating point")
         first = self.accept_image_fmap or self.accept_3d_fmap or not self.channel_last
         channels = x.shape[1 if first and x.dim() > 2 else -1] if x.dim() else 0
         if channels != self.dim:
