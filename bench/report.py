@@ -4,6 +4,8 @@
 python -m bench.report bench/results/X.json             the terminal table and the plots again
 python -m bench.report --readme bench/results/X.json    writes its tables into README.md and bench/README.md
 python -m bench.report --check                          exit status 1 unless they hold exactly these tables
+
+Pages of docs/ name the results file of each of their tables in its first line, and --readme and --check mean them too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from bench import sweeps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 END_MARKER = "<!-- bench:end -->"
-_START = re.compile(r"<!-- bench:start (full|summary|highlights)(?: (\S+))? -->\n")
+_START = re.compile(r"<!-- bench:start (full|summary|highlights|beside)(?: (\S+))? -->\n")
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,44 @@ def summary(run: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"full": markdown, "summary": summary, "highlights": highlights}
+def beside(run: Mapping[str, Any]) -> str:
+    """A table for a page of docs/: for each case the subject's time, share of the limit and memory, and its peers."""
+    lines = [
+        f"{machine_line(run)}. {limits_line(run)}.",
+        "",
+        "| work | pycore, ms | of limit | memory MB | times as long (memory MB) |",
+        "|---|--:|--:|--:|---|",
+    ]
+    found = rows(run)
+    for case in dict.fromkeys(row.case for row in found):
+        mine, *peers = (row for row in found if row.case == case)
+        share = "" if mine.share is None else f"{mine.share:.0%}"
+        others = "; ".join(
+            f"{row.contender} {number(row.ratio, '×')}" + (f" ({number(row.peak_mb)})" if row.peak_mb else "")
+            for row in peers
+        )
+        lines.append(f"| {case} | {number(mine.median)} | {share} | {number(mine.peak_mb)} | {others} |")
+    return "\n".join(lines)
+
+
+TABLES = {"full": markdown, "summary": summary, "highlights": highlights, "beside": beside}
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+
+
+def pages() -> list[pathlib.Path]:
+    """Pages of docs/ that have tables of results."""
+    return [path for path in sorted((ROOT / "docs").rglob("*.md")) if _START.search(path.read_text())]
+
+
+def renewed(document: str) -> str:
+    """The document with each table as the results file says that its own start marker names."""
+    parts = _START.split(document)
+    text = parts[0]
+    for kind, source, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        after = rest.partition(END_MARKER)[2]
+        run = json.loads((ROOT / source).read_text())
+        text += f"<!-- bench:start {kind} {source} -->\n{TABLES[kind](run)}\n{END_MARKER}{after}"
+    return text
 
 
 def insert(document: str, run: Mapping[str, Any], source: str) -> str:
@@ -321,12 +359,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     given = options.results.resolve().relative_to(ROOT).as_posix() if options.results else None
     stale = False
-    for path in DOCUMENTS:
+    for path in (*DOCUMENTS, *pages()):
         document = path.read_text()
-        source = given or source_of(document)
+        source = given if given and path in DOCUMENTS else source_of(document)
         if source is None:
             parser.error(f"{path.name} names no results file; run --readme with one")
-        updated = insert(document, json.loads((ROOT / source).read_text()), source)
+        if path in DOCUMENTS:
+            updated = insert(document, json.loads((ROOT / source).read_text()), source)
+        else:
+            updated = renewed(document)
         if options.readme:
             path.write_text(updated)
         elif updated != document:

@@ -70,6 +70,8 @@ def _onnxruntime(tensors: Any, bits: int) -> Callable[[], Any]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3
+    # Its threads wait for the next call by spinning, on the cores of whoever has the next turn; within a call they may.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     model = helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
@@ -137,6 +139,7 @@ def _openvino(tensors: Any) -> Callable[[], Any]:
     model = openvino.Model([out], kept, [asked, *fresh, beams, mask], "decode")
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(), "KV_CACHE_PRECISION": "u8", "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # it would pin the caller too, and slow down whoever has the next turn
         "INFERENCE_PRECISION_HINT": "f32",
     }  # fmt: skip
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()

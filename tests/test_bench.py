@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import subprocess
 from typing import Any
@@ -49,6 +50,16 @@ def small_run() -> dict[str, Any]:
         ],
         "failures": [],
     }  # fmt: skip
+
+
+def test_pages_of_docs_hold_what_their_results_say(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(small_run()))
+    table = report.beside(small_run())
+    assert "| main | 20.0 | 50% | 1.50 | peer 4.00× |" in table.splitlines()
+    page = "Before.\n\n<!-- bench:start beside run.json -->\nold\n<!-- bench:end -->\n\nBehind.\n"
+    assert report.renewed(page) == page.replace("old", table)
+    assert report.renewed(report.renewed(page)) == report.renewed(page)
 
 
 def test_rows_hold_ratios_and_shares_of_the_limit_measured_beside_them() -> None:

@@ -76,7 +76,6 @@ Word and Document Embeddings based on Neural Network Approaches
 Split, Encode and Aggregate for Long Code Search
 UNFUSED: UNsupervised Finetuning Using SElf supervised Distillation""".splitlines()
 
-_DIFFUSION = "nothing: it changes a pretrained text-to-image model, and none is there without a network"
 # Examples and modules that are not in this folder: what they show. Where a result of theirs is committed, its checks
 # are what was measured.
 ELSEWHERE = {
@@ -100,16 +99,8 @@ ELSEWHERE = {
 }
 # What no script tries, and why.
 NOTHING = {
-    2: "nothing yet: an attack on scenes needs victims that have seen real scenes",
-    3: "nothing: the method is interventions on a network's hidden units, and asks for no kernel of this library",
-    6: "nothing: it starts from CLIP's text and image encoders, and none is there without a network",
-    9: _DIFFUSION,
     19: "nothing: it needs recordings of fMRI",
-    24: _DIFFUSION,
-    27: _DIFFUSION,
-    38: "nothing: it joins a language model to a pretrained image generator, and none is there without a network",
     45: "nothing: it has a large model write instructions, and is no codec",
-    46: _DIFFUSION,
 }
 HEAD = """# The papers
 
