@@ -27,6 +27,11 @@ def _row_weights(kept: Tensor, rows: Tensor, classes: int, smoothing: float, z_l
     ).unsqueeze(0)
 
 
+def _plain() -> bool:
+    """Whether tensors are what they seem: nothing is traced or transformed."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 class _Once(torch.autograd.Function):
     """grad times what was made of `inputs` before: to differentiate it again is refused, and does not give zeros."""
 
@@ -89,10 +94,14 @@ class _CrossEntropy(torch.autograd.Function):
         made = output[1:]
         ctx.mark_non_differentiable(*(grad for grad in made if grad is not None))
         ctx.set_materialize_grads(False)
-        if any(grad is not None for grad in made):
-            ctx.save_for_backward(*made, x, weight, bias)
-        else:
+        ctx.parts = None
+        if all(grad is None for grad in made):
             ctx.save_for_backward(x, weight, bias, target, kept)
+        elif _plain():  # not saved: they are given away, so that there is one of each
+            ctx.save_for_backward(x, weight, bias, target, kept)
+            ctx.parts = made
+        else:
+            ctx.save_for_backward(*made, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -105,10 +114,16 @@ class _CrossEntropy(torch.autograd.Function):
                 made = [None if part is None else part * grad for part in parts]
             else:
                 made = [None if part is None else _Once.apply(part, grad, *inputs) for part in parts]  # type: ignore[no-untyped-call]
+        elif ctx.parts is not None and (torch.is_grad_enabled() or not _plain()):
+            inputs = ctx.saved_tensors[:3]
+            made = [None if part is None else _Once.apply(part, grad, *inputs) for part in ctx.parts]  # type: ignore[no-untyped-call]
+        elif ctx.parts is not None:
+            # In place: a second pass through a graph that was retained makes them anew.
+            made, ctx.parts = [None if part is None else part.mul_(grad) for part in ctx.parts], None
         else:
             x, weight, bias, target, kept = ctx.saved_tensors
-            rows = grad if reduction == "none" else grad.expand(x.shape[0])
-            rows = rows / kept.sum() if reduction == "mean" else rows
+            count = kept.sum().to(x.dtype) if reduction == "mean" else torch.ones_like(grad, dtype=x.dtype)
+            rows = grad if reduction == "none" else (1 / count).expand(x.shape[0])
             needs = ctx.needs_input_grad[:3]
             *_, grad_x, grad_weight, grad_bias = torch.ops.pycore.pairwise_logsumexp_gradients(
                 x.unsqueeze(0), weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0), target.unsqueeze(0),
@@ -116,7 +131,7 @@ class _CrossEntropy(torch.autograd.Function):
                 _OP,
             )  # fmt: skip
             made = [
-                part.squeeze(0) if need else None
+                (part if reduction == "none" else part * grad).squeeze(0) if need else None
                 for part, need in zip((grad_x, grad_weight, grad_bias), needs, strict=True)
             ]
         return (*made, None, None, None, None)

@@ -57,6 +57,33 @@ def test_linear_cross_entropy(isa: str, n: int, v: int, d: int, with_bias: bool,
         assert torch.equal(ops.linear_cross_entropy(inputs[0], inputs[1], target, bias=bias, **options), actual[0])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy_twice_through_one_graph(reduction: str) -> None:
+    """The first pass gives its gradients away, where they are then changed; the second makes the same ones anew."""
+    x, weight, bias = rows(70, 24).requires_grad_(), rows(300, 24).requires_grad_(), rows(300).requires_grad_()
+    target = torch.arange(70) * 11 % 300
+    loss = ops.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction) * 0.37
+    first = torch.autograd.grad(loss, (x, weight, bias), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()
+    for again in range(2):
+        grads = torch.autograd.grad(loss, (x, weight, bias), retain_graph=again == 0)
+        assert all(torch.equal(grad, own) for grad, own in zip(grads, kept, strict=True))
+    whole = F.cross_entropy(F.linear(x, weight, bias), target, reduction=reduction) * 0.37
+    for grad, own in zip(torch.autograd.grad(whole, (x, weight, bias)), kept, strict=True):
+        torch.testing.assert_close(grad, own, rtol=1e-4, atol=1e-6 * float(grad.abs().max()))
+
+
+def test_linear_cross_entropy_gives_its_gradients_away() -> None:
+    """So there is one of each, which the parameter keeps."""
+    x, weight = rows(40, 16), rows(500, 16).requires_grad_()
+    loss = ops.linear_cross_entropy(x, weight, torch.arange(40))
+    made = loss.grad_fn.parts[1].data_ptr()  # type: ignore[union-attr]
+    (0.5 * loss).backward()
+    assert weight.grad is not None and weight.grad.data_ptr() == made
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_linear_cross_entropy_gradcheck(options: dict) -> None:
     leaves = [part.double().requires_grad_() for part in (rows(4, 3), rows(6, 3), rows(6))]
