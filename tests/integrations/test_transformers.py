@@ -412,7 +412,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations" / "transfor
 def test_page_runs() -> None:
     """The code of docs/integrations/transformers.md, block after block, with a small model in place of a checkpoint."""
     blocks = PAGE.read_text().split("```")[1::2]
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     model, ids = tiny("llama"), tokens(1, LENGTH)
     model.generation_config.eos_token_id = PAD
     model.generation_config.pad_token_id = PAD
