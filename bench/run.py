@@ -71,7 +71,7 @@ class Collector:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="under five minutes on two cores (default)")
+    size.add_argument("--quick", action="store_true", help="seven minutes on two cores (default)")
     size.add_argument("--full", action="store_true", help="all lengths and windows, more rounds")
     parser.add_argument("--only", default="", help="cases whose name contains this text, or of one file (pairwise)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
