@@ -20,7 +20,6 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from pycore import ArithmeticDecoder, ArithmeticEncoder, BitstreamError, ops
 from pycore._checks import check_bytes, check_int
 from pycore.cache import LambdaKVCache
 from pycore.cache.staircase_cache import Staircase
+from pycore.models import _checkpoint
 from pycore.models.codec import Codec, CodecConfig
 from pycore.nn.staircase import StaircaseLayer
 
@@ -236,9 +236,7 @@ def _decode(
 
 def save_codec(codec: Codec, path: str | os.PathLike[str], facts: dict[str, Any] | None = None) -> None:
     """Writes the weights with the configuration and whatever `facts` say about their origin."""
-    part = Path(path).with_name(Path(path).name + ".part")
-    torch.save({"config": asdict(codec.config), "facts": facts or {}, "state": codec.state_dict()}, part)
-    os.replace(part, path)
+    _checkpoint.save(codec.state_dict(), codec.config, path, facts)
 
 
 def load_codec(path: str | os.PathLike[str]) -> Codec:
@@ -248,12 +246,6 @@ def load_codec(path: str | os.PathLike[str]) -> Codec:
         ValueError: the file is none of these.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        try:
-            kept = torch.load(file, weights_only=True)
-            with torch.random.fork_rng(devices=[]):  # initial weights, which are written over
-                codec = Codec(CodecConfig(**kept["config"]))
-            codec.load_state_dict(kept["state"])
-        except Exception as error:
-            raise ValueError(f"load_codec: path is {os.fspath(path)!r} and must be a file of save_codec") from error
-    return codec.eval()
+    return _checkpoint.load(
+        "load_codec", path, lambda config: Codec(CodecConfig(**config)), "a file of save_codec"
+    ).eval()

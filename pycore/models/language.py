@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pycore.cache import LambdaKVCache
+from pycore.models import _checkpoint
 from pycore.models.bytelm import BOS, Bytelm, BytelmConfig
 from pycore.schedules import Causal, Lambda, Tree
 
@@ -137,9 +138,7 @@ class ByteModel:
 def save_bytelm(model: Bytelm, path: str | os.PathLike[str], facts: dict[str, Any] | None = None) -> None:
     """Writes the weights, in float16, with the configuration and whatever `facts` say about their origin."""
     state = {name: x.half() for name, x in model.state_dict().items()}
-    part = Path(path).with_name(Path(path).name + ".part")
-    torch.save({"config": asdict(model.config), "facts": facts or {}, "state": state}, part)
-    os.replace(part, path)
+    _checkpoint.save(state, model.config, path, facts)
 
 
 def load_bytelm(path: str | os.PathLike[str]) -> Bytelm:
@@ -149,17 +148,9 @@ def load_bytelm(path: str | os.PathLike[str]) -> Bytelm:
         ValueError: the file is none of these.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        try:
-            kept = torch.load(file, weights_only=True)
-            with torch.random.fork_rng(devices=[]):  # initial weights, which are written over
-                model = Bytelm(BytelmConfig(**kept["config"]))
-            model.load_state_dict(kept["state"])
-        except Exception as error:
-            raise ValueError(
-                f"load_bytelm: path is {os.fspath(path)!r} and must be a checkpoint of a Bytelm"
-            ) from error
-    return model
+    return _checkpoint.load(
+        "load_bytelm", path, lambda config: Bytelm(BytelmConfig(**config)), "a checkpoint of a Bytelm"
+    )
 
 
 @lru_cache(maxsize=1)

@@ -8,23 +8,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from pycore import BitstreamError
 from pycore.models.draft import NgramTable, accepted, generate
-from pycore.models.language import LanguageModel, shipped
+from pycore.models.language import shipped
+from tests.support.greedy import greedy
 
 SOURCE = Path(os.__file__).read_bytes()
-
-
-def greedy(model: LanguageModel, prompt: list[int], count: int) -> list[int]:
-    """Plain decoding, a token at a time."""
-    state, out = model.state(), []
-    logits = model.logits(torch.tensor([[model.bos, *prompt]]), state)
-    for _ in range(count):
-        out.append(int(logits[0, -1].argmax()))
-        logits = model.logits(torch.tensor([[out[-1]]]), state)
-    return out
 
 
 def test_a_table_of_a_corpus() -> None:

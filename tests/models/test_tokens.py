@@ -24,6 +24,7 @@ from pycore.models.lmzip.container import CODED, HEADER, MIXED
 from pycore.models.tokens import ByteTokens, TokenModel, load_tokens
 from pycore.schedules import Tree
 from tests.support.byte_tokens import MISSING, byte_tokens, token_model
+from tests.support.greedy import greedy
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(os.__file__).read_bytes()
@@ -304,15 +305,6 @@ def test_another_instruction_set_is_the_same_model(tmp_path: Path) -> None:
 
 
 # ---- draft -----------------------------------------------------------------------------------------------------------
-
-
-def greedy(model: TokenModel, prompt: list[int], count: int) -> list[int]:
-    state, out = model.state(), []
-    logits = model.logits(torch.tensor([[model.bos, *prompt]]), state)
-    for _ in range(count):
-        out.append(int(logits[0, -1].argmax()))
-        logits = model.logits(torch.tensor([[out[-1]]]), state)
-    return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
