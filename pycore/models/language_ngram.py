@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a text itself has said so far, beside a byte model or alone: adaptive counts, mixed into the distribution.
 
-A table of trigrams (csrc/include/pycore/ngram/ngram.h) counts what follows the last few bytes of each text. An order's distribution is its counts, with the share of an escape for the next lower order (PPM's method C); below the
-lowest order stands the byte model's distribution, or an even one. The model and the orders are experts whose weights
-are Bayes': what each gave the byte that came (with a share for all, so that they may change places), one set of weights
-for each order that the longest known context has.
+A table of trigrams (csrc/include/pycore/ngram/ngram.h) counts what follows the last few bytes of each text. An order's
+distribution is its counts, with the share of an escape for the next lower order (PPM's method C); below the lowest
+order stands the byte model's distribution, or an even one. The model and the orders are experts whose weights are
+Bayes': what each gave the byte that came (with a share for all, so that they may change places), one set of weights for
+each number of orders whose context is known.
 
 The same bits everywhere: integers, and products, sums and quotients of float64 in one order, each of which IEEE 754
 rounds in one way; no logarithm, and no sum over the 256 bytes. A byte is one step for all texts of a batch.
