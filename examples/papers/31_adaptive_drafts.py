@@ -24,7 +24,7 @@ PAPER = Paper(
     "the byte model that pycore ships; a table of 512 KB of the standard library's sources; two held-out files for each"
     " seed: 256 bytes of greedy text after 256 of theirs, and 4096 bytes of their own, as if the model had chosen them",
 )
-NODES, DEPTH = 64, 12
+NODES, DEPTH, ADAPT = 64, 12, 0.04  # by 0.04 a table learns in the paper
 
 
 def mean(lengths: Sequence[int]) -> float:
@@ -33,17 +33,17 @@ def mean(lengths: Sequence[int]) -> float:
 
 
 def experiment(run: Run) -> dict[str, float]:
-    """Bytes a pass on greedy and on real text, with a table that learns, one that does not, and one without a corpus."""
+    """Bytes a pass on greedy and on real text, with a table that learns, that does not, and that has no corpus."""
     train, held_out = corpus()
     files = [data for _, data in held_out if len(data) > 8192]
     chosen = [files[(2 * run.seed + n) % len(files)] for n in range(run.pick(2, 1))]
     model, known = shipped(), [list(train[: run.pick(1 << 19, 1 << 14)])]
     count, real = run.pick(256, 16), run.pick(4096, 256)
     ways = {
-        "learning": (True, {"nodes": NODES, "depth": DEPTH, "adapt": 0.2}),
+        "learning": (True, {"nodes": NODES, "depth": DEPTH, "adapt": ADAPT}),
         "still": (True, {"nodes": NODES, "depth": DEPTH, "adapt": 0.0}),
-        "without a corpus": (False, {"nodes": NODES, "depth": DEPTH, "adapt": 0.2}),
-        "of one branch": (True, {"nodes": 1, "depth": 1, "adapt": 0.2}),
+        "without a corpus": (False, {"nodes": NODES, "depth": DEPTH, "adapt": ADAPT}),
+        "of one branch": (True, {"nodes": 1, "depth": 1, "adapt": ADAPT}),
     }
     figures: dict[str, float] = {}
     same = 0
@@ -74,7 +74,8 @@ def checks(f: Figures) -> list[tuple[bool, str]]:
     return [
         (
             min(f.each["texts that are those of plain decoding"]) == 1.0 and min(f.each[greedy("learning")]) >= 2.5,
-            f"{f[greedy('learning')]:.2f} bytes a pass of greedy text, byte for byte that of plain decoding",
+            f"{f[greedy('learning')]:.2f} bytes a pass of greedy text, byte for byte that of plain decoding (such text"
+            f" repeats itself, which flatters drafts)",
         ),
         (
             f.above(real("learning"), real("still")),
