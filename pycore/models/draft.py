@@ -259,8 +259,9 @@ def generate(
         if chain:
             choice, gap = logits.argmax(-1).tolist(), [math.inf] * len(logits)
         else:
-            best, place = logits.topk(2)
-            choice, gap = place[:, 0].tolist(), (best[:, 0] - best[:, 1]).tolist()
+            best, place = logits.max(-1)
+            second = logits.scatter(1, place[:, None], -math.inf).max(-1).values
+            choice, gap = place.tolist(), (best - second).tolist()
         children = {(parent + 1, token): n for n, (token, parent) in enumerate(zip(tokens, parents, strict=True), 1)}
         path, new = [0], []
         while gap[path[-1]] >= margin:
