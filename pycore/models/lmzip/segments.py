@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from pycore import ArithmeticDecoder, ArithmeticEncoder, ops
 from pycore.models.language import LanguageModel
 from pycore.models.language_ngram import NgramByteModel
 
-__all__ = ["decode", "encode", "framed", "trim"]
+__all__ = ["decode", "encode", "framed"]
 
 FRAME = 32  # bytes in front of a stream, which a file does without
 SHARES = 1 << 25  # logits, and as many shares, that exist at a time
@@ -66,19 +65,6 @@ def _shares(language: LanguageModel, tokens: Tensor, state: Any) -> Any:
     if isinstance(language, NgramByteModel):
         return ops.quantize_cdf(language.probabilities(tokens, state), precision=None).numpy()
     return ops.quantize_cdf(logits=language.logits(tokens, state), precision=None).numpy()
-
-
-def trim() -> None:
-    """Gives freed memory back to the system, where the C library is GNU's.
-
-    Its aligned allocations (2.36) do not find again what a batch before has freed: without this a text of 10 MB takes
-    10 GB, and with it what one batch takes.
-    """
-    try:
-        give_back = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return
-    give_back(0)
 
 
 def framed(payload: bytes, count: int, model_id: int) -> bytes:
