@@ -42,7 +42,7 @@ inline void check_rotate(const char* op, const TensorView& x, const TensorView& 
   };
   check_table("cos", cos);
   check_table("sin", sin);
-  check_value(shape_text(cos) == shape_text(sin), op, "sin has shape ", shape_text(sin), " and must have cos's ",
+  check_value(same_shape(cos, sin), op, "sin has shape ", shape_text(sin), " and must have cos's ",
               shape_text(cos));
   check_last_stride(op, "x", x);
 }
