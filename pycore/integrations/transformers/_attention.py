@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pycore.integrations.transformers._cache import MARK, LambdaLayer, StoreLayer, TokensLayer
 from pycore.integrations.transformers._mask import Spans, read_spans, require
 from pycore.integrations.transformers._positions import check_positions, position_offset
-from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate, unrotate_both
+from pycore.integrations.transformers._rope import INTERLEAVED, Rope, by_op, rope_of, unrotate
 from pycore.integrations.transformers._rounds import draw_round, take_back_round
 from pycore.integrations.transformers._staircase import StaircaseLayer
 from pycore.ops.attention_call import AttentionOptions, call_attention
@@ -174,8 +174,8 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             options = options._replace(key_offset=offset)
         key_position = _key_positions(call, query, key, evicted)
         paired = call.options.interleaved
-        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype, paired), paired)
-        key = unrotate(key, call.rope.inverse(key_position, key.dtype, paired), paired)
+        query = unrotate(query, call.rope.turned_by(call.position_ids, query.dtype), paired)
+        key = unrotate(key, call.rope.turned_by(key_position, key.dtype), paired)
     if call.middle_topk:
         assert isinstance(call.schedule, Lambda)
         out = with_middle(call.name, query, key, value, call.schedule, options, call.middle_topk)
@@ -211,13 +211,15 @@ def _attend_cached(call: _Call, layer: TokensLayer, query: Tensor, key: Tensor, 
         )
     store = layer.open_store(name, call.sink_size, call.window_size, call.rope is not None)
     starts = _new_starts(call, query)
-    offset, next_ids = layer.position_offset, None
+    offset, next_ids, rotated = layer.position_offset, None, None
     if call.rope is not None:
         assert call.position_ids is not None
         offset, next_ids = position_offset(name, layer, call.position_ids, query, starts)
-        inverse = call.rope.inverse(call.position_ids, query.dtype, call.options.interleaved)
-        query, key = unrotate_both(query, key, inverse, call.options.interleaved)
-    out = store.append_and_attend(query, key, value, starts=starts, **call.options.for_cache())
+        paired = call.options.interleaved
+        rotated = call.rope.turned_by(call.position_ids, query.dtype)
+        if not by_op(query, paired):
+            query, key, rotated = unrotate(query, rotated, paired), unrotate(key, rotated, paired), None
+    out = store.append_and_attend(query, key, value, starts=starts, rotated=rotated, **call.options.for_cache())
     layer.count(key.shape[2], offset, next_ids)
     assert isinstance(out, Tensor)
     return out

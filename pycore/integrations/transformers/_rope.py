@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycore.ops import rotary_tables
+from pycore.ops import rotary_tables, rotate
 
 # Models whose full-attention layers rotate query and key after everything else, and how they pair channels: False for
 # (i, i + R/2), True for (2i, 2i + 1). tests/integrations/test_transformers.py runs each of them.
@@ -25,7 +25,7 @@ INTERLEAVED = {
     "qwen2_moe": False, "qwen3": False, "qwen3_moe": False, "smollm3": False, "stablelm": False, "starcoder2": False,
 }  # fmt: skip
 _ATTRIBUTE = "_pycore_rope"
-_RESULT = "_pycore_inverse"
+_RESULT = "_pycore_turned_by"
 FREQUENCIES = "_pycore_frequencies"  # of a rotary embedding that `same_bits` made its own: layer type -> float64 [R/2]
 _TILE = 65  # rows the op wants beyond the limit
 
@@ -85,32 +85,26 @@ class Rope:
             self.rounded = table.dtype == like.dtype
         self.source, self.version, self.limit, self.dtype, self.own = source, version, limit, like.dtype, own
 
-    def inverse(self, position: Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
-        """What `unrotate` needs to take the rotation to `position` [B or 1, L] back: two of [B or 1, 1, L, R].
+    def turned_by(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin), [B or 1, L, R/2]: a turn back by them takes the model's rotation to `position` [B or 1, L] back.
 
-        All layers of a pass are given the same tensor of position ids, so the first one leaves it its result.
+        Its scaling, and what rounding its tables added, go with it. All layers of a pass are given the same tensor of
+        position ids, so the first one leaves it its result.
         """
         if torch.compiler.is_compiling() or position.is_inference():
-            return self._inverse(position, dtype, interleaved)
+            return self._turned_by(position, dtype)
         source, own, state, result = getattr(position, _RESULT, (None, None, None, None))
-        new = (self.version, self.scaling, dtype, interleaved, position._version)
+        new = (self.version, self.scaling, dtype, position._version)
         if source is not self.source or own is not self.own or state != new or result is None:
-            result = self._inverse(position, dtype, interleaved)
+            result = self._turned_by(position, dtype)
             setattr(position, _RESULT, (self.source, self.own, new, result))
         return result
 
-    def _inverse(self, position: Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
-        cos, sin = self._pairs(position, dtype)
-        if interleaved:
-            return torch.stack([cos, cos], -1).flatten(-2), torch.stack([sin, -sin], -1).flatten(-2)
-        return torch.cat([cos, cos], -1), torch.cat([sin, -sin], -1)
-
-    def _pairs(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[B or 1, 1, L, R/2]."""
+    def _turned_by(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.own is not None:  # rotated by these very tables
-            cos, sin = (x[:, None] for x in rotary_tables(position, self.own, dtype == torch.float64))
+            cos, sin = rotary_tables(position, self.own, dtype == torch.float64)
             return (cos, sin) if self.scaling == 1 else (cos * (1 / self.scaling), sin * (1 / self.scaling))
-        angle = position[:, None, :, None].to(torch.float32) * self.frequencies
+        angle = position[:, :, None].to(torch.float32) * self.frequencies
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
         if self.rounded:
             cos, sin = cos.to(dtype), sin.to(dtype)
@@ -125,29 +119,22 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def unrotate(x: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+def by_op(x: Tensor, interleaved: bool) -> bool:
+    """Whether `pycore.ops.rotate` turns x back."""
+    return not interleaved and x.device.type == "cpu"
+
+
+def unrotate(x: Tensor, turned_by: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """`x` [B, heads, L, D] as it was before the model rotated it; in x's dtype."""
-    cos, sin = inverse
-    rotated = cos.shape[-1]
+    if by_op(x, interleaved):
+        return rotate(x, *turned_by, inverse=True)
+    cos, sin = (table[:, None] for table in turned_by)
+    rotated = 2 * cos.shape[-1]
     pairs = (x if rotated == x.shape[-1] else x[..., :rotated]).to(cos.dtype)
-    if interleaved:
-        other = torch.stack([pairs[..., 1::2], pairs[..., 0::2]], -1).flatten(-2)
-    else:
-        a, b = pairs.chunk(2, -1)
-        other = torch.cat([b, a], -1)
-    pairs = (pairs * cos + other * sin).to(x.dtype)
+    a, b = (pairs[..., 0::2], pairs[..., 1::2]) if interleaved else pairs.chunk(2, -1)
+    a, b = a * cos + b * sin, b * cos - a * sin
+    pairs = (torch.stack([a, b], -1).flatten(-2) if interleaved else torch.cat([a, b], -1)).to(x.dtype)
     return pairs if rotated == x.shape[-1] else torch.cat([pairs, x[..., rotated:]], -1)
-
-
-def unrotate_both(
-    query: Tensor, key: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    """`unrotate` of a step's query and key, whose few numbers cost less in one tensor than calls do."""
-    heads, tokens = query.shape[1:3]
-    if tokens > 16 or query.dtype != key.dtype or query.shape[3] != key.shape[3]:
-        return unrotate(query, inverse, interleaved), unrotate(key, inverse, interleaved)
-    both = unrotate(torch.cat([query, key], 1), inverse, interleaved)
-    return both[:, :heads], both[:, heads:]
 
 
 def rope_of(name: str, module: nn.Module, like: Tensor, limit: int) -> Rope | None:
