@@ -30,6 +30,12 @@ FREQUENCIES = "_pycore_frequencies"  # of a rotary embedding that `same_bits` ma
 _TILE = 65  # rows the op wants beyond the limit
 
 
+def attribute(owner: Any, name: str, default: Any = None) -> Any:
+    """A plain attribute of a module or config; `getattr` takes its time over both, most over a missing one."""
+    own = getattr(owner, "__dict__", ())
+    return own[name] if name in own else getattr(owner, name) if hasattr(type(owner), name) else default  # type: ignore
+
+
 class Rope:
     """The rotary embedding of one attention module, and the tables that the op takes.
 
@@ -37,15 +43,18 @@ class Rope:
         frequencies: float32 [R/2].
         scaling: the factor of the model's tables (YaRN); it stays in query and key.
         rounded: whether the model rounds its tables to its own dtype.
-        cos, sin: [limit + 65, R/2], unscaled.
+        interleaved: how the model pairs channels, None where that is not known.
+        tables: cos and sin [limit + 65, R/2], unscaled.
     """
 
-    def __init__(self, rotary: nn.Module, layer_type: str | None) -> None:
+    def __init__(self, rotary: nn.Module, layer_type: str | None, interleaved: bool | None = None) -> None:
         """`rotary` is read at each call: a cast of the model casts its frequencies too."""
         self.rotary = rotary
+        self.interleaved = interleaved
         self.nested = layer_type is not None and hasattr(rotary, f"{layer_type}_inv_freq")
         self.layer_type = layer_type
         self.prefix = f"{layer_type}_" if self.nested else ""
+        self.source_name = f"{self.prefix}inv_freq"
         self.scaling = float(getattr(rotary, f"{self.prefix}attention_scaling", 1.0))
         self.limit = -1
         self.version = -1
@@ -61,13 +70,16 @@ class Rope:
 
     def fits(self, like: Tensor, limit: int) -> bool:
         """Whether the tables are those for `limit` and tensors like `like`."""
-        return self.limit == limit and self.dtype == like.dtype and self.cos.device == like.device
+        return self.limit == limit and self.dtype == like.dtype and self.tables[0].device == like.device
 
     def refresh(self, like: Tensor, limit: int) -> None:
         """Makes the tables anew where the model's frequencies, the limit, dtype or device have changed."""
-        source: Tensor = getattr(self.rotary, f"{self.prefix}inv_freq")
+        name = self.source_name
+        found = self.rotary._buffers.get(name)
+        source: Tensor = getattr(self.rotary, name) if found is None else found
         version = _version(source)
-        own = getattr(self.rotary, FREQUENCIES, {}).get(self.layer_type if self.nested else None)
+        own = self.rotary.__dict__.get(FREQUENCIES)
+        own = None if own is None else own.get(self.layer_type if self.nested else None)
         if source is self.source and version == self.version and own is self.own and self.fits(like, limit):
             return
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -75,10 +87,10 @@ class Rope:
             self.frequencies = source.detach().to(like.device, torch.float32)
             distance = torch.arange(limit + _TILE, device=like.device)
             if own is not None:
-                self.cos, self.sin = rotary_tables(distance, own, wide == torch.float64)
+                self.tables = rotary_tables(distance, own, wide == torch.float64)
             else:
                 angle = distance[:, None].to(torch.float64) * self.frequencies.to(torch.float64)
-                self.cos, self.sin = angle.cos().to(wide), angle.sin().to(wide)
+                self.tables = angle.cos().to(wide), angle.sin().to(wide)
             here = torch.zeros(1, 1, dtype=torch.int64, device=source.device)
             extra = (self.layer_type,) if self.nested else ()
             table = self.rotary(torch.zeros(1, 1, 1, dtype=like.dtype, device=source.device), here, *extra)[0]
@@ -143,9 +155,9 @@ def rope_of(name: str, module: nn.Module, like: Tensor, limit: int) -> Rope | No
     Raises:
         ValueError: it has none that can be found, or its frequencies change with the length.
     """
-    if not getattr(module, "use_rope", True):  # SmolLM3
+    if not attribute(module, "use_rope", True):  # SmolLM3
         return None
-    rope: Rope | None = getattr(module, _ATTRIBUTE, None)
+    rope: Rope | None = module.__dict__.get(_ATTRIBUTE)
     if rope is not None:
         if not torch.compiler.is_compiling():
             rope.refresh(like, limit)
@@ -176,7 +188,8 @@ def _find(name: str, module: nn.Module) -> Rope:
         )
     types = getattr(config, "layer_types", None)
     layer: Any = getattr(module, "layer_idx", None)
-    rope = Rope(rotary, types[layer] if types is not None and layer is not None else None)
+    layer_type = types[layer] if types is not None and layer is not None else None
+    rope = Rope(rotary, layer_type, INTERLEAVED.get(getattr(config, "model_type", "")))
     if not hasattr(rotary, f"{rope.prefix}inv_freq"):
         raise ValueError(
             f"{name}: {type(rotary).__name__} of {kind} has no inv_freq and must have one for a distance limit; "
