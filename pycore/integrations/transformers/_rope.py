@@ -25,6 +25,7 @@ INTERLEAVED = {
     "qwen2_moe": False, "qwen3": False, "qwen3_moe": False, "smollm3": False, "stablelm": False, "starcoder2": False,
 }  # fmt: skip
 _ATTRIBUTE = "_pycore_rope"
+_SHARED = "_pycore_tables"
 _RESULT = "_pycore_turned_by"
 FREQUENCIES = "_pycore_frequencies"  # of a rotary embedding that `same_bits` made its own: layer type -> float64 [R/2]
 _TILE = 65  # rows the op wants beyond the limit
@@ -34,6 +35,23 @@ def attribute(owner: Any, name: str, default: Any = None) -> Any:
     """A plain attribute of a module or config; `getattr` takes its time over both, most over a missing one."""
     own = getattr(owner, "__dict__", ())
     return own[name] if name in own else getattr(owner, name) if hasattr(type(owner), name) else default  # type: ignore
+
+
+class _Shared:
+    """What the layers of one rotary embedding read alike; in one place, so that a step finds it in the caches."""
+
+    def __init__(self, of: tuple[Any, ...], frequencies: Tensor, tables: tuple[Tensor, Tensor], rounded: bool) -> None:
+        self.of, self.frequencies, self.tables, self.rounded = of, frequencies, tables, rounded
+
+    def fits(self, of: tuple[Any, ...]) -> bool:
+        """Whether it was made from the same frequencies, for the same limit, dtype and device."""
+        return self.of[0] is of[0] and self.of[1] is of[1] and self.of[2:] == of[2:]
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Nothing, as of a Rope."""
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
 
 
 class Rope:
@@ -60,6 +78,9 @@ class Rope:
         self.version = -1
         self.source: Tensor | None = None
         self.dtype: torch.dtype | None = None
+        self.frequencies: Tensor
+        self.tables: tuple[Tensor, Tensor]
+        self.rounded: bool
         self.own: Tensor | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -82,20 +103,31 @@ class Rope:
         own = None if own is None else own.get(self.layer_type if self.nested else None)
         if source is self.source and version == self.version and own is self.own and self.fits(like, limit):
             return
+        of = (source, own, version, limit, like.dtype, like.device)
+        shared = self.rotary.__dict__.get(_SHARED + self.prefix)
+        if shared is None or not shared.fits(of):
+            shared = _Shared(of, *self._made(like, source, own, limit))
+            setattr(self.rotary, _SHARED + self.prefix, shared)
+        self.frequencies, self.tables, self.rounded = shared.frequencies, shared.tables, shared.rounded
+        self.source, self.version, self.limit, self.dtype, self.own = source, version, limit, like.dtype, own
+
+    def _made(
+        self, like: Tensor, source: Tensor, own: Tensor | None, limit: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], bool]:
+        """Frequencies, tables, and whether the model rounds its own."""
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            self.frequencies = source.detach().to(like.device, torch.float32)
+            frequencies = source.detach().to(like.device, torch.float32)
             distance = torch.arange(limit + _TILE, device=like.device)
             if own is not None:
-                self.tables = rotary_tables(distance, own, wide == torch.float64)
+                tables = rotary_tables(distance, own, wide == torch.float64)
             else:
-                angle = distance[:, None].to(torch.float64) * self.frequencies.to(torch.float64)
-                self.tables = angle.cos().to(wide), angle.sin().to(wide)
+                angle = distance[:, None].to(torch.float64) * frequencies.to(torch.float64)
+                tables = angle.cos().to(wide), angle.sin().to(wide)
             here = torch.zeros(1, 1, dtype=torch.int64, device=source.device)
             extra = (self.layer_type,) if self.nested else ()
             table = self.rotary(torch.zeros(1, 1, 1, dtype=like.dtype, device=source.device), here, *extra)[0]
-            self.rounded = table.dtype == like.dtype
-        self.source, self.version, self.limit, self.dtype, self.own = source, version, limit, like.dtype, own
+        return frequencies, tables, table.dtype == like.dtype
 
     def turned_by(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin), [B or 1, L, R/2]: a turn back by them takes the model's rotation to `position` [B or 1, L] back.
