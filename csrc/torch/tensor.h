@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../host/checks.h"
+#include "text.h"
 
 namespace pycore {
 
