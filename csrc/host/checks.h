@@ -7,19 +7,21 @@
 #include <pycore/sizes.h>
 #include <pycore/tensor_view.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <iterator>
 #include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace pycore {
 
 namespace detail {
 template <class... Parts>
-std::string sentence(const std::string& op, const Parts&... parts) {
+std::string sentence(std::string_view op, const Parts&... parts) {
   std::ostringstream text;
   text << op << ": ";
   (text << ... << parts);
@@ -29,22 +31,31 @@ std::string sentence(const std::string& op, const Parts&... parts) {
 
 // ValueError in Python.
 template <class... Parts>
-void check_value(bool condition, const std::string& op, const Parts&... parts) {
+void check_value(bool condition, std::string_view op, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(detail::sentence(op, parts...));
 }
 
 // IndexError in Python.
 template <class... Parts>
-void check_index(bool condition, const std::string& op, const Parts&... parts) {
+void check_index(bool condition, std::string_view op, const Parts&... parts) {
   if (!condition) throw std::out_of_range(detail::sentence(op, parts...));
 }
 
-inline std::string shape_text(const TensorView& view) {
-  std::ostringstream text;
+// A view's shape as part of a sentence, put into words where one is thrown: a check that holds writes nothing.
+struct ShapeText {
+  const TensorView& view;
+};
+
+inline ShapeText shape_text(const TensorView& view) { return {view}; }
+
+inline std::ostream& operator<<(std::ostream& text, const ShapeText& shape) {
   text << '[';
-  for (int i = 0; i < view.dims; ++i) text << (i ? ", " : "") << view.shape[i];
-  text << ']';
-  return text.str();
+  for (int i = 0; i < shape.view.dims; ++i) text << (i ? ", " : "") << shape.view.shape[i];
+  return text << ']';
+}
+
+inline bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.dims == b.dims && std::equal(a.shape, a.shape + a.dims, b.shape);
 }
 
 // MemoryError in Python.
@@ -57,17 +68,17 @@ class OutOfMemory : public std::bad_alloc {
   std::runtime_error text_;  // a string whose copies throw nothing
 };
 
-[[noreturn]] inline void throw_out_of_memory(const std::string& op, const char* argument,
+[[noreturn]] inline void throw_out_of_memory(std::string_view op, const char* argument,
                                              const std::vector<int64_t>& sizes) {
   std::string shape;
   for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-  throw OutOfMemory(op + ": " + argument + " has shape [" + shape +
+  throw OutOfMemory(std::string(op) + ": " + argument + " has shape [" + shape +
                     "] and must fit into memory, where it could not be allocated");
 }
 
 // A vector of `count` elements, or one sentence.
 template <class T>
-std::vector<T> memory_for(const std::string& op, const char* argument, int64_t count) {
+std::vector<T> memory_for(std::string_view op, const char* argument, int64_t count) {
   try {
     return std::vector<T>(static_cast<size_t>(count));
   } catch (const std::exception&) {  // bad_alloc, or the length_error of what no vector can hold
@@ -76,7 +87,7 @@ std::vector<T> memory_for(const std::string& op, const char* argument, int64_t c
 }
 
 // What a view spans must fit an int64, so that products of its sizes do too. An expanded one can say any shape.
-inline void check_span(const std::string& op, const char* argument, const TensorView& view) {
+inline void check_span(std::string_view op, const char* argument, const TensorView& view) {
   int64_t bytes = dtype_size(view.dtype);
   bool over = false;
   for (int i = 0; i < view.dims; ++i) {
@@ -107,26 +118,26 @@ inline bool is_integer(DType dtype) {
 }
 
 // For ops that have no other kernels.
-inline void check_on_cpu(const std::string& op, const char* argument, const TensorView& view) {
+inline void check_on_cpu(std::string_view op, const char* argument, const TensorView& view) {
   check_value(view.device == Device::kCpu, op, argument, " is not on the CPU, which is where this op has kernels");
 }
 
-inline void check_contiguous(const std::string& op, const char* argument, const TensorView& view) {
+inline void check_contiguous(std::string_view op, const char* argument, const TensorView& view) {
   check_value(view.contiguous(), op, argument, " must be contiguous");
 }
 
-inline void check_last_contiguous(const std::string& op, const char* argument, const TensorView& view) {
+inline void check_last_contiguous(std::string_view op, const char* argument, const TensorView& view) {
   check_value(view.last_contiguous(), op, argument, "'s last dimension must be contiguous");
 }
 
 // `of` names the tensor whose device it must be on.
-inline void check_device_of(const std::string& op, const char* argument, const TensorView& view, const TensorView& like,
+inline void check_device_of(std::string_view op, const char* argument, const TensorView& view, const TensorView& like,
                             const char* of) {
   check_value(same_device(view, like), op, argument, " is on another device than ", of);
 }
 
 // Dtype and device.
-inline void check_like(const std::string& op, const char* argument, const TensorView& view, const TensorView& like,
+inline void check_like(std::string_view op, const char* argument, const TensorView& view, const TensorView& like,
                        const char* of) {
   check_value(view.dtype == like.dtype, op, argument, " is ", dtype_name(view.dtype), " and must be ",
               dtype_name(like.dtype), " like ", of);
@@ -164,7 +175,7 @@ inline bool overlap(const TensorView& a, const TensorView& b) {
 
 // What is written must share no memory with what is read while it is written, nor with another result.
 template <class Outputs, class Inputs>
-void check_disjoint(const std::string& op, const Outputs& outputs, const Inputs& inputs) {
+void check_disjoint(std::string_view op, const Outputs& outputs, const Inputs& inputs) {
   for (auto out = std::begin(outputs); out != std::end(outputs); ++out) {
     for (const NamedView& in : inputs) {
       check_value(!overlap(out->view, in.view), op, out->name, " overlaps ", in.name,
@@ -177,7 +188,7 @@ void check_disjoint(const std::string& op, const Outputs& outputs, const Inputs&
   }
 }
 
-inline void check_disjoint(const std::string& op, std::initializer_list<NamedView> outputs,
+inline void check_disjoint(std::string_view op, std::initializer_list<NamedView> outputs,
                            std::initializer_list<NamedView> inputs) {
   check_disjoint<std::initializer_list<NamedView>, std::initializer_list<NamedView>>(op, outputs, inputs);
 }

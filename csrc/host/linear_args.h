@@ -34,8 +34,8 @@ inline void check_last_stride(const char* op, const char* argument, const Tensor
 inline void check_same_shape(const char* op, const char* argument, const TensorView& view, TensorView expected,
                              int64_t last) {
   expected.shape[expected.dims - 1] = last;
-  check_value(shape_text(view) == shape_text(expected), op, argument, " has shape ", shape_text(view),
-              " and must have ", shape_text(expected));
+  check_value(same_shape(view, expected), op, argument, " has shape ", shape_text(view), " and must have ",
+              shape_text(expected));
 }
 
 // x [..., K], weight [N, K], bias [N] or absent.
@@ -87,8 +87,7 @@ inline void check_gated(const char* op, const TensorView& gate, const TensorView
   check_float_cpu(op, "gate", gate);
   check_value(gate.dims >= 1, op, "gate is a scalar and must have shape [..., channels]");
   check_dtype_is(op, "up", up, gate.dtype, "gate");
-  check_value(shape_text(up) == shape_text(gate), op, "up has shape ", shape_text(up), " and must have gate's ",
-              shape_text(gate));
+  check_value(same_shape(up, gate), op, "up has shape ", shape_text(up), " and must have gate's ", shape_text(gate));
   check_last_stride(op, "gate", gate);
   check_last_stride(op, "up", up);
 }

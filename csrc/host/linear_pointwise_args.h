@@ -25,26 +25,32 @@ inline void check_rotary_tables(const char* op, const TensorView& positions, con
   check_value(frequencies.contiguous(), op, "frequencies is strided and must be contiguous");
 }
 
+// What the arguments of a rotation are called.
+struct RotateNames {
+  const char *x = "x", *cos = "cos", *sin = "sin";
+};
+
 // x [B, H, L, C], cos and sin [B or 1, L, P] with 2 P <= C.
-inline void check_rotate(const char* op, const TensorView& x, const TensorView& cos, const TensorView& sin) {
-  check_float_cpu(op, "x", x);
-  check_value(x.dims == 4, op, "x has shape ", shape_text(x), " and must be [batch, heads, length, channels]");
+inline void check_rotate(const char* op, const TensorView& x, const TensorView& cos, const TensorView& sin,
+                         const RotateNames& names = {}) {
+  check_float_cpu(op, names.x, x);
+  check_value(x.dims == 4, op, names.x, " has shape ", shape_text(x), " and must be [batch, heads, length, channels]");
   const DType wanted = x.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const auto check_table = [&](const char* name, const TensorView& table) {
     check_on_cpu(op, name, table);
     check_value(table.dtype == wanted, op, name, " has dtype ", dtype_name(table.dtype), " and must have ",
-                dtype_name(wanted), " where x has ", dtype_name(x.dtype));
+                dtype_name(wanted), " where ", names.x, " has ", dtype_name(x.dtype));
     const bool fits = table.dims == 3 && (table.shape[0] == 1 || table.shape[0] == x.shape[0]) &&
                       table.shape[1] == x.shape[2] && 2 * table.shape[2] <= x.shape[3];
     check_value(fits, op, name, " has shape ", shape_text(table), " and must be [", x.shape[0], " or 1, ", x.shape[2],
-                ", at most ", x.shape[3] / 2, "], as x is");
+                ", at most ", x.shape[3] / 2, "], as ", names.x, " is");
     check_value(table.contiguous(), op, name, " is strided and must be contiguous");
   };
-  check_table("cos", cos);
-  check_table("sin", sin);
-  check_value(shape_text(cos) == shape_text(sin), op, "sin has shape ", shape_text(sin), " and must have cos's ",
+  check_table(names.cos, cos);
+  check_table(names.sin, sin);
+  check_value(same_shape(cos, sin), op, names.sin, " has shape ", shape_text(sin), " and must have ", names.cos, "'s ",
               shape_text(cos));
-  check_last_stride(op, "x", x);
+  check_last_stride(op, names.x, x);
 }
 
 inline void check_softcap(const char* op, const TensorView& x, double cap) {

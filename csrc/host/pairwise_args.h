@@ -29,7 +29,7 @@ inline void check_shape(const char* op, const char* argument, const TensorView& 
   TensorView wanted;
   wanted.dims = static_cast<int32_t>(shape.size());
   for (size_t i = 0; i < shape.size(); ++i) wanted.shape[i] = shape[i];
-  check_value(shape_text(view) == shape_text(wanted), op, argument, " has shape ", shape_text(view), " and must have ",
+  check_value(same_shape(view, wanted), op, argument, " has shape ", shape_text(view), " and must have ",
               shape_text(wanted));
   check_contiguous(op, argument, view);
 }

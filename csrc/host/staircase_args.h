@@ -142,7 +142,7 @@ inline StaircaseDequantizeParams staircase_dequantize_params(const TensorView& c
     check_value(view.device == Device::kCpu, kOp, name, " is not on the CPU, where codes is");
     check_value(view.dtype == dtype, kOp, name, " has dtype ", dtype_name(view.dtype), " and must have ",
                 dtype_name(dtype));
-    check_value(shape_text(view) == shape_text(wanted), kOp, name, " has shape ", shape_text(view), " and must have ",
+    check_value(same_shape(view, wanted), kOp, name, " has shape ", shape_text(view), " and must have ",
                 shape_text(wanted), ", one for each group of ", params.group_size);
   }
   const int64_t most = (int64_t{1} << params.bits) - 1, count = codes.count();

@@ -229,8 +229,8 @@ inline VqStatisticsParams vq_statistics_params(const TensorView& x, const Tensor
   vq::check_codes(kOp, codes);
   TensorView rows = x;
   rows.dims -= 1;
-  check_value(shape_text(rows) == shape_text(codes), kOp, "codes has shape ", shape_text(codes), " and must have ",
-              shape_text(rows), ", x's without the channels");
+  check_value(same_shape(rows, codes), kOp, "codes has shape ", shape_text(codes), " and must have ", shape_text(rows),
+              ", x's without the channels");
   check_value(codebook_size >= 1, kOp, "codebook_size is ", codebook_size, " and must be at least 1");
   const int64_t* kept = copies->keep(kOp, codes.as<const int64_t>(), codes.count());
   for (int64_t i = 0; i < codes.count(); ++i) {
@@ -258,8 +258,8 @@ inline VqRotateParams vq_rotate_params(const TensorView& v, const TensorView& x,
     check_value(view->dtype == v.dtype, kOp, argument, " has dtype ", dtype_name(view->dtype), " and must have v's ",
                 dtype_name(v.dtype));
     check_value(view->dims >= 1, kOp, argument, " is a scalar and must have shape [..., D]");
-    check_value(shape_text(*view) == shape_text(v), kOp, argument, " has shape ", shape_text(*view),
-                " and must have v's ", shape_text(v));
+    check_value(same_shape(*view, v), kOp, argument, " has shape ", shape_text(*view), " and must have v's ",
+                shape_text(v));
     vq::check_last_contiguous(kOp, argument, *view);
   }
   VqRotateParams params;

@@ -243,8 +243,8 @@ inline Array result(const py::handle& out, DType dtype, const std::vector<int64_
   TensorView wanted;
   wanted.dims = static_cast<int32_t>(shape.size());
   for (int i = 0; i < wanted.dims; ++i) wanted.shape[i] = shape[i];
-  check_value(shape_text(array.view) == shape_text(wanted), op, argument, " has shape ", shape_text(array.view),
-              " and must have ", shape_text(wanted));
+  check_value(same_shape(array.view, wanted), op, argument, " has shape ", shape_text(array.view), " and must have ",
+              shape_text(wanted));
   return array;
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../host/attention_append_args.h"
+#include "../host/linear_pointwise_args.h"
 #include "tensor.h"
 
 namespace pycore {
@@ -20,12 +21,25 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// x as it was before tables turned it.
+Tensor turned_back(const Tensor& x, const Tensor& cos, const Tensor& sin, const char* op, const char* name) {
+  const TensorView x_view = view(x, op, name), cos_view = view(cos, op, "rotated's cos");
+  const TensorView sin_view = view(sin, op, "rotated's sin");
+  check_rotate(op, x_view, cos_view, sin_view, {name, "rotated's cos", "rotated's sin"});
+  RotateParams params = rotate_params(x_view, cos_view, sin_view, true);
+  const auto sizes = x.sizes();
+  const Tensor out = new_tensor(op, name, x, {sizes.begin(), sizes.end()}, x.scalar_type());
+  params.out = out.mutable_data_ptr();
+  throw_if(rotate_forward(params, torch_parallel()), op);
+  return out;
+}
+
 std::tuple<Tensor, Tensor> append_and_attend(
     Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor lengths, OptionalTensor starts,
     OptionalTensor rope_cos, OptionalTensor rope_sin, OptionalTensor distance_bias, OptionalTensor alibi_slopes,
     OptionalTensor sink_logits, Text append_op, Text op, Text schedule, std::vector<int64_t> schedule_args,
     bool interleaved, int64_t distance_limit, std::optional<double> scale, double softcap, int64_t sink_size,
-    int64_t key_ring, int64_t most, OptionalTensor numbers) {
+    int64_t key_ring, int64_t most, OptionalTensor numbers, OptionalTensor rotated_cos, OptionalTensor rotated_sin) {
   const FixedFloats fixed;  // for the default scale and the checks
   const char* const first = append_op.c_str();
   const char* const second = op.c_str();
@@ -33,6 +47,12 @@ std::tuple<Tensor, Tensor> append_and_attend(
   value = last_contiguous(value, append_op, "value");
   query = last_contiguous(query, op, "query");
   if (starts) starts = dense(*starts, append_op, "starts");
+  check_value(rotated_cos.has_value() == rotated_sin.has_value(), op, "rotated must hold both tables, cos and sin");
+  if (rotated_cos) {
+    const Tensor cos = dense(*rotated_cos, op, "rotated's cos"), sin = dense(*rotated_sin, op, "rotated's sin");
+    key = turned_back(key, cos, sin, first, "key");
+    query = turned_back(query, cos, sin, second, "query");
+  }
   CacheAppendArgs appended;
   appended.op = append_op;
   appended.key_cache = view(key_cache, first, "key_cache");
@@ -92,7 +112,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
       "Tensor(c!) lengths, Tensor? starts, Tensor? rope_cos, Tensor? rope_sin, Tensor? distance_bias, "
       "Tensor? alibi_slopes, Tensor? sink_logits, str append_op, str op, str schedule, SymInt[] schedule_args, "
       "bool interleaved, SymInt distance_limit, float? scale, float softcap, SymInt sink_size, SymInt key_ring=0, "
-      "SymInt most=-1, Tensor? numbers=None) -> (Tensor out, Tensor lse)");
+      "SymInt most=-1, Tensor? numbers=None, Tensor? rotated_cos=None, Tensor? rotated_sin=None) -> (Tensor out, "
+      "Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) { m.impl("attention_append", TORCH_BOX(&pycore::append_and_attend)); }

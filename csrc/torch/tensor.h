@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -84,7 +85,7 @@ inline const double* graph_numbers(const std::optional<torch::stable::Tensor>& n
 
 // What `make` allocates, or one sentence where there is no room for it; torch's own error names its source files.
 template <class Make>
-torch::stable::Tensor allocated(const std::string& op, const char* argument, const std::vector<int64_t>& sizes,
+torch::stable::Tensor allocated(std::string_view op, const char* argument, const std::vector<int64_t>& sizes,
                                 const Make& make) {
   try {
     return make();
@@ -93,7 +94,7 @@ torch::stable::Tensor allocated(const std::string& op, const char* argument, con
   }
 }
 
-inline torch::stable::Tensor new_tensor(const std::string& op, const char* argument, const torch::stable::Tensor& like,
+inline torch::stable::Tensor new_tensor(std::string_view op, const char* argument, const torch::stable::Tensor& like,
                                         const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
   return allocated(op, argument, sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
 }
@@ -102,7 +103,7 @@ inline torch::stable::Tensor new_tensor(const std::string& op, const char* argum
 struct Scratch {
   torch::stable::Tensor memory;
   void* data;
-  Scratch(const std::string& op, const torch::stable::Tensor& like, int64_t bytes)
+  Scratch(std::string_view op, const torch::stable::Tensor& like, int64_t bytes)
       : memory(new_tensor(op, "scratch", like, {size_sum(bytes, 64)}, torch::headeronly::ScalarType::Byte)) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data_ptr());
     data = reinterpret_cast<void*>((address + 63) / 64 * 64);
@@ -110,19 +111,19 @@ struct Scratch {
 };
 
 // A copy of x without gaps, if it has any.
-inline torch::stable::Tensor dense(const torch::stable::Tensor& x, const std::string& op, const char* argument) {
+inline torch::stable::Tensor dense(const torch::stable::Tensor& x, std::string_view op, const char* argument) {
   const auto sizes = x.sizes();
   return allocated(op, argument, {sizes.begin(), sizes.end()}, [&] { return torch::stable::contiguous(x); });
 }
 
 // Rows are read where they lie; only a last dimension that is not contiguous costs a copy.
-inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x, const std::string& op,
+inline torch::stable::Tensor last_contiguous(const torch::stable::Tensor& x, std::string_view op,
                                              const char* argument) {
   return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : dense(x, op, argument);
 }
 
 inline std::optional<torch::stable::Tensor> last_contiguous(const std::optional<torch::stable::Tensor>& x,
-                                                            const std::string& op, const char* argument) {
+                                                            std::string_view op, const char* argument) {
   return x.has_value() ? std::optional<torch::stable::Tensor>(last_contiguous(*x, op, argument)) : std::nullopt;
 }
 

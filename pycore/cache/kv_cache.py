@@ -15,7 +15,7 @@ from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
 from pycore.cache.checks import STATE_VERSION, check_starts, check_state, check_tokens
 from pycore.cache.held_tokens import HeldTokens, to_layout
-from pycore.ops.attention_append import Again, append_and_attend, fuses
+from pycore.ops.attention_append import Again, append_and_attend, fuses, turned_back
 from pycore.ops.attention_cache import lambda_cache_append
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import Causal, Schedule, Tree
@@ -131,7 +131,14 @@ class KVCache(HeldTokens):
         return call_attention(op, query, key, value, schedule, options, key_layout=self._layout)
 
     def append_and_attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, starts: Tensor | None = None, **options: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        starts: Tensor | None = None,
+        rotated: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`append`, then `attend` with as many queries; what either refuses leaves the cache as it was.
 
@@ -140,6 +147,9 @@ class KVCache(HeldTokens):
         Args:
             query: [batch, heads, tokens, head_dim].
             key, value, starts: as for `append`.
+            rotated: (cos, sin), [batch or 1, tokens, pairs], by which query and key come turned already, as
+                `pycore.ops.rotate` turns: they are turned back first, in the same call on the CPU, which is where it is
+                possible. For models that rotate by themselves what `rope` is to rotate by distance.
             options: as for `attend`.
         """
         op = "KVCache.attend"
@@ -147,7 +157,7 @@ class KVCache(HeldTokens):
         if again is not None and starts is None and again.fits(query, key, value, options, self.schedule):
             room = self._held("append")
             if self.capacity is not None or self._longest + key.shape[2] <= room[1].shape[2]:
-                out = again.call(query, key, value, room)
+                out = again.call(query, key, value, room, rotated)
                 self._taken(key.shape[2], None, room)
                 return out
         check_tensor(op, "query", query)
@@ -155,8 +165,9 @@ class KVCache(HeldTokens):
         if given is not None and fuses(query, key, given):
             key, value, starts, held, most = self._room("KVCache.append", key, value, starts)
             out, args = append_and_attend(
-                "KVCache.append", op, query, key, value, held, starts, self.schedule, given, most=most
-            )
+                "KVCache.append", op, query, key, value, held, starts, self.schedule, given, most=most,
+                rotated=rotated,
+            )  # fmt: skip
             self._taken(key.shape[2], starts, held)
             if not torch.compiler.is_compiling():
                 self._again = None if args is None else Again(query, key, value, options, self.schedule, args)
@@ -164,6 +175,7 @@ class KVCache(HeldTokens):
         tokens = key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else 0
         if query.dim() == 4 and query.shape[2] != tokens:
             raise ValueError(f"{op}: query has {query.shape[2]} rows and must have {tokens}, one a token")
+        query, key = turned_back(op, rotated, query, key)
         before = {name: x for name, x in vars(self).items() if name != "_lengths"}
         lengths = None if self._lengths is None else self._lengths.clone()
         try:

@@ -14,7 +14,7 @@ from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
 from pycore.cache.checks import check_starts, check_tokens
 from pycore.cache.lambda_tokens import Chunk, LambdaTokens
-from pycore.ops.attention_append import Again, append_and_attend, fuses
+from pycore.ops.attention_append import Again, append_and_attend, fuses, turned_back
 from pycore.ops.attention_cache import lambda_cache_append
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.ops.attention_middle import with_middle
@@ -152,7 +152,14 @@ class LambdaKVCache(LambdaTokens):
         return out
 
     def append_and_attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, starts: Tensor | None = None, **options: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        starts: Tensor | None = None,
+        rotated: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`append`, then `attend` with as many queries; what either refuses leaves the cache as it was.
 
@@ -161,11 +168,14 @@ class LambdaKVCache(LambdaTokens):
         Args:
             query: [batch, heads, tokens, head_dim].
             key, value, starts: as for `append`.
+            rotated: (cos, sin), [batch or 1, tokens, pairs], by which query and key come turned already, as
+                `pycore.ops.rotate` turns: they are turned back first, in the same call on the CPU, which is where it is
+                possible. For models that rotate by themselves what `rope` is to rotate by distance.
             options: as for `attend`; neither tree nor middle_topk.
         """
         again = None if torch.compiler.is_compiling() else self._again
         if again is not None and starts is None and again.fits(query, key, value, options):
-            out = again.call(query, key, value, self._held("append"))
+            out = again.call(query, key, value, self._held("append"), rotated)
             self._chunk, self._own = None, key.shape[2]
             self._catch_up(key.shape[2], None)
             return out
@@ -183,7 +193,7 @@ class LambdaKVCache(LambdaTokens):
             schedule = Lambda(self.sink_size, self.window_size)
             out, args = append_and_attend(
                 append_op, op, query, key, value, tensors, starts, schedule,
-                given._replace(distance_limit=limit), self._before_ring, self._ring,
+                given._replace(distance_limit=limit), self._before_ring, self._ring, rotated=rotated,
             )  # fmt: skip
             self._key, self._value, self._lengths = tensors
             self._chunk, self._own = None, key.shape[2]
@@ -191,6 +201,7 @@ class LambdaKVCache(LambdaTokens):
             if not torch.compiler.is_compiling():
                 self._again = None if args is None else Again(query, key, value, options, schedule, args)
             return out
+        query, key = turned_back(op, rotated, query, key)
         if not torch.compiler.is_compiling():
             on_cpu = isinstance(starts, Tensor) and starts.device.type == "cpu"
             starts = check_starts(append_op, starts, key, values=on_cpu)

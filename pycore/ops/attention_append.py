@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from pycore._schema import Schema
 from pycore._tangents import forward_mode
 from pycore._tensors import as_table, check_devices, check_tensor, graph_numbers
 from pycore.ops.attention_call import NO_LIMIT, AttentionOptions, factor, rope_tables
+from pycore.ops.linear_pointwise import rotate
 from pycore.schedules import Schedule
 
 load_ops()
 
-__all__ = ["Again", "append_and_attend", "fuses"]
+__all__ = ["Again", "append_and_attend", "check_rotated", "fuses", "turned_back"]
 
 _APPEND = Schema("attention_append")
+_OP = _APPEND.places["op"] - _APPEND.places["rope_cos"]  # among the arguments of `Again`
 
 
 def fuses(query: Any, key: Any, options: AttentionOptions) -> bool:
@@ -44,13 +47,14 @@ class Again:
         args: the op's arguments behind `starts`.
     """
 
-    __slots__ = ("_like", "_options", "_schedule", "args")
+    __slots__ = ("_like", "_names", "_options", "_schedule", "args")
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], schedule: Schedule, args: Any
     ) -> None:
         self._like = (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype)
         self._options, self._schedule, self.args = options, schedule, args
+        self._names = tuple(options)
 
     def __deepcopy__(self, memo: Any) -> None:
         """Nothing: the copy of a cache has its own first call."""
@@ -68,7 +72,11 @@ class Again:
             return False
         if not (query.is_cpu and key.is_cpu and value.is_cpu) or torch.is_autocast_enabled("cpu") or forward_mode():
             return False
-        if len(options) != len(self._options) or (schedule is not None and schedule is not self._schedule):
+        if schedule is not None and schedule is not self._schedule:
+            return False
+        if tuple(options) == self._names and all(map(operator.is_, options.values(), self._options.values())):
+            return True
+        if len(options) != len(self._options):
             return False
         for name, given in options.items():
             if name not in self._options:
@@ -81,12 +89,39 @@ class Again:
                 return False
         return True
 
-    def call(self, query: Tensor, key: Tensor, value: Tensor, held: tuple[Tensor, Tensor, Tensor]) -> Any:
+    def call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        held: tuple[Tensor, Tensor, Tensor],
+        rotated: tuple[Tensor, Tensor] | None,
+    ) -> Any:
         """The op, without a word of padding: the output, or that and lse."""
-        out, lse = torch.ops.pycore.attention_append.default(query, key, value, *held, None, *self.args)
+        args = self.args if rotated is None else (*self.args, *check_rotated(self.args[_OP], rotated))
+        out, lse = torch.ops.pycore.attention_append.default(query, key, value, *held, None, *args)
         if not held[2].is_inference():
             torch.autograd.graph.increment_version(held)
         return (out, lse) if self._options.get("return_lse") else out
+
+
+def check_rotated(op: str, rotated: Any) -> tuple[Tensor, ...]:
+    """The tables, or none."""
+    if rotated is None:
+        return ()
+    if not isinstance(rotated, tuple | list) or len(rotated) != 2:
+        raise TypeError(f"{op}: rotated is a {type(rotated).__name__} and must be a tuple of cos and sin")
+    for name, table in zip(("cos", "sin"), rotated, strict=True):
+        check_tensor(op, f"rotated's {name}", table)
+    return tuple(rotated)
+
+
+def turned_back(op: str, rotated: Any, *given: Any) -> tuple[Any, ...]:
+    """Query and key as they were before tables turned them; as they are given, where there are no tables."""
+    if rotated is None:
+        return given
+    cos, sin = check_rotated(op, rotated)
+    return tuple(rotate(x, cos, sin, inverse=True) for x in given)
 
 
 def append_and_attend(
@@ -102,6 +137,7 @@ def append_and_attend(
     sink_size: int = 0,
     key_ring: int = 0,
     most: int = -1,
+    rotated: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | tuple[Tensor, Tensor], tuple[Any, ...] | None]:
     """`lambda_cache_append` under the name `append_op`, then attention over `held` under the name `op`.
 
@@ -112,6 +148,7 @@ def append_and_attend(
         sink_size: rows before the ring that tokens are appended to.
         key_ring: the ring that attention sees.
         most: tokens that a row of the batch may have, or -1.
+        rotated: tables that query and key were turned by, see `turned_back`; None where they were not.
 
     Returns:
         What `attend` does, and the arguments of `Again` where tables went in as they were given.
@@ -139,7 +176,8 @@ def append_and_attend(
         *tables, append_op, op, schedule.kind, schedule.args, bool(options.interleaved), limit, scale, softcap,
         sink_size, key_ring, most, numbers,
     )  # fmt: skip
-    out, lse = torch.ops.pycore.attention_append(query, key, value, *held, starts, *args)
+    turned = check_rotated(op, rotated)
+    out, lse = torch.ops.pycore.attention_append(query, key, value, *held, starts, *args, *turned)
     if not torch.compiler.is_compiling() and not held[2].is_inference():
         # The op does not: autograd would read rows that were written over, for queries that are still to learn.
         torch.autograd.graph.increment_version(held)

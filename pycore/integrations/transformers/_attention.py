@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pycore.integrations.transformers._cache import MARK, LambdaLayer, StoreLayer, TokensLayer
 from pycore.integrations.transformers._mask import Spans, read_spans, require
 from pycore.integrations.transformers._positions import check_positions, position_offset
-from pycore.integrations.transformers._rope import INTERLEAVED, Rope, rope_of, unrotate, unrotate_both
+from pycore.integrations.transformers._rope import INTERLEAVED, Rope, attribute, by_op, rope_of, unrotate
 from pycore.integrations.transformers._rounds import draw_round, take_back_round
 from pycore.integrations.transformers._staircase import StaircaseLayer
 from pycore.ops.attention_call import AttentionOptions, call_attention
@@ -93,9 +93,9 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         rope, tables, interleaved, limit = None, None, False, None
         if window is None and registered.distance_limit is not None:
             rope = rope_of(name, module, query, registered.distance_limit)
-            interleaved = _interleaved(registered, module)
+            interleaved = _interleaved(registered, module, rope)
         if rope is not None:
-            tables, limit = (rope.cos, rope.sin), registered.distance_limit
+            tables, limit = rope.tables, registered.distance_limit
             if position_ids is None:
                 raise ValueError(
                     f"{name}: position_ids is None and must be handed on by {type(module).__name__} for a distance "
@@ -174,8 +174,8 @@ def _attend(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             options = options._replace(key_offset=offset)
         key_position = _key_positions(call, query, key, evicted)
         paired = call.options.interleaved
-        query = unrotate(query, call.rope.inverse(call.position_ids, query.dtype, paired), paired)
-        key = unrotate(key, call.rope.inverse(key_position, key.dtype, paired), paired)
+        query = unrotate(query, call.rope.turned_by(call.position_ids, query.dtype), paired)
+        key = unrotate(key, call.rope.turned_by(key_position, key.dtype), paired)
     if call.middle_topk:
         assert isinstance(call.schedule, Lambda)
         out = with_middle(call.name, query, key, value, call.schedule, options, call.middle_topk)
@@ -211,13 +211,15 @@ def _attend_cached(call: _Call, layer: TokensLayer, query: Tensor, key: Tensor, 
         )
     store = layer.open_store(name, call.sink_size, call.window_size, call.rope is not None)
     starts = _new_starts(call, query)
-    offset, next_ids = layer.position_offset, None
+    offset, next_ids, rotated = layer.position_offset, None, None
     if call.rope is not None:
         assert call.position_ids is not None
         offset, next_ids = position_offset(name, layer, call.position_ids, query, starts)
-        inverse = call.rope.inverse(call.position_ids, query.dtype, call.options.interleaved)
-        query, key = unrotate_both(query, key, inverse, call.options.interleaved)
-    out = store.append_and_attend(query, key, value, starts=starts, **call.options.for_cache())
+        paired = call.options.interleaved
+        rotated = call.rope.turned_by(call.position_ids, query.dtype)
+        if not by_op(query, paired):
+            query, key, rotated = unrotate(query, rotated, paired), unrotate(key, rotated, paired), None
+    out = store.append_and_attend(query, key, value, starts=starts, rotated=rotated, **call.options.for_cache())
     layer.count(key.shape[2], offset, next_ids)
     assert isinstance(out, Tensor)
     return out
@@ -281,14 +283,14 @@ def _key_positions(call: _Call, query: Tensor, key: Tensor, evicted: int) -> Ten
 
 def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     """The window that the layer was trained with, None for a full-attention layer."""
-    config: Any = getattr(module, "config", None)
-    types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    config: Any = attribute(module, "config")
+    types, layer = attribute(config, "layer_types"), attribute(module, "layer_idx")
     kind = types[layer] if types is not None and layer is not None else None
     if kind not in (None, "full_attention", "sliding_attention"):
         raise ValueError(
             f"{name}: layer_type of layer {layer} is {kind} and must be full_attention or sliding_attention"
         )
-    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else attribute(module, "sliding_window")
     if kind == "sliding_attention" and window is None:
         window = config.sliding_window
     return window
@@ -296,19 +298,24 @@ def _sliding_window(name: str, module: nn.Module, kwargs: dict[str, Any]) -> int
 
 def _refuse(name: str, module: nn.Module, kwargs: dict[str, Any]) -> None:
     causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
+    if not (attribute(module, "is_causal", True) if causal is None else causal):
         raise ValueError(f"{name}: is_causal of {type(module).__name__} is False and must be True")
-    for argument, what in _REFUSED.items():
-        if kwargs.get(argument) is not None:
-            raise ValueError(f"{name}: {argument} is given and must be None: {what} cannot be honoured")
-    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+    for argument in _REFUSED.keys() & kwargs.keys():
+        if kwargs[argument] is not None:
+            raise ValueError(f"{name}: {argument} is given and must be None: {_REFUSED[argument]} cannot be honoured")
+    config: Any = attribute(module, "config")
+    own = getattr(config, "__dict__", {})  # where the property reads it
+    asked = own["_output_attentions"] if "_output_attentions" in own else getattr(config, "output_attentions", False)
+    if kwargs.get("output_attentions") or asked:
         raise ValueError(f"{name}: output_attentions is True and must be False: the weights are never formed")
 
 
-def _interleaved(registered: Options, module: nn.Module) -> bool:
+def _interleaved(registered: Options, module: nn.Module, rope: Rope | None) -> bool:
     if registered.interleaved is not None:
         return registered.interleaved
-    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    if rope is not None and rope.interleaved is not None:
+        return rope.interleaved
+    model_type = attribute(attribute(module, "config"), "model_type")
     if model_type not in INTERLEAVED:
         raise ValueError(
             f"{registered.name}: model_type is {model_type} and must be one of {', '.join(INTERLEAVED)} for a distance "

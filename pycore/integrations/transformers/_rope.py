@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycore.ops import rotary_tables
+from pycore.ops import rotary_tables, rotate
 
 # Models whose full-attention layers rotate query and key after everything else, and how they pair channels: False for
 # (i, i + R/2), True for (2i, 2i + 1). tests/integrations/test_transformers.py runs each of them.
@@ -25,9 +25,33 @@ INTERLEAVED = {
     "qwen2_moe": False, "qwen3": False, "qwen3_moe": False, "smollm3": False, "stablelm": False, "starcoder2": False,
 }  # fmt: skip
 _ATTRIBUTE = "_pycore_rope"
-_RESULT = "_pycore_inverse"
+_SHARED = "_pycore_tables"
+_RESULT = "_pycore_turned_by"
 FREQUENCIES = "_pycore_frequencies"  # of a rotary embedding that `same_bits` made its own: layer type -> float64 [R/2]
 _TILE = 65  # rows the op wants beyond the limit
+
+
+def attribute(owner: Any, name: str, default: Any = None) -> Any:
+    """A plain attribute of a module or config; `getattr` takes its time over both, most over a missing one."""
+    own = getattr(owner, "__dict__", ())
+    return own[name] if name in own else getattr(owner, name) if hasattr(type(owner), name) else default  # type: ignore
+
+
+class _Shared:
+    """What the layers of one rotary embedding read alike; in one place, so that a step finds it in the caches."""
+
+    def __init__(self, of: tuple[Any, ...], frequencies: Tensor, tables: tuple[Tensor, Tensor], rounded: bool) -> None:
+        self.of, self.frequencies, self.tables, self.rounded = of, frequencies, tables, rounded
+
+    def fits(self, of: tuple[Any, ...]) -> bool:
+        """Whether it was made from the same frequencies, for the same limit, dtype and device."""
+        return self.of[0] is of[0] and self.of[1] is of[1] and self.of[2:] == of[2:]
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Nothing, as of a Rope."""
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
 
 
 class Rope:
@@ -37,20 +61,26 @@ class Rope:
         frequencies: float32 [R/2].
         scaling: the factor of the model's tables (YaRN); it stays in query and key.
         rounded: whether the model rounds its tables to its own dtype.
-        cos, sin: [limit + 65, R/2], unscaled.
+        interleaved: how the model pairs channels, None where that is not known.
+        tables: cos and sin [limit + 65, R/2], unscaled.
     """
 
-    def __init__(self, rotary: nn.Module, layer_type: str | None) -> None:
+    def __init__(self, rotary: nn.Module, layer_type: str | None, interleaved: bool | None = None) -> None:
         """`rotary` is read at each call: a cast of the model casts its frequencies too."""
         self.rotary = rotary
+        self.interleaved = interleaved
         self.nested = layer_type is not None and hasattr(rotary, f"{layer_type}_inv_freq")
         self.layer_type = layer_type
         self.prefix = f"{layer_type}_" if self.nested else ""
+        self.source_name = f"{self.prefix}inv_freq"
         self.scaling = float(getattr(rotary, f"{self.prefix}attention_scaling", 1.0))
         self.limit = -1
         self.version = -1
         self.source: Tensor | None = None
         self.dtype: torch.dtype | None = None
+        self.frequencies: Tensor
+        self.tables: tuple[Tensor, Tensor]
+        self.rounded: bool
         self.own: Tensor | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -61,56 +91,64 @@ class Rope:
 
     def fits(self, like: Tensor, limit: int) -> bool:
         """Whether the tables are those for `limit` and tensors like `like`."""
-        return self.limit == limit and self.dtype == like.dtype and self.cos.device == like.device
+        return self.limit == limit and self.dtype == like.dtype and self.tables[0].device == like.device
 
     def refresh(self, like: Tensor, limit: int) -> None:
         """Makes the tables anew where the model's frequencies, the limit, dtype or device have changed."""
-        source: Tensor = getattr(self.rotary, f"{self.prefix}inv_freq")
+        name = self.source_name
+        found = self.rotary._buffers.get(name)
+        source: Tensor = getattr(self.rotary, name) if found is None else found
         version = _version(source)
-        own = getattr(self.rotary, FREQUENCIES, {}).get(self.layer_type if self.nested else None)
+        own = self.rotary.__dict__.get(FREQUENCIES)
+        own = None if own is None else own.get(self.layer_type if self.nested else None)
         if source is self.source and version == self.version and own is self.own and self.fits(like, limit):
             return
+        of = (source, own, version, limit, like.dtype, like.device)
+        shared = self.rotary.__dict__.get(_SHARED + self.prefix)
+        if shared is None or not shared.fits(of):
+            shared = _Shared(of, *self._made(like, source, own, limit))
+            setattr(self.rotary, _SHARED + self.prefix, shared)
+        self.frequencies, self.tables, self.rounded = shared.frequencies, shared.tables, shared.rounded
+        self.source, self.version, self.limit, self.dtype, self.own = source, version, limit, like.dtype, own
+
+    def _made(
+        self, like: Tensor, source: Tensor, own: Tensor | None, limit: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], bool]:
+        """Frequencies, tables, and whether the model rounds its own."""
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            self.frequencies = source.detach().to(like.device, torch.float32)
+            frequencies = source.detach().to(like.device, torch.float32)
             distance = torch.arange(limit + _TILE, device=like.device)
             if own is not None:
-                self.cos, self.sin = rotary_tables(distance, own, wide == torch.float64)
+                tables = rotary_tables(distance, own, wide == torch.float64)
             else:
-                angle = distance[:, None].to(torch.float64) * self.frequencies.to(torch.float64)
-                self.cos, self.sin = angle.cos().to(wide), angle.sin().to(wide)
+                angle = distance[:, None].to(torch.float64) * frequencies.to(torch.float64)
+                tables = angle.cos().to(wide), angle.sin().to(wide)
             here = torch.zeros(1, 1, dtype=torch.int64, device=source.device)
             extra = (self.layer_type,) if self.nested else ()
             table = self.rotary(torch.zeros(1, 1, 1, dtype=like.dtype, device=source.device), here, *extra)[0]
-            self.rounded = table.dtype == like.dtype
-        self.source, self.version, self.limit, self.dtype, self.own = source, version, limit, like.dtype, own
+        return frequencies, tables, table.dtype == like.dtype
 
-    def inverse(self, position: Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
-        """What `unrotate` needs to take the rotation to `position` [B or 1, L] back: two of [B or 1, 1, L, R].
+    def turned_by(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin), [B or 1, L, R/2]: a turn back by them takes the model's rotation to `position` [B or 1, L] back.
 
-        All layers of a pass are given the same tensor of position ids, so the first one leaves it its result.
+        Its scaling, and what rounding its tables added, go with it. All layers of a pass are given the same tensor of
+        position ids, so the first one leaves it its result.
         """
         if torch.compiler.is_compiling() or position.is_inference():
-            return self._inverse(position, dtype, interleaved)
+            return self._turned_by(position, dtype)
         source, own, state, result = getattr(position, _RESULT, (None, None, None, None))
-        new = (self.version, self.scaling, dtype, interleaved, position._version)
+        new = (self.version, self.scaling, dtype, position._version)
         if source is not self.source or own is not self.own or state != new or result is None:
-            result = self._inverse(position, dtype, interleaved)
+            result = self._turned_by(position, dtype)
             setattr(position, _RESULT, (self.source, self.own, new, result))
         return result
 
-    def _inverse(self, position: Tensor, dtype: torch.dtype, interleaved: bool) -> tuple[Tensor, Tensor]:
-        cos, sin = self._pairs(position, dtype)
-        if interleaved:
-            return torch.stack([cos, cos], -1).flatten(-2), torch.stack([sin, -sin], -1).flatten(-2)
-        return torch.cat([cos, cos], -1), torch.cat([sin, -sin], -1)
-
-    def _pairs(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[B or 1, 1, L, R/2]."""
+    def _turned_by(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.own is not None:  # rotated by these very tables
-            cos, sin = (x[:, None] for x in rotary_tables(position, self.own, dtype == torch.float64))
+            cos, sin = rotary_tables(position, self.own, dtype == torch.float64)
             return (cos, sin) if self.scaling == 1 else (cos * (1 / self.scaling), sin * (1 / self.scaling))
-        angle = position[:, None, :, None].to(torch.float32) * self.frequencies
+        angle = position[:, :, None].to(torch.float32) * self.frequencies
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
         if self.rounded:
             cos, sin = cos.to(dtype), sin.to(dtype)
@@ -125,29 +163,22 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def unrotate(x: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+def by_op(x: Tensor, interleaved: bool) -> bool:
+    """Whether `pycore.ops.rotate` turns x back."""
+    return not interleaved and x.device.type == "cpu"
+
+
+def unrotate(x: Tensor, turned_by: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """`x` [B, heads, L, D] as it was before the model rotated it; in x's dtype."""
-    cos, sin = inverse
-    rotated = cos.shape[-1]
+    if by_op(x, interleaved):
+        return rotate(x, *turned_by, inverse=True)
+    cos, sin = (table[:, None] for table in turned_by)
+    rotated = 2 * cos.shape[-1]
     pairs = (x if rotated == x.shape[-1] else x[..., :rotated]).to(cos.dtype)
-    if interleaved:
-        other = torch.stack([pairs[..., 1::2], pairs[..., 0::2]], -1).flatten(-2)
-    else:
-        a, b = pairs.chunk(2, -1)
-        other = torch.cat([b, a], -1)
-    pairs = (pairs * cos + other * sin).to(x.dtype)
+    a, b = (pairs[..., 0::2], pairs[..., 1::2]) if interleaved else pairs.chunk(2, -1)
+    a, b = a * cos + b * sin, b * cos - a * sin
+    pairs = (torch.stack([a, b], -1).flatten(-2) if interleaved else torch.cat([a, b], -1)).to(x.dtype)
     return pairs if rotated == x.shape[-1] else torch.cat([pairs, x[..., rotated:]], -1)
-
-
-def unrotate_both(
-    query: Tensor, key: Tensor, inverse: tuple[Tensor, Tensor], interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    """`unrotate` of a step's query and key, whose few numbers cost less in one tensor than calls do."""
-    heads, tokens = query.shape[1:3]
-    if tokens > 16 or query.dtype != key.dtype or query.shape[3] != key.shape[3]:
-        return unrotate(query, inverse, interleaved), unrotate(key, inverse, interleaved)
-    both = unrotate(torch.cat([query, key], 1), inverse, interleaved)
-    return both[:, :heads], both[:, heads:]
 
 
 def rope_of(name: str, module: nn.Module, like: Tensor, limit: int) -> Rope | None:
@@ -156,9 +187,9 @@ def rope_of(name: str, module: nn.Module, like: Tensor, limit: int) -> Rope | No
     Raises:
         ValueError: it has none that can be found, or its frequencies change with the length.
     """
-    if not getattr(module, "use_rope", True):  # SmolLM3
+    if not attribute(module, "use_rope", True):  # SmolLM3
         return None
-    rope: Rope | None = getattr(module, _ATTRIBUTE, None)
+    rope: Rope | None = module.__dict__.get(_ATTRIBUTE)
     if rope is not None:
         if not torch.compiler.is_compiling():
             rope.refresh(like, limit)
@@ -189,7 +220,8 @@ def _find(name: str, module: nn.Module) -> Rope:
         )
     types = getattr(config, "layer_types", None)
     layer: Any = getattr(module, "layer_idx", None)
-    rope = Rope(rotary, types[layer] if types is not None and layer is not None else None)
+    layer_type = types[layer] if types is not None and layer is not None else None
+    rope = Rope(rotary, layer_type, INTERLEAVED.get(getattr(config, "model_type", "")))
     if not hasattr(rotary, f"{rope.prefix}inv_freq"):
         raise ValueError(
             f"{name}: {type(rotary).__name__} of {kind} has no inv_freq and must have one for a distance limit; "
