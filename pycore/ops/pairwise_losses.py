@@ -263,7 +263,7 @@ def contrastive_loss(
         losses = lse - logit
     else:
         lse, of_b, logit = _named(op, torch.ops.pycore.pairwise_logsumexp_both, x, y, targets, factor, op)
-        losses = (lse - logit + of_b.gather(-1, targets.clamp(min=0)) - logit) / 2
+        losses = ((lse - logit) + (of_b.gather(-1, targets.clamp(min=0)) - logit)) / 2
     losses = torch.where(kept, losses.reshape(*lead, n), 0.0)
     return losses.sum(-1) / kept.sum(-1)
 
