@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pycore._checks import check_str
 from pycore._load import load_ops
-from pycore._tensors import check_devices, check_tensor
+from pycore._tensors import check_devices, check_tensor, short_name
 from pycore.ops._autograd import no_second_derivative, register_derivatives
 
 load_ops()
@@ -81,6 +81,15 @@ def per_row(op: str, name: str, values: Tensor, lead: tuple[int, ...], count: in
             f"{op}: {name} has shape {list(values.shape)} and must broadcast to {[*lead, count]}"
         ) from None
     return expanded.reshape(math.prod(lead), count)
+
+
+def scaled(op: str, x: Tensor, scale: Tensor) -> Tensor:
+    """Rows times a tensor of no dimensions, which may have a gradient."""
+    if scale.dtype.is_complex or scale.dtype == torch.bool:
+        raise ValueError(f"{op}: scale has dtype {short_name(scale.dtype)} and must have float32")
+    if scale.device != x.device and scale.device.type != "cpu":  # torch takes one number from the CPU anywhere
+        raise ValueError(f"{op}: scale is on {scale.device} and must be on {x.device}, where the rows are")
+    return x * scale.to(x.dtype)
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pycore._checks import check_bool, check_int, check_number, check_str
 from pycore._tensors import as_index, check_tensor
-from pycore.ops._pairwise import batched, lead_of, per_row, widened
+from pycore.ops._pairwise import batched, lead_of, per_row, scaled, widened
 
 __all__ = ["contrastive_loss", "linear_cross_entropy", "maxsim"]
 
@@ -252,7 +252,7 @@ def contrastive_loss(
     targets = per_row(op, "positives", positives, lead, n)
     factor = 1.0
     if isinstance(scale, Tensor):
-        a = a * scale.to(a.dtype)
+        a = scaled(op, a, scale)
     else:
         factor = scale
     x, y = batched(a, lead, 2), batched(b, lead, 2)
@@ -274,8 +274,8 @@ def _named(op: str, run: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return run(*arguments)  # type: ignore[no-any-return]
     try:
         return run(*arguments)  # type: ignore[no-any-return]
-    except IndexError as error:
-        raise IndexError(str(error).replace(f"{op}: target", f"{op}: positives")) from None
+    except (IndexError, ValueError) as error:
+        raise type(error)(str(error).replace(f"{op}: target", f"{op}: positives")) from None
 
 
 class _BestProducts(torch.autograd.Function):

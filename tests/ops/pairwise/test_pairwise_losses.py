@@ -179,11 +179,12 @@ def test_both_directions_of_one_pass(isa: str, n: int, m: int, d: int) -> None:
 
 def test_contrastive_loss_of_few_numbers_and_of_none() -> None:
     a, b = rows(3, 4).requires_grad_(), rows(3, 4, seed=1)
+    wide, other = (side.detach().double().requires_grad_() for side in (a, b))
+    exact, plain = reference.contrastive_loss(wide, other, 1e4), reference.contrastive_loss(a, b, 1e4)
     loss = ops.contrastive_loss(a, b, scale=1e4)  # a scale that leaves one term of each sum
-    logits = 1e4 * a @ b.T
-    wanted = (F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))) / 2
-    torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(torch.autograd.grad(loss, a)[0], torch.autograd.grad(wanted, a)[0])
+    assert_as_accurate(loss, exact, plain)
+    of = (torch.autograd.grad(made, x)[0] for made, x in ((loss, a), (exact, wide), (plain, a)))
+    assert_as_accurate(*of)
     assert ops.contrastive_loss(a[:0], b[:0], scale=1.0).isnan() and F.cross_entropy(b[:0], torch.arange(0)).isnan()
     empty = ops.contrastive_loss(a[:0], b, scale=1.0, positives=torch.arange(0))
     assert torch.equal(torch.autograd.grad(empty, a)[0], torch.zeros(3, 4))
