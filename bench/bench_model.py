@@ -2,9 +2,9 @@
 """A whole model, SmolLM2-135M: prefill and decoding by transformers as it is, and with pycore's attention and caches.
 
 Cases exist where `python examples/smollm2.py` has put the model. All contenders share its weights and read the same
-text, sources of the standard library. Beyond its window Λ attention reads 4 sinks and 1024 tokens where the others read
-all, which is what is compared. The check is the KL divergence of a prediction from SDPA's, which the tables give: rounding
-where a contender reads the same, more where it reads less or fewer bits.
+text, sources of the standard library. Beyond its window Λ attention reads 4 sinks and 1024 tokens where the others
+read all, which is what is compared. The check is the KL divergence of a prediction from SDPA's, which the tables
+give: rounding where a contender reads the same, more where it reads less or fewer bits.
 """
 
 from __future__ import annotations
@@ -247,9 +247,11 @@ def decode_case(context: int, dtype: torch.dtype, quick: bool) -> Case:
     """One token after `context` of them."""
     contenders = {name: _decode(name, make) for name, make in ours().items()}
     contenders["transformers SDPA"] = _decode_dynamic("sdpa")
-    contenders["transformers eager"] = _decode_dynamic("eager")
-    if not quick:
+    if context <= WINDOW:
+        contenders["transformers eager"] = _decode_dynamic("eager")
+    if not quick and dtype == torch.float32:  # compiling takes minutes
         contenders["static cache, compiled"] = _decode_static
+    if not quick and context > WINDOW:
         contenders["QuantizedCache, 4 bits"] = _decode_quantized
         contenders[f"sliding layers, {WINDOW}"] = _decode_window
     name = str(dtype).removeprefix("torch.")
@@ -308,7 +310,7 @@ def prefill_case(context: int, dtype: torch.dtype) -> Case:
 
 
 def cases(options: Options) -> Iterable[Case]:
-    """A quick one of each; else what a quarter of an hour has room for."""
+    """A quick one of each; else what twenty minutes have room for."""
     if options.device != "cpu":
         return
     if not _examples().present():
