@@ -265,7 +265,7 @@ def contrastive_loss(
         lse, of_b, logit = _named(op, torch.ops.pycore.pairwise_logsumexp_both, x, y, targets, factor, op)
         losses = ((lse - logit) + (of_b.gather(-1, targets.clamp(min=0)) - logit)) / 2
     losses = torch.where(kept, losses.reshape(*lead, n), 0.0)
-    return losses.sum(-1) / kept.sum(-1)
+    return (losses.double().sum(-1) / kept.sum(-1)).to(losses.dtype)
 
 
 def _named(op: str, run: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
