@@ -272,7 +272,7 @@ def codebook(inputs: Inputs) -> list[dict[str, Any]]:
     for piece in pieces[:-held]:
         model.model(piece.unsqueeze(0), use_cache=False)
     said, coded.states = {layer: torch.cat(parts) for layer, parts in coded.states.items()}, None
-    sizes = (16,) if inputs.quick else (64, 256, 1024)
+    sizes = (16,) if inputs.quick else (32, 256)
     progress = Progress("codebook", len(sizes) * count)
     for number, codes in enumerate(sizes):
         books = {}
