@@ -248,6 +248,7 @@ x.requires_grad_(), y.requires_grad_()
 ops.linear_cross_entropy(x[:512], y, target[:512]).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 ops.linear_cross_entropy(x, y, target).backward()
+ops.contrastive_loss(x, y, scale=0.5).backward()
 with torch.no_grad():
     ops.pairwise_logsumexp(x, y)
     ops.pairwise_topk(x, y, 3)
