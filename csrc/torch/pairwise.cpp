@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor> both_cpu(const Tensor& x_any, const Tensor& y_any,
-                                            const std::optional<Tensor>& target_any, double scale, std::string op) {
+                                            const std::optional<Tensor>& target_any, double scale, Text op) {
   const char* const kOp = op.c_str();
   const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
   const std::optional<Tensor> target = dense_if(target_any, kOp, "target");
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> both_cpu(const Tensor& x_any, const Tensor& y
 std::tuple<Tensor, Tensor> both_backward_cpu(const Tensor& x_any, const Tensor& y_any,
                                              const std::optional<Tensor>& target_any, const Tensor& weights_any,
                                              const Tensor& column_weights_any, const Tensor& column_lse_any,
-                                             double scale, bool need_x, bool need_y, std::string op) {
+                                             double scale, bool need_x, bool need_y, Text op) {
   const char* const kOp = op.c_str();
   const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
   const std::optional<Tensor> target = dense_if(target_any, kOp, "target");
