@@ -128,6 +128,56 @@ def _cross_entropy(n: int, d: int, classes: int) -> Case:
     )
 
 
+def _contrastive(n: int, d: int) -> Case:
+    """Both directions of a batch, and both gradients."""
+    from pycore import ops
+
+    def whole(a: Tensor, b: Tensor) -> Tensor:
+        logits, own = 20 * (a @ b.T), torch.arange(len(a))
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    def directed(a: Tensor, b: Tensor) -> Tensor:
+        def part(rows: Tensor, all_rows: Tensor, own: Tensor) -> Tensor:
+            return F.cross_entropy(20 * (rows @ all_rows.T), own, reduction="sum")
+
+        own = torch.arange(len(a)).split(CHUNK)
+        losses = [
+            checkpoint(part, rows, y, at, use_reentrant=False)
+            for x, y in ((a, b), (b, a))
+            for rows, at in zip(x.split(CHUNK), own, strict=True)
+        ]
+        return torch.stack(losses).sum() / (2 * len(a))
+
+    def contender(loss: Callable[[Tensor, Tensor], Tensor]) -> Prepare:
+        def prepare(tensors: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+            def run() -> Outputs:
+                value = loss(*tensors)
+                return (value.detach(), *torch.autograd.grad(value, tensors))
+
+            return run
+
+        return prepare
+
+    def check(tensors: tuple[Tensor, ...]) -> Callable[[Outputs], float]:
+        expected = contender(whole)(tuple(x.detach().double().requires_grad_() for x in tensors))()
+        return lambda outputs: largest_error(outputs, expected)
+
+    return Case(
+        name=f"contrastive_loss forward and backward, {n} pairs, {d} channels",
+        group=GROUP,
+        inputs=lambda: tuple(F.normalize(x, dim=1).requires_grad_() for x in _rows((n, d), (n, d))),
+        contenders={
+            "pycore": contender(lambda a, b: ops.contrastive_loss(a, b, scale=20.0)),
+            "torch": contender(whole),
+            "torch chunked, checkpointed": contender(directed),
+        },
+        check=check,
+        tolerance=5e-5,
+        flops=6.0 * n * n * d,
+        memory=("pycore", "torch", "torch chunked, checkpointed"),
+    )
+
+
 def _faiss_there() -> bool:
     return importlib.util.find_spec("faiss") is not None
 
@@ -263,6 +313,7 @@ def cases(options: Options) -> Iterable[Case]:
     yield _cross_entropy(*((512, 576, 8192) if options.quick else (2048, 576, 49152)))
     if not options.quick:
         yield _cross_entropy(2048, 32, 151_936)  # for its memory
+    yield _contrastive(1024 if options.quick else 8192, 384)
     for rows in (1, 256):
         yield _topk(rows, 20_000 if options.quick else 200_000, 384, 10)
     yield _maxsim(8, 64 if options.quick else 512)

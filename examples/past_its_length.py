@@ -51,7 +51,7 @@ class Size:
         self.trained, self.tokens, self.chunk = (256, 512, 64) if quick else (8192, 16384, 512)
         self.windows = (32, 64) if quick else (1024, 4096)
         self.bucket = self.tokens // 16
-        self.needle_lengths = (256,) if quick else (2048,)
+        self.needle_lengths = (256,) if quick else (2048, 6144)
         self.needles = 4 if quick else 12
 
     def methods(self) -> dict[str, dict[str, Any] | None]:

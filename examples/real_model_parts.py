@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other parts of pycore do on SmolLM2-135M: three short experiments, each with a table.
+"""What other parts of pycore do on SmolLM2-135M: four short experiments, each with a table.
 
 `token`: where the time of a decoded token goes, with transformers' SDPA and with Λ attention on its cache.
 `training`: some steps of fine-tuning with torch's cross entropy and with `linear_cross_entropy`, which never makes the
 logits: the losses of both, and the memory that a step needs.
 `probabilistic`: the loss of a prompt whose attention reads a random share of its blocks, with and without sinks.
+`codebook`: the loss where what attention's heads say is one of a few codes each, in some layers or in all.
 
     python examples/smollm2.py                   # fetches the model, once
-    python examples/real_model_parts.py          # all three, a JSON under examples/out/; six minutes on two cores
+    python examples/real_model_parts.py          # all four, a JSON under examples/out/; eight minutes on two cores
     python examples/real_model_parts.py --part token
     python examples/real_model_parts.py --quick  # a random model in seconds, figures without meaning
 
@@ -32,10 +33,11 @@ from torch.nn.functional import cross_entropy, linear
 
 from pycore import ops
 from pycore.integrations.transformers import LambdaCache, register, register_probabilistic
+from pycore.nn import CodebookFeatures
 from pycore.schedules import Harmonic
 
 NAME = "real_model_parts"
-PARTS = ("token", "training", "probabilistic")
+PARTS = ("token", "training", "probabilistic", "codebook")
 SINKS, WINDOW = 4, 1024
 AGREE = 1e-4  # nats
 
@@ -211,9 +213,98 @@ def probabilistic_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# ---- codebook features -----------------------------------------------------------------------------------------------
+
+
+class Coded:
+    """What each layer's attention heads say, kept while `states` is set, and replaced by codes in layers of `books`."""
+
+    def __init__(self, model: Any) -> None:
+        """Stands before the projection of every layer's attention, where heads are still apart."""
+        self.states: dict[int, list[torch.Tensor]] | None = None
+        self.books: dict[int, CodebookFeatures] = {}
+        self.hooks = [
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, i=i: self._heads(i, args[0]))
+            for i, layer in enumerate(model.model.layers)
+        ]
+
+    def _heads(self, layer: int, said: torch.Tensor) -> tuple[torch.Tensor] | None:
+        if self.states is not None:
+            self.states.setdefault(layer, []).append(said[0])
+        if layer not in self.books:
+            return None
+        coded = self.books[layer](said)
+        return (coded[0] if isinstance(coded, tuple) else coded,)
+
+    def close(self) -> None:
+        """Leaves the model as it was."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def nearest_codes(said: torch.Tensor, heads: int, codes: int) -> CodebookFeatures:
+    """Codes of each head: the means of clusters of what it said, [tokens, heads * channels]."""
+    book = CodebookFeatures(said.shape[1], codes, num_codebooks=heads, layer_norm=False, metric="euclidean")
+    parts = said.unflatten(1, (heads, -1))
+    centers = [ops.kmeans(parts[:, head].contiguous(), codes, init="random")[0] for head in range(heads)]
+    book.codebook.data.copy_(torch.stack(centers))
+    return book.eval()
+
+
+@torch.no_grad()
+def codebook(inputs: Inputs) -> list[dict[str, Any]]:
+    """The loss of the last fifth of the text, with codes from what the heads say in the rest of it."""
+    model, heads, count = inputs.model, inputs.model.config.num_attention_heads, len(inputs.model.model.layers)
+    model.set_attn_implementation("sdpa")
+    pieces = inputs.ids[0].split(inputs.piece)
+    held = max(1, len(pieces) // 5)
+    coded = Coded(model)
+
+    def loss() -> float:
+        total = 0.0
+        for piece in pieces[-held:]:
+            hidden = model.model(piece.unsqueeze(0), use_cache=False).last_hidden_state[0]
+            total += ops.linear_cross_entropy(hidden[:-1], model.lm_head.weight, piece[1:]).item()
+        return round(total / held, 4)
+
+    rows = [{"layers": 0, "codes": 0, "nll": loss()}]
+    coded.states = {}
+    for piece in pieces[:-held]:
+        model.model(piece.unsqueeze(0), use_cache=False)
+    said, coded.states = {layer: torch.cat(parts) for layer, parts in coded.states.items()}, None
+    sizes = (16,) if inputs.quick else (32, 256)
+    progress = Progress("codebook", len(sizes) * count)
+    for number, codes in enumerate(sizes):
+        books = {}
+        for layer, states in said.items():
+            books[layer] = nearest_codes(states, heads, codes)
+            progress.update(number * count + layer + 1)
+        for layers in ([count // 2], list(range(0, count, 3)), list(range(count))):
+            coded.books = {layer: books[layer] for layer in layers}
+            rows.append({"layers": len(layers), "codes": codes, "nll": loss()})
+    coded.close()
+    return rows
+
+
+def codebook_table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown: a row for each number of codes."""
+    plain, *rest = rows
+    layers = sorted({row["layers"] for row in rest})
+    head = ["nats a token, codes a head", *(f"in {n} layer{'s' * (n > 1)}" for n in layers)]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * len(layers) + "|"]
+    for codes in sorted({row["codes"] for row in rest}):
+        found = {row["layers"]: row["nll"] for row in rest if row["codes"] == codes}
+        lines.append(f"| {codes:,} | " + " | ".join(f"{found[n]:.3f}" for n in layers) + " |")
+    return "\n".join([*lines, "| what they say itself | " + " | ".join([f"{plain['nll']:.3f}"] * len(layers)) + " |"])
+
+
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
-TABLES = {"token": token_table, "training": training_table, "probabilistic": probabilistic_table}
+TABLES = {"token": token_table, "training": training_table, "probabilistic": probabilistic_table,
+          "codebook": codebook_table}  # fmt: skip
+
+
+EXPERIMENTS = {"token": token, "training": training, "probabilistic": probabilistic, "codebook": codebook}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -238,7 +329,7 @@ def run(options: argparse.Namespace) -> int:
         result = json.loads(kept.read_text(encoding="utf-8"))
     inputs = Inputs(options.quick)
     for part in [options.part] if options.part else PARTS:
-        rows = {"token": token, "training": training, "probabilistic": probabilistic}[part](inputs)
+        rows = EXPERIMENTS[part](inputs)
         result[part] = {**facts(), "rows": rows}
         print(TABLES[part](rows) + "\n")
     write(result, stem, None)

@@ -256,6 +256,20 @@ def pairwise_logsumexp_gradients(
     ignore_index: int = -1,
     threads: int | None = None,
 ) -> tuple[Any, Any, Any, Any, Any, Any]: ...
+def pairwise_logsumexp_both(
+    x: Any, y: Any, target: Any = None, *, scale: float = 1.0, threads: int | None = None
+) -> tuple[Any, Any, Any]: ...
+def pairwise_logsumexp_both_backward(
+    x: Any,
+    y: Any,
+    target: Any,
+    weights: Any,
+    column_weights: Any,
+    column_lse: Any,
+    *,
+    scale: float = 1.0,
+    threads: int | None = None,
+) -> tuple[Any, Any]: ...
 def pairwise_topk(
     x: Any,
     y: Any,

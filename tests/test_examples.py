@@ -393,7 +393,7 @@ def test_contrastive(tmp_path: Path) -> None:
         assert 0 <= row["recall@1"] <= row["recall@5"] <= row["recall@10"] <= 1
     # The larger batch has eight times the pairs and no more memory to speak of.
     assert large["peak_mib"] < small["peak_mib"] + 50
-    assert [row["layers"] for row in written["truncations"]] == [2, 1]
+    assert [row["layers"] for row in written["truncations"]] == [3, 2, 1]
     assert all(set(row["recall@10"]) == {"48", "24"} for row in written["truncations"])
 
 
@@ -405,17 +405,35 @@ def test_contrastive_gradients_in_chunks_are_those_of_the_batch(monkeypatch: pyt
     pairs, _ = example.read_pairs(200, few=True)
     model, tokens, _ = example.small_encoder()
     loss = example.ContrastiveLoss(scale=20.0)
-    parameters = [*model.parameters(), loss.log_scale]
-    batch = pairs[:150]
-    total = example.step(model, tokens, loss, batch, 1, 24)
+    parameters = [*model.layers.parameters(), loss.log_scale]
+    texts = [example.features(model, tokens, [pair[side] for pair in pairs[:150]]) for side in (0, 1)]
+    total = example.step(model, loss, texts, 2, 24)
     mine = [parameter.grad for parameter in parameters]
-    sides = [model(*tokens([pair[side] for pair in batch]), 1) for side in (0, 1)]
+    sides = [model(*example.batch_of(side, list(range(150))), 2) for side in texts]
     whole = loss(sides[0][0], sides[1][0]) + loss(sides[0][1][:, :24], sides[1][1][:, :24])
     assert total == pytest.approx(whole.item(), rel=1e-5)
     for grad, expected in zip(mine, torch.autograd.grad(whole, parameters, allow_unused=True), strict=True):
         assert (grad is None) == (expected is None)
         if expected is not None:
             torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
+    assert all(parameter.grad is None for parameter in model.below.parameters())
+
+
+def test_contrastive_encoder_is_the_bert_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("contrastive")
+    torch.manual_seed(0)
+    bert = example._bert(
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
+    )
+    tokens, mask = example.padded([[5, 6, 7, 8], [9, 10]])
+    states = bert(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+    model = example.Encoder(bert, 1)
+    for mine, theirs in zip(model(model.lower(tokens, mask), mask, 2), (states[3], states[2]), strict=True):
+        means = torch.stack([theirs[0].mean(0), theirs[1, :2].mean(0)])
+        torch.testing.assert_close(mine, means)
 
 
 def test_contrastive_without_its_encoder(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ KERNELS = [
     "pack_equal_info",
     "pairwise_distances_at",
     "pairwise_logsumexp",
+    "pairwise_logsumexp_both",
+    "pairwise_logsumexp_both_backward",
     "pairwise_logsumexp_gradients",
     "pairwise_pairs_backward",
     "pairwise_topk",

@@ -52,6 +52,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], str]]:
         ("docs/real_model.md", "token"),
         ("docs/real_model.md", "training"),
         ("docs/real_model.md", "probabilistic"),
+        ("docs/real_model.md", "codebook"),
     ],
 )
 def test_tables(page: str, marker: str, tables: dict[str, Callable[[], str]]) -> None:

@@ -119,6 +119,19 @@ inline PairwiseLogsumexpParams pairwise_logsumexp_params(const char* op, const T
   return params;
 }
 
+// What gradients of the lse of both directions have of the columns.
+inline void pairwise_columns(const char* op, const TensorView& weights, const TensorView& lse, const TensorView& x,
+                             PairwiseLogsumexpParams* params) {
+  const auto check = [&](const char* argument, const TensorView& view) {
+    check_like(op, argument, view, x, "x");
+    pairwise_args::check_shape(op, argument, view, {params->batch, params->columns});
+  };
+  check("column_weights", weights);
+  check("column_lse", lse);
+  params->column_weights = weights.data;
+  params->column_lse = const_cast<void*>(static_cast<const void*>(lse.data));
+}
+
 inline const int64_t* pairwise_lengths(const char* op, const char* argument, const TensorView& lengths,
                                        const TensorView& x, int64_t most, IndexCopies* copies) {
   if (!lengths.defined()) return nullptr;

@@ -71,6 +71,43 @@ py::tuple gradients(py::object x, py::object y, py::object y_bias, py::object ta
   return py::make_tuple(lse.object, of_target.object, sum.object, grad_x.object, grad_y.object, grad_bias.object);
 }
 
+py::tuple both(py::object x, py::object y, py::object target, double scale, py::object threads) {
+  constexpr const char* kOp = "pairwise_logsumexp_both";
+  const Array x_array = input(x, kOp, "x"), y_array = input(y, kOp, "y");
+  const Array targets = small_input(target, kOp, "target", 0, true);
+  IndexCopies copies;
+  PairwiseLogsumexpParams params = pairwise_logsumexp_params(kOp, x_array.view, y_array.view, TensorView{},
+                                                             targets.view, TensorView{}, false, scale, 0, -1, &copies);
+  const Array lse = new_result(params.dtype, {params.batch, params.rows}, kOp, "lse");
+  const Array column_lse = new_result(params.dtype, {params.batch, params.columns}, kOp, "column_lse");
+  const Array of_target = new_result(params.dtype, {params.batch, params.rows}, kOp, "target_logit");
+  params.lse = lse.view.data;
+  params.column_lse = column_lse.view.data;
+  params.target_logit = of_target.view.data;
+  run(kOp, params, threads);
+  return py::make_tuple(lse.object, column_lse.object, params.target ? of_target.object : py::none());
+}
+
+py::tuple both_backward(py::object x, py::object y, py::object target, py::object weights, py::object column_weights,
+                        py::object column_lse, double scale, py::object threads) {
+  constexpr const char* kOp = "pairwise_logsumexp_both_backward";
+  const Array x_array = input(x, kOp, "x"), y_array = input(y, kOp, "y"), of_rows = input(weights, kOp, "weights");
+  const Array of_columns = input(column_weights, kOp, "column_weights"), lses = input(column_lse, kOp, "column_lse");
+  const Array targets = small_input(target, kOp, "target", 0, true);
+  IndexCopies copies;
+  PairwiseLogsumexpParams params = pairwise_logsumexp_params(kOp, x_array.view, y_array.view, TensorView{},
+                                                             targets.view, of_rows.view, false, scale, 0, -1, &copies);
+  pairwise_columns(kOp, of_columns.view, lses.view, x_array.view, &params);
+  const Array lse = new_result(params.dtype, {params.batch, params.rows}, kOp, "lse");
+  const Array grad_x = new_result(params.dtype, {params.batch, params.rows, params.dim}, kOp, "grad_x");
+  const Array grad_y = new_result(params.dtype, {params.batch, params.columns, params.dim}, kOp, "grad_y");
+  params.lse = lse.view.data;
+  params.grad_x = grad_x.view.data;
+  params.grad_y = grad_y.view.data;
+  run(kOp, params, threads);
+  return py::make_tuple(grad_x.object, grad_y.object);
+}
+
 py::tuple topk(py::object x, py::object y, py::object k, bool euclidean, py::object x_lengths, py::object y_lengths,
                py::object threads) {
   constexpr const char* kOp = "pairwise_topk";
@@ -163,6 +200,16 @@ constexpr const char* kGradientsDoc = R"(The same with gradients: see csrc/inclu
 weights [batch, rows, 4]: the gradient of logit z is (w0 + w1 lse) e^(z - lse) + w2 [column is target] + w3. Returns (lse,
 target logits, logit sums, grad_x, grad_y, grad_bias), where grad_x and grad_y are those of products.)";
 
+constexpr const char* kBothDoc = R"(Log-sum-exp of the rows and of the columns of scale times products, in one pass.
+
+x [batch, rows, D], y [batch, columns, D], target [batch, rows] int64 (-1: none) or None. Returns (lse [batch, rows],
+column_lse [batch, columns], logits of target [batch, rows] or None).)";
+
+constexpr const char* kBothBackwardDoc = R"(The gradients of the same: see csrc/include/pycore/pairwise/pairwise.h.
+
+weights [batch, rows, 4] as in pairwise_logsumexp_gradients; column_weights and column_lse [batch, columns]. Returns
+(grad_x, grad_y).)";
+
 constexpr const char* kTopkDoc = R"(The best k rows of y for each row of x: see pycore.ops.pairwise_topk.
 
 x [batch, rows, D], y [batch, columns, D], lengths [batch] or None. Returns (scores, indices), each [batch, rows, k].)";
@@ -187,6 +234,11 @@ void register_pairwise(py::module_& m) {
   m.def("pairwise_logsumexp_gradients", &gradients, kGradientsDoc, py::arg("x"), py::arg("y"), py::arg("y_bias"),
         py::arg("target"), py::arg("weights"), py::kw_only(), py::arg("euclidean") = false, py::arg("scale") = 1.0,
         py::arg("softcap") = 0.0, py::arg("ignore_index") = -1, py::arg("threads") = none);
+  m.def("pairwise_logsumexp_both", &both, kBothDoc, py::arg("x"), py::arg("y"), py::arg("target") = none, py::kw_only(),
+        py::arg("scale") = 1.0, py::arg("threads") = none);
+  m.def("pairwise_logsumexp_both_backward", &both_backward, kBothBackwardDoc, py::arg("x"), py::arg("y"),
+        py::arg("target"), py::arg("weights"), py::arg("column_weights"), py::arg("column_lse"), py::kw_only(),
+        py::arg("scale") = 1.0, py::arg("threads") = none);
   m.def("pairwise_topk", &topk, kTopkDoc, py::arg("x"), py::arg("y"), py::arg("k"), py::kw_only(),
         py::arg("euclidean") = false, py::arg("x_lengths") = none, py::arg("y_lengths") = none,
         py::arg("threads") = none);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pycore.{pairwise_logsumexp, pairwise_logsumexp_gradients, pairwise_topk, pairwise_distances_at,
+// torch.ops.pycore.{pairwise_logsumexp, pairwise_logsumexp_gradients, pairwise_logsumexp_both,
+// pairwise_logsumexp_both_backward, pairwise_topk, pairwise_distances_at,
 // pairwise_pairs_backward, hamming_topk}: schema, validation, allocation.
 #include <torch/csrc/stable/library.h>
 
@@ -94,6 +95,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_cpu(
   return {lse, of_target, sum, grad_x, grad_y, grad_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor> both_cpu(const Tensor& x_any, const Tensor& y_any,
+                                            const std::optional<Tensor>& target_any, double scale, Text op) {
+  const char* const kOp = op.c_str();
+  const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
+  const std::optional<Tensor> target = dense_if(target_any, kOp, "target");
+  IndexCopies copies;
+  PairwiseLogsumexpParams params =
+      pairwise_logsumexp_params(kOp, view(x, kOp, "x"), view(y, kOp, "y"), TensorView{}, view(target, kOp, "target"),
+                                TensorView{}, false, scale, 0, -1, &copies);
+  const Tensor lse = result_if(true, kOp, "lse", x, {params.batch, params.rows});
+  const Tensor column_lse = result_if(true, kOp, "column_lse", x, {params.batch, params.columns});
+  const Tensor of_target = result_if(target.has_value(), kOp, "target_logit", x, {params.batch, params.rows});
+  params.lse = lse.mutable_data_ptr();
+  params.column_lse = column_lse.mutable_data_ptr();
+  if (target.has_value()) params.target_logit = of_target.mutable_data_ptr();
+  run(kOp, x, params);
+  return {lse, column_lse, of_target};
+}
+
+std::tuple<Tensor, Tensor> both_backward_cpu(const Tensor& x_any, const Tensor& y_any,
+                                             const std::optional<Tensor>& target_any, const Tensor& weights_any,
+                                             const Tensor& column_weights_any, const Tensor& column_lse_any,
+                                             double scale, bool need_x, bool need_y, Text op) {
+  const char* const kOp = op.c_str();
+  const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
+  const std::optional<Tensor> target = dense_if(target_any, kOp, "target");
+  const Tensor weights = dense(weights_any, kOp, "weights");
+  const Tensor column_weights = dense(column_weights_any, kOp, "column_weights");
+  const Tensor column_lse = dense(column_lse_any, kOp, "column_lse");
+  IndexCopies copies;
+  const TensorView x_view = view(x, kOp, "x");
+  PairwiseLogsumexpParams params =
+      pairwise_logsumexp_params(kOp, x_view, view(y, kOp, "y"), TensorView{}, view(target, kOp, "target"),
+                                view(weights, kOp, "weights"), false, scale, 0, -1, &copies);
+  pairwise_columns(kOp, view(column_weights, kOp, "column_weights"), view(column_lse, kOp, "column_lse"), x_view,
+                   &params);
+  const Tensor lse = result_if(true, kOp, "lse", x, {params.batch, params.rows});
+  const Tensor grad_x = result_if(need_x, kOp, "grad_x", x, {params.batch, params.rows, params.dim});
+  const Tensor grad_y = result_if(need_y, kOp, "grad_y", x, {params.batch, params.columns, params.dim});
+  params.lse = lse.mutable_data_ptr();
+  if (need_x) params.grad_x = grad_x.mutable_data_ptr();
+  if (need_y) params.grad_y = grad_y.mutable_data_ptr();
+  run(kOp, x, params);
+  return {grad_x, grad_y};
+}
+
 std::tuple<Tensor, Tensor> topk_cpu(const Tensor& x_any, const Tensor& y_any, int64_t k, bool euclidean,
                                     const std::optional<Tensor>& x_lengths_any,
                                     const std::optional<Tensor>& y_lengths_any, Text op) {
@@ -177,6 +224,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
       "bool euclidean, float scale, float softcap, SymInt ignore_index, bool need_x, bool need_y, bool need_bias, str "
       "op) -> (Tensor lse, "
       "Tensor target_logit, Tensor logit_sum, Tensor grad_x, Tensor grad_y, Tensor grad_bias)");
+  // The log-sum-exp of rows and of columns, in one pass.
+  m.def(
+      "pairwise_logsumexp_both(Tensor x, Tensor y, Tensor? target, float scale, str op) -> (Tensor lse, Tensor "
+      "column_lse, Tensor target_logit)");
+  m.def(
+      "pairwise_logsumexp_both_backward(Tensor x, Tensor y, Tensor? target, Tensor weights, Tensor column_weights, "
+      "Tensor column_lse, float scale, bool need_x, bool need_y, str op) -> (Tensor grad_x, Tensor grad_y)");
   m.def(
       "pairwise_topk(Tensor x, Tensor y, SymInt k, bool euclidean, Tensor? x_lengths, Tensor? y_lengths, str op) -> "
       "(Tensor scores, Tensor indices)");
@@ -190,6 +244,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
   m.impl("pairwise_logsumexp", TORCH_BOX(&logsumexp_cpu));
   m.impl("pairwise_logsumexp_gradients", TORCH_BOX(&gradients_cpu));
+  m.impl("pairwise_logsumexp_both", TORCH_BOX(&both_cpu));
+  m.impl("pairwise_logsumexp_both_backward", TORCH_BOX(&both_backward_cpu));
   m.impl("pairwise_topk", TORCH_BOX(&topk_cpu));
   m.impl("pairwise_distances_at", TORCH_BOX(&distances_at_cpu));
   m.impl("pairwise_pairs_backward", TORCH_BOX(&pairs_backward_cpu));

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pycore._checks import check_str
 from pycore._load import load_ops
-from pycore._tensors import check_devices, check_tensor
+from pycore._tensors import check_devices, check_tensor, short_name
 from pycore.ops._autograd import no_second_derivative, register_derivatives
 
 load_ops()
@@ -83,6 +83,15 @@ def per_row(op: str, name: str, values: Tensor, lead: tuple[int, ...], count: in
     return expanded.reshape(math.prod(lead), count)
 
 
+def scaled(op: str, x: Tensor, scale: Tensor) -> Tensor:
+    """Rows times a tensor of no dimensions, which may have a gradient."""
+    if scale.dtype.is_complex or scale.dtype == torch.bool:
+        raise ValueError(f"{op}: scale has dtype {short_name(scale.dtype)} and must have float32")
+    if scale.device != x.device and scale.device.type != "cpu":  # torch takes one number from the CPU anywhere
+        raise ValueError(f"{op}: scale is on {scale.device} and must be on {x.device}, where the rows are")
+    return x * scale.to(x.dtype)
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """Rows over their length, zeros stay: every row by itself, in one order of summation.
 
@@ -126,6 +135,21 @@ def _gradients_fake(
         x.new_empty(shape), x.new_empty(shape), x.new_empty(shape), _empty_if(need_x, x, *x.shape),
         _empty_if(need_y, x, *y.shape), _empty_if(need_bias, x, *y.shape[:2]),
     )  # fmt: skip
+
+
+@torch.library.register_fake("pycore::pairwise_logsumexp_both")
+def _both_fake(x: Tensor, y: Tensor, target: Tensor | None, scale: float, op: str) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices(op, x=x, y=y, target=target)
+    return x.new_empty(x.shape[:2]), x.new_empty(y.shape[:2]), _empty_if(target is not None, x, *x.shape[:2])
+
+
+@torch.library.register_fake("pycore::pairwise_logsumexp_both_backward")
+def _both_backward_fake(
+    x: Tensor, y: Tensor, target: Tensor | None, weights: Tensor, column_weights: Tensor, column_lse: Tensor,
+    scale: float, need_x: bool, need_y: bool, op: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_devices(op, x=x, y=y, target=target, weights=weights, column_weights=column_weights, column_lse=column_lse)
+    return _empty_if(need_x, x, *x.shape), _empty_if(need_y, x, *y.shape)
 
 
 @torch.library.register_fake("pycore::pairwise_topk")
@@ -192,6 +216,26 @@ def _logsumexp_backward(ctx: Any, grad: Tensor, grad_target: Tensor, grad_sum: T
     )  # fmt: skip
 
 
+def _both_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, target, ctx.scale, ctx.op = inputs
+    ctx.save_for_backward(x, y, target, output[0], output[1])
+
+
+def _both_backward(
+    ctx: Any, grad: Tensor | None, grad_columns: Tensor | None, grad_target: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, y, target, lse, column_lse = ctx.saved_tensors
+    nothing = torch.zeros_like(lse)
+    of_target = nothing if target is None or grad_target is None else grad_target
+    weights = torch.stack([nothing if grad is None else grad, nothing, of_target, nothing], -1)
+    of_columns = torch.zeros_like(column_lse) if grad_columns is None else grad_columns
+    need_x, need_y = ctx.needs_input_grad[:2]
+    grad_x, grad_y = torch.ops.pycore.pairwise_logsumexp_both_backward(
+        x, y, target, weights, of_columns, column_lse, ctx.scale, need_x, need_y, ctx.op
+    )
+    return grad_x if need_x else None, grad_y if need_y else None, None, None, None
+
+
 def _no_tangents(op: str) -> Callable[..., Any]:
     def refuse(inputs: Sequence[Any], tangents: list[Tensor | None], output: Any) -> Any:
         raise NotImplementedError(f"{op}: forward-mode derivatives are not available")
@@ -230,11 +274,13 @@ def _distances_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register_derivatives("pairwise_logsumexp", _logsumexp_backward, _logsumexp_setup, _no_tangents("pairwise_logsumexp"))
+register_derivatives("pairwise_logsumexp_both", _both_backward, _both_setup, _no_tangents("contrastive_loss"))
 register_derivatives("pairwise_topk", _topk_backward, _topk_setup, _no_tangents("pairwise_topk"))
 register_derivatives(
     "pairwise_distances_at", _distances_backward, _distances_setup, _no_tangents("pairwise_distances_at")
 )
 no_second_derivative("pairwise_logsumexp_gradients", lambda inputs: str(inputs[-1]))
+no_second_derivative("pairwise_logsumexp_both_backward", lambda inputs: str(inputs[-1]))
 no_second_derivative("pairwise_pairs_backward", lambda inputs: "pairwise_topk")
 
 
@@ -264,7 +310,7 @@ def _register_vmap(name: str) -> None:
 
 
 for _name in (
-    "pairwise_logsumexp", "pairwise_logsumexp_gradients", "pairwise_topk", "pairwise_distances_at",
-    "pairwise_pairs_backward", "hamming_topk",
+    "pairwise_logsumexp", "pairwise_logsumexp_gradients", "pairwise_logsumexp_both", "pairwise_logsumexp_both_backward",
+    "pairwise_topk", "pairwise_distances_at", "pairwise_pairs_backward", "hamming_topk",
 ):  # fmt: skip
     _register_vmap(_name)

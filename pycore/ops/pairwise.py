@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pycore._checks import check_int, check_number
-from pycore._tensors import as_index, check_tensor
-from pycore.ops._pairwise import batched, check_score, lead_of, per_row, unit_rows, widened
+from pycore._tensors import as_index, check_tensor, short_name
+from pycore.ops._pairwise import batched, check_score, lead_of, per_row, scaled, unit_rows, widened
 
 __all__ = ["pairwise_logsumexp", "pairwise_min", "pairwise_topk"]
 
@@ -53,12 +53,15 @@ def pairwise_logsumexp(
     check_score(op, score)
     for name, tensor in (("x_bias", x_bias), ("y_bias", y_bias), ("target", target)):
         check_tensor(op, name, tensor, optional=True)
+        if tensor is not None and tensor.dtype.is_complex:
+            wanted = "int64" if name == "target" else "float32"
+            raise ValueError(f"{op}: {name} has dtype {short_name(tensor.dtype)} and must have {wanted}")
     x, y = widened(op, x=x, y=y)
     lead, n, m = lead_of(op, x, y), x.shape[-2], y.shape[-2]
     if score == "cosine":
         x, y = unit_rows(x), unit_rows(y)
     if isinstance(scale, Tensor) and scale.dim() == 0 and score != "euclidean":
-        x, scale = x * scale.to(x.dtype), 1.0
+        x, scale = scaled(op, x, scale), 1.0
     factor = check_number(op, "scale", scale)
     y_rows = None if y_bias is None else per_row(op, "y_bias", y_bias.to(y.dtype), lead, m)
     targets = None if target is None else per_row(op, "target", as_index(target), lead, n)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pycore._checks import check_bool, check_int, check_number, check_str
 from pycore._tensors import as_index, check_tensor
-from pycore.ops._pairwise import batched, widened
-from pycore.ops.pairwise import pairwise_logsumexp
+from pycore.ops._pairwise import batched, lead_of, per_row, scaled, widened
 
 __all__ = ["contrastive_loss", "linear_cross_entropy", "maxsim"]
 
@@ -249,22 +248,34 @@ def contrastive_loss(
         raise ValueError(f"{op}: positives has shape {list(positives.shape)} and must be [..., {n}], one for each of a")
     positives = as_index(positives)
     kept = positives != -1
-    lse, logit = _with_positives(a, b, scale, positives)
-    losses = torch.where(kept, lse - logit, 0.0)
-    if symmetric:
-        of_b = pairwise_logsumexp(b, a, scale=scale)
-        index = positives.clamp(min=0).expand(losses.shape)
-        losses = (losses + torch.where(kept, of_b.expand(*losses.shape[:-1], m).gather(-1, index) - logit, 0.0)) / 2
-    return losses.sum(-1) / kept.sum(-1)
+    lead = lead_of(op, a, b)
+    targets = per_row(op, "positives", positives, lead, n)
+    factor = 1.0
+    if isinstance(scale, Tensor):
+        a = scaled(op, a, scale)
+    else:
+        factor = scale
+    x, y = batched(a, lead, 2), batched(b, lead, 2)
+    if not symmetric:
+        lse, logit, _ = _named(
+            op, torch.ops.pycore.pairwise_logsumexp, x, y, None, targets, False, factor, 0.0, -1, False, op
+        )
+        losses = lse - logit
+    else:
+        lse, of_b, logit = _named(op, torch.ops.pycore.pairwise_logsumexp_both, x, y, targets, factor, op)
+        losses = ((lse - logit) + (of_b.gather(-1, targets.clamp(min=0)) - logit)) / 2
+    losses = torch.where(kept, losses.reshape(*lead, n), 0.0)
+    return (losses.double().sum(-1) / kept.sum(-1)).to(losses.dtype)
 
 
-def _with_positives(a: Tensor, b: Tensor, scale: float | Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+def _named(op: str, run: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op calls positives target."""
     if torch.compiler.is_compiling():
-        return pairwise_logsumexp(a, b, scale=scale, target=positives)
+        return run(*arguments)  # type: ignore[no-any-return]
     try:
-        return pairwise_logsumexp(a, b, scale=scale, target=positives)
-    except IndexError as error:
-        raise IndexError(str(error).replace("pairwise_logsumexp: target", "contrastive_loss: positives")) from None
+        return run(*arguments)  # type: ignore[no-any-return]
+    except (IndexError, ValueError) as error:
+        raise type(error)(str(error).replace(f"{op}: target", f"{op}: positives")) from None
 
 
 class _BestProducts(torch.autograd.Function):

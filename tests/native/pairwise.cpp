@@ -49,6 +49,9 @@ struct Results {
         grad_x(s.batch * s.rows * s.dim),
         grad_y(s.batch * s.columns * s.dim),
         grad_bias(s.batch * s.columns),
+        column_lse(s.batch * s.columns),
+        both_x(s.batch * s.rows * s.dim),
+        both_y(s.batch * s.columns * s.dim),
         scores(s.batch * s.rows * k),
         pairs_x(s.batch * s.rows * s.dim),
         pairs_y(s.batch * s.columns * s.dim),
@@ -61,12 +64,15 @@ struct Results {
     f(grad_x, other.grad_x);
     f(grad_y, other.grad_y);
     f(grad_bias, other.grad_bias);
+    f(column_lse, other.column_lse);
+    f(both_x, other.both_x);
+    f(both_y, other.both_y);
     f(scores, other.scores);
     f(pairs_x, other.pairs_x);
     f(pairs_y, other.pairs_y);
   }
   int64_t k;
-  Buffer<float> lse, target, sum, grad_x, grad_y, grad_bias, scores, pairs_x, pairs_y;
+  Buffer<float> lse, target, sum, grad_x, grad_y, grad_bias, column_lse, both_x, both_y, scores, pairs_x, pairs_y;
   Buffer<int64_t> indices;
 };
 
@@ -101,6 +107,25 @@ void logsumexp(const Shape& s, const Inputs& in, bool euclidean, const Parallel&
   }
   const Scratch scratch(pairwise_logsumexp_scratch(params, parallel.threads));
   failures += !pairwise_logsumexp(params, parallel, scratch.data).ok();
+}
+
+// Rows and columns in one pass, and the gradients of both.
+void both(const Shape& s, const Inputs& in, const Parallel& parallel, Results* out) {
+  pycore::PairwiseLogsumexpParams params;
+  fill(s, in, false, &params);
+  const Buffer<float> lse(s.batch * s.rows), target(s.batch * s.rows);
+  params.target = in.target.data.get();
+  params.lse = lse.data.get();
+  params.target_logit = target.data.get();
+  params.column_lse = out->column_lse.data.get();
+  const Scratch scratch(pairwise_logsumexp_scratch(params, parallel.threads));
+  failures += !pairwise_logsumexp(params, parallel, scratch.data).ok();
+  params.weights = in.weights.data.get();
+  params.column_weights = in.bias.data.get();
+  params.grad_x = out->both_x.data.get();
+  params.grad_y = out->both_y.data.get();
+  const Scratch more(pairwise_logsumexp_scratch(params, parallel.threads));
+  failures += !pairwise_logsumexp(params, parallel, more.data).ok();
 }
 
 void topk(const Shape& s, const Inputs& in, bool euclidean, const Parallel& parallel, Results* out) {
@@ -155,11 +180,14 @@ int main() {
       pycore::set_cpu_isa(pycore::CpuIsa::kScalar);
       Results expected(s, k);
       logsumexp(s, in, euclidean, threads(1), true, &expected);
+      both(s, in, threads(1), &expected);
       if (k > 0) topk(s, in, euclidean, threads(1), &expected);
       pycore::set_cpu_isa(isa);
       Results one(s, k), three(s, k), plain(s, k);
       logsumexp(s, in, euclidean, threads(1), true, &one);
       logsumexp(s, in, euclidean, threads(3), true, &three);
+      both(s, in, threads(1), &one);
+      both(s, in, threads(3), &three);
       logsumexp(s, in, euclidean, threads(3), false, &plain);
       if (k > 0) {
         topk(s, in, euclidean, threads(1), &one);

@@ -13,9 +13,11 @@
 #include "scores.inl.h"
 
 void pairwise_gradient(void* memory, int64_t count, double lse, const double* weights, int64_t target, double scale,
-                       double softcap, void* bias_memory) {
+                       double softcap, const void* weights_of_columns, const void* lse_of_columns, void* bias_memory) {
   float* const row = static_cast<float*>(memory);
   float* const bias = static_cast<float*>(bias_memory);
+  const float* const column_weights = static_cast<const float*>(weights_of_columns);
+  const float* const column_lse = static_cast<const float*>(lse_of_columns);
   const float low = static_cast<float>(lse);
   const Vec from = Vec::broadcast(low), power = Vec::broadcast(kLog2E);
   const Vec weight = Vec::broadcast(static_cast<float>(weights[0])),
@@ -30,6 +32,11 @@ void pairwise_gradient(void* memory, int64_t count, double lse, const double* we
     if (c == at) {
       const Vec more = g + Vec::broadcast(static_cast<float>(weights[1]));
       g = more.select(uint64_t{1} << (target - at), g);
+    }
+    if (column_weights) {
+      const int64_t here = smaller(Vec::kWidth, count - c);
+      const Vec e = ((z - load_lanes(column_lse + c, here)) * power).exp2();
+      g = Vec::fma(load_lanes(column_weights + c, here), e, g);
     }
     if (softcap > 0) {
       const Vec t = z * cap;

@@ -36,10 +36,12 @@ struct PairwiseKernels {
   // The largest logit, and the sum of e^(z - largest).
   void (*reduce)(const void* row, int64_t count, void* largest, void* sum);
   void (*total)(const void* row, int64_t count, void* sum);
-  // Logits of a row in place -> g dz scale, with g = weight e^(z - lse) + w3, and w2 more at `target` (-1: none). bias
-  // [kSegmentStride] += g dz.
+  // The same of every column, over at most kPairwiseRows rows kSegmentStride apart: [count] each, whole vectors.
+  void (*reduce_columns)(const void* logits, int64_t rows, int64_t count, void* largest, void* sum);
+  // Logits of a row in place -> g dz scale, with g = weight e^(z - lse) + w3, and w2 more at `target` (-1: none), and
+  // column_weights e^(z - column_lse) unless they are null. bias [kSegmentStride] += g dz.
   void (*gradient)(void* row, int64_t count, double lse, const double* weights, int64_t target, double scale,
-                   double softcap, void* bias);
+                   double softcap, const void* column_weights, const void* column_lse, void* bias);
   // grad_y[column][d] += sum over rows, at most kPairwiseRows, of g[row][column] x[row][d].
   void (*columns_product)(const PairwiseParams& params, int64_t batch, Range rows, int64_t columns, const void* g,
                           void* out);

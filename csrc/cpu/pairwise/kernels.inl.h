@@ -11,16 +11,7 @@ namespace {
 #include "select.inl.h"
 }  // namespace
 
-const PairwiseKernels pairwise_float = {sizeof(PairwiseScratch),
-                                        pairwise_scores,
-                                        pairwise_bounds,
-                                        pairwise_next,
-                                        pairwise_logits,
-                                        pairwise_reduce,
-                                        pairwise_total,
-                                        pairwise_gradient,
-                                        pairwise_columns_product,
-                                        pairwise_rows_product,
-                                        pairwise_select,
-                                        pairwise_distance,
-                                        hamming_rows};
+const PairwiseKernels pairwise_float = {
+    sizeof(PairwiseScratch), pairwise_scores, pairwise_bounds,         pairwise_next,     pairwise_logits,
+    pairwise_reduce,         pairwise_total,  pairwise_reduce_columns, pairwise_gradient, pairwise_columns_product,
+    pairwise_rows_product,   pairwise_select, pairwise_distance,       hamming_rows};

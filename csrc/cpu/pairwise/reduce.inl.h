@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A segment of a row: from scores to logits, and their sum of exponentials.
+// A segment of a row: from scores to logits, and their sum of exponentials; and those of columns.
 #pragma once
 
 #include <cstdint>
@@ -47,4 +47,22 @@ void pairwise_total(const void* memory, int64_t count, void* sum) {
     return load_lanes(row + c, smaller(Vec::kWidth, count - c));
   });
   *static_cast<float*>(sum) = by_lane.total();
+}
+
+void pairwise_reduce_columns(const void* memory, int64_t rows, int64_t count, void* largest, void* sum) {
+  const float* const logits = static_cast<const float*>(memory);
+  constexpr float kLargest = 0x1.fffffep127f;
+  const Vec none = Vec::broadcast(-kInfinity), factor = Vec::broadcast(kLog2E);
+  for (int64_t c = 0; c < count; c += Vec::kWidth) {
+    Vec most = none;
+    for (int64_t r = 0; r < rows; ++r) most = Vec::max(Vec::load(logits + r * kSegmentStride + c), most);
+    // -inf - -inf would be none; NaN stays out of the maximum, and is in the sum.
+    const Vec from = Vec::max(most, Vec::broadcast(-kLargest));
+    Vec total = Vec::zero();
+    for (int64_t r = 0; r < rows; ++r) {
+      total = total + ((Vec::load(logits + r * kSegmentStride + c) - from) * factor).exp2();
+    }
+    most.store(static_cast<float*>(largest) + c);
+    total.store(static_cast<float*>(sum) + c);
+  }
 }

@@ -69,8 +69,24 @@ void total(const void* memory, int64_t count, void* sum) {
 }
 
 template <class T>
+void reduce_columns(const void* memory, int64_t rows, int64_t count, void* largest, void* sum) {
+  const T* const logits = static_cast<const T*>(memory);
+  for (int64_t c = 0; c < count; ++c) {
+    T most = -kInfinity<T>;
+    for (int64_t r = 0; r < rows; ++r) most = std::max(most, logits[r * kSegmentStride + c]);
+    const T from = most == -kInfinity<T> ? T(0) : most;
+    double total = 0;
+    for (int64_t r = 0; r < rows; ++r) total += std::exp(logits[r * kSegmentStride + c] - from);
+    static_cast<T*>(largest)[c] = most;
+    static_cast<T*>(sum)[c] = static_cast<T>(total);
+  }
+}
+
+template <class T>
 void gradient(void* memory, int64_t count, double lse, const double* weights, int64_t target, double scale,
-              double softcap, void* bias_memory) {
+              double softcap, const void* weights_of_columns, const void* lse_of_columns, void* bias_memory) {
+  const T* const column_weights = static_cast<const T*>(weights_of_columns);
+  const T* const column_lse = static_cast<const T*>(lse_of_columns);
   T* const row = static_cast<T*>(memory);
   T* const bias = static_cast<T*>(bias_memory);
   const T from = static_cast<T>(lse), cap = static_cast<T>(softcap);
@@ -79,6 +95,7 @@ void gradient(void* memory, int64_t count, double lse, const double* weights, in
     T g = static_cast<T>(weights[2]);
     if (from != -kInfinity<T>) g = std::fma(static_cast<T>(weights[0]), std::exp(z - from), g);
     if (c == target) g += static_cast<T>(weights[1]);
+    if (column_weights) g = std::fma(column_weights[c], std::exp(z - column_lse[c]), g);
     if (cap > 0) g *= std::fma(-(z / cap), z / cap, T(1));
     bias[c] += g;
     row[c] = g * static_cast<T>(scale);
@@ -143,8 +160,10 @@ void distance(const void* x, const void* y, int64_t dim, void* out) {
 
 template <class T>
 constexpr PairwiseKernels table() {
-  return {0,           scores<T>,          nullptr,         nullptr,   logits<T>,   reduce<T>,   total<T>,
-          gradient<T>, columns_product<T>, rows_product<T>, select<T>, distance<T>, hamming_rows};
+  return {0,           scores<T>,          nullptr,         nullptr,
+          logits<T>,   reduce<T>,          total<T>,        reduce_columns<T>,
+          gradient<T>, columns_product<T>, rows_product<T>, select<T>,
+          distance<T>, hamming_rows};
 }
 
 }  // namespace

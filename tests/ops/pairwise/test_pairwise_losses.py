@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import subprocess
 import sys
@@ -145,6 +146,52 @@ def test_contrastive_loss(isa: str, symmetric: bool) -> None:
     torch.testing.assert_close(shuffled, plain)
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 3), (96, 16, 8), (97, 17, 300), (1700, 1025, 5), (40, 2100, 24)])
+def test_both_directions_of_one_pass(isa: str, n: int, m: int, d: int) -> None:
+    """Rows have the bits of a pass of their own; columns, blocks of rows merged, the accuracy of one and fixed bits."""
+    x, y = rows(1, n, d).requires_grad_(), rows(1, m, d, seed=1).requires_grad_()
+    target = torch.arange(n).unsqueeze(0) * 7 % (m + 1) - 1
+    grads = rows(1, n, seed=2), rows(1, m, seed=3), rows(1, n, seed=4)
+
+    def run() -> tuple[Tensor, ...]:
+        made = torch.ops.pycore.pairwise_logsumexp_both(x, y, target, 0.5, "op")
+        return *made, *torch.autograd.grad(made, (x, y), grads)
+
+    def of(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        logits = 0.5 * x @ y.mT
+        logit = torch.where(target < 0, 0.0, logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1))
+        made = logits.logsumexp(2), logits.logsumexp(1), logit
+        return *made, *torch.autograd.grad(made, (x, y), [grad.to(x.dtype) for grad in grads])
+
+    made = run()
+    alone = torch.ops.pycore.pairwise_logsumexp(x, y, None, target, False, 0.5, 0.0, -1, False, "op")
+    assert torch.equal(made[0], alone[0]) and torch.equal(made[2], alone[1])
+    exact = of(*(side.detach().double().requires_grad_() for side in (x, y)))
+    for mine, wanted, plain in zip(made, exact, of(x, y), strict=True):
+        assert_as_accurate(mine, wanted, plain)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 3)
+        assert all(map(torch.equal, run(), made))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_contrastive_loss_of_few_numbers_and_of_none() -> None:
+    a, b = rows(3, 4).requires_grad_(), rows(3, 4, seed=1)
+    wide, other = (side.detach().double().requires_grad_() for side in (a, b))
+    exact, plain = reference.contrastive_loss(wide, other, 1e4), reference.contrastive_loss(a, b, 1e4)
+    loss = ops.contrastive_loss(a, b, scale=1e4)  # a scale that leaves one term of each sum
+    assert_as_accurate(loss, exact, plain)
+    of = (torch.autograd.grad(made, x)[0] for made, x in ((loss, a), (exact, wide), (plain, a)))
+    assert_as_accurate(*of)
+    assert ops.contrastive_loss(a[:0], b[:0], scale=1.0).isnan() and F.cross_entropy(b[:0], torch.arange(0)).isnan()
+    empty = ops.contrastive_loss(a[:0], b, scale=1.0, positives=torch.arange(0))
+    assert torch.equal(torch.autograd.grad(empty, a)[0], torch.zeros(3, 4))
+    for bad in (math.nan, math.inf):
+        assert not ops.contrastive_loss(torch.full((3, 4), bad), b, scale=1.0).isfinite()
+
+
 def test_contrastive_loss_gradients() -> None:
     a, b = (rows(5, 3, seed=i).double().requires_grad_() for i in range(2))
     scale = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
@@ -201,6 +248,7 @@ x.requires_grad_(), y.requires_grad_()
 ops.linear_cross_entropy(x[:512], y, target[:512]).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 ops.linear_cross_entropy(x, y, target).backward()
+ops.contrastive_loss(x, y, scale=0.5).backward()
 with torch.no_grad():
     ops.pairwise_logsumexp(x, y)
     ops.pairwise_topk(x, y, 3)

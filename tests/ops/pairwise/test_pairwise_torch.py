@@ -28,6 +28,10 @@ SAMPLES = [
     (kernels.pairwise_logsumexp, (X.double(), leaf(Y.double()), None, TARGET, False, 1.0, 0.0, -1, False, OP)),
     (kernels.pairwise_logsumexp_gradients,
      (X, Y, BIAS, TARGET, torch.randn(2, 7, 4), False, 0.7, 0.0, -1, True, False, True, OP)),
+    (kernels.pairwise_logsumexp_both, (leaf(X), leaf(Y), TARGET, 0.7, "contrastive_loss")),
+    (kernels.pairwise_logsumexp_both, (X, leaf(Y), None, 0.7, "contrastive_loss")),
+    (kernels.pairwise_logsumexp_both_backward,
+     (X, Y, TARGET, torch.randn(2, 7, 4), torch.randn(2, 9), torch.randn(2, 9), 0.7, True, False, "contrastive_loss")),
     (kernels.pairwise_topk, (leaf(X), leaf(Y), 3, False, None, torch.tensor([9, 2]), "pairwise_topk")),
     (kernels.pairwise_topk, (leaf(X), leaf(Y), 2, True, torch.tensor([7, 0]), None, "pairwise_topk")),
     (kernels.pairwise_distances_at, (leaf(X), leaf(Y), INDICES)),
@@ -84,6 +88,7 @@ def test_vmap() -> None:
         lambda x, y: ops.pairwise_min(x, y)[1],
         lambda x, y: ops.maxsim(x, y),
         lambda x, y: ops.linear_cross_entropy(x, y, torch.arange(7)),
+        lambda x, y: ops.contrastive_loss(x, y, scale=0.5, positives=torch.arange(7)),
     ]
     for case in cases:
         together = torch.vmap(case)(X, Y)
@@ -111,6 +116,12 @@ def test_second_derivatives_are_refused() -> None:
     (grad,) = torch.autograd.grad(ops.pairwise_logsumexp(x, Y).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="^pairwise_logsumexp: second derivatives are not available$"):
         grad.sum().backward()
+    (grad,) = torch.autograd.grad(ops.contrastive_loss(x, Y + 0 * x.sum(), scale=0.5, positives=TARGET), x,
+                                  torch.ones(2), create_graph=True)  # fmt: skip
+    with pytest.raises(NotImplementedError, match="^contrastive_loss: second derivatives are not available$"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="^contrastive_loss: forward-mode derivatives are not available$"):
+        torch.func.jvp(lambda x: ops.contrastive_loss(x, X[:, :7], scale=0.5), (X,), (X,))
     with pytest.raises(NotImplementedError, match="^pairwise_logsumexp: forward-mode derivatives are not available$"):
         torch.func.jvp(lambda x: ops.pairwise_logsumexp(x, Y), (X,), (X,))
 
@@ -152,6 +163,16 @@ def test_native_gives_the_same(dtype: type, threads: int) -> None:
         ),
         kernels.pairwise_logsumexp_gradients(
             *tensors, TARGET, torch.from_numpy(weights), True, -0.5, 0.0, -1, True, True, True, OP
+        ),
+    )
+    mine = native.pairwise_logsumexp_both(x, y, TARGET.numpy(), scale=0.5, threads=threads)
+    same(mine, kernels.pairwise_logsumexp_both(*tensors[:2], TARGET, 0.5, OP))
+    same(
+        native.pairwise_logsumexp_both_backward(
+            x, y, TARGET.numpy(), weights, bias, mine[1], scale=0.5, threads=threads
+        ),
+        kernels.pairwise_logsumexp_both_backward(
+            *tensors[:2], TARGET, torch.from_numpy(weights), tensors[2], torch.from_numpy(mine[1]), 0.5, True, True, OP
         ),
     )
     for euclidean in (False, True):

@@ -14,6 +14,10 @@
 // grad_y[j] the same over i, in blocks of kPairwiseRows. For distances these are the products alone, and the faces'
 // callers add what is missing: d/dx of s is 2 (x - y).
 //
+// The lse of a column, over rows: blocks of kPairwiseRows rows, each with its maximum and a chain of e^(z - m) over
+// rows ascending; blocks merge in order, in float64. With weights v of columns too, g has v[j] e^(z - column_lse[j])
+// more.
+//
 // So a row has the same bits whatever it is computed with, and vectors of eight and sixteen floats agree.
 #pragma once
 
@@ -56,11 +60,15 @@ struct PairwiseLogsumexpParams : PairwiseParams {
   void* lse = nullptr;              // [batch, rows], contiguous, as the next two
   void* target_logit = nullptr;     // 0 where there is no target; may be null
   void* logit_sum = nullptr;        // may be null
+  // [batch, columns], contiguous, or null: lse over rows, written without weights and read with column_weights. Without
+  // weights nothing but lse and target_logit is made beside it.
+  void* column_lse = nullptr;
   // Gradients, if weights are given.
-  const void* weights = nullptr;  // [batch, rows, 4], contiguous
-  void* grad_x = nullptr;         // [batch, rows, dim], contiguous; each of the three may be null
-  void* grad_y = nullptr;         // [batch, columns, dim]
-  void* grad_bias = nullptr;      // [batch, columns]
+  const void* weights = nullptr;         // [batch, rows, 4], contiguous
+  const void* column_weights = nullptr;  // [batch, columns], contiguous; may be null
+  void* grad_x = nullptr;                // [batch, rows, dim], contiguous; each of the three may be null
+  void* grad_y = nullptr;                // [batch, columns, dim]
+  void* grad_bias = nullptr;             // [batch, columns]
 };
 
 // Rows that hold a NaN or an infinity, or whose scores are none: the lowest of each.
