@@ -99,7 +99,8 @@ def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         },
         {
             "claim": f"they are better than RoPE at every longer length: {found['none'][longer[0]]:.2f} and "
-            f"{rope[longer[0]]:.2f} of {LENGTHS[longer[0]]} letters, {found['none'][-1]:.2f} and {rope[-1]:.2f} of {last}",
+            f"{rope[longer[0]]:.2f} of {LENGTHS[longer[0]]} letters, {found['none'][-1]:.2f} and "
+            f"{rope[-1]:.2f} of {last}",
             "holds": above("rope"),
         },
         {
