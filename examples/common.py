@@ -133,8 +133,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def write(result: dict[str, Any], stem: Path, plot: Callable[[Path], None] | None) -> None:
-    """Writes STEM.json, and STEM.png unless there is nothing to plot with."""
+def write(result: dict[str, Any], stem: Path, plot: Callable[[Path], None] | None, *, quiet: bool = False) -> None:
+    """Writes STEM.json, and STEM.png unless there is nothing to plot with; says so unless it is to be quiet."""
     try:
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
         stem.with_suffix(".json").write_text(text, encoding="utf-8")
@@ -142,7 +142,8 @@ def write(result: dict[str, Any], stem: Path, plot: Callable[[Path], None] | Non
             plot(stem.with_suffix(".png"))
     except OSError as error:
         raise UserError(f"--out {stem.parent} cannot be written to: {error.strerror}") from error
-    print(f"written: {stem}.json" + ("" if plot is None else " and .png"))
+    if not quiet:
+        print(f"written: {stem}.json" + ("" if plot is None else " and .png"))
 
 
 def run_main(name: str, run: Callable[[], int]) -> int:

@@ -68,7 +68,7 @@ class NgramTable:
         rank = torch.arange(len(code)) - (of_pair.cumsum(0) - of_pair)[where]
         order = order[rank < SLOTS]
         rows = torch.stack([code // base // base, code // base % base, code % base], 1)[order]
-        table._add(rows, (count * UNIT // total[where]).clamp(min=1)[order])
+        table.add(rows, (count * UNIT // total[where]).clamp(min=1)[order])
         return table
 
     def update(self, tokens: Sequence[int] | Tensor, weight: float = 0.04) -> None:
@@ -77,13 +77,34 @@ class NgramTable:
         if not 0 <= weight <= 3:
             raise ValueError(f"NgramTable.update: weight is {weight} and must be 0 to 3")
         rows = _trigrams(tokens)
-        self._add(rows, torch.full((len(rows),), round(weight * UNIT)))
+        self.add(rows, torch.full((len(rows),), round(weight * UNIT)))
+
+    def add(self, rows: Tensor, weights: Tensor) -> None:
+        """Adds weights, in 1/65536, to the scores of trigrams ``[rows, 3]``, see :func:`pycore.ops.ngram_update`."""
+        # Room first, if the rows may need it: a table is never more than three quarters full.
+        if 4 * (self.pairs + len(rows)) > 3 * len(self._arrays[0]):
+            new = len(torch.cat([self._arrays[0], rows[:, 0] << 31 | rows[:, 1]]).unique())
+            if 4 * new > 3 * len(self._arrays[0]):
+                keys, successors, scores = self._sorted()
+                self._allocate(2 * new)
+                held = successors >= 0
+                first, second = _tokens_of(keys[:, None].expand_as(held)[held])
+                old = torch.stack([first, second, successors[held].long()], 1)
+                ops.ngram_update(*self._arrays, old, scores[held].long())
+        fresh, left_out = ops.ngram_update(*self._arrays, rows, weights).tolist()
+        assert left_out == 0
+        self.pairs += fresh
 
     def lookup(self, first: int, second: int) -> tuple[list[int], list[float]]:
         """Successors of the pair and their probabilities, the likeliest first."""
         found, probs = ops.ngram_lookup(*self._arrays, torch.tensor([[first, second]]))
         count = int((found >= 0).sum())
         return found[0, :count].tolist(), probs[0, :count].tolist()
+
+    def successors(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of many pairs ``[rows, 2]``: successors ``[rows, 12]``, -1 behind the last, and scores in 1/65536."""
+        found, probs = ops.ngram_lookup(*self._arrays, pairs)
+        return found, (probs * UNIT).long()
 
     def draft(self, first: int, second: int, *, nodes: int = 24, depth: int = 8) -> tuple[list[int], list[int]]:
         """Tokens and parents of a tree of continuations, see :func:`pycore.ops.ngram_draft`."""
@@ -140,7 +161,7 @@ class NgramTable:
             raise BitstreamError("NgramTable.load: path has pairs with no or too many successors")
         rows = torch.stack([*_tokens_of(keys.repeat_interleave(of_pair)), rest[:count]], 1)
         try:
-            table._add(rows, rest[count:])
+            table.add(rows, rest[count:])
         except ValueError as error:
             raise BitstreamError(f"NgramTable.load: path has a row that none has: {error}") from error
         return table
@@ -159,21 +180,6 @@ class NgramTable:
         keys, successors, scores = self._arrays
         order = keys.argsort()[int((keys < 0).sum()) :]
         return keys[order], successors[order], scores[order]
-
-    def _add(self, rows: Tensor, weights: Tensor) -> None:
-        """Room first, if the rows may need it: a table is never more than three quarters full."""
-        if 4 * (self.pairs + len(rows)) > 3 * len(self._arrays[0]):
-            new = len(torch.cat([self._arrays[0], rows[:, 0] << 31 | rows[:, 1]]).unique())
-            if 4 * new > 3 * len(self._arrays[0]):
-                keys, successors, scores = self._sorted()
-                self._allocate(2 * new)
-                held = successors >= 0
-                first, second = _tokens_of(keys[:, None].expand_as(held)[held])
-                old = torch.stack([first, second, successors[held].long()], 1)
-                ops.ngram_update(*self._arrays, old, scores[held].long())
-        fresh, left_out = ops.ngram_update(*self._arrays, rows, weights).tolist()
-        assert left_out == 0
-        self.pairs += fresh
 
 
 def _tokens_of(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,8 +259,9 @@ def generate(
         if chain:
             choice, gap = logits.argmax(-1).tolist(), [math.inf] * len(logits)
         else:
-            best, place = logits.topk(2)
-            choice, gap = place[:, 0].tolist(), (best[:, 0] - best[:, 1]).tolist()
+            best, place = logits.max(-1)
+            second = logits.scatter(1, place[:, None], -math.inf).max(-1).values
+            choice, gap = place.tolist(), (best - second).tolist()
         children = {(parent + 1, token): n for n, (token, parent) in enumerate(zip(tokens, parents, strict=True), 1)}
         path, new = [0], []
         while gap[path[-1]] >= margin:

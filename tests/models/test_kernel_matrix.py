@@ -26,11 +26,20 @@ from pycore.models.codec_audio import synthetic_vowels
 from pycore.models.codec_file import pack, unpack
 from pycore.models.draft import NgramTable, generate
 from pycore.models.language import ByteModel, shipped
+from pycore.models.language_ngram import NgramByteModel
 from pycore.models.language_staircase import StaircaseByteModel
 from pycore.models.lmzip import compress, decompress
 from pycore.models.memory import BottleneckClassifier, codebook_loss, learn_codebooks, with_codebooks
 from pycore.schedules import Lambda, Probabilistic
-from tests.models.test_models_kernels import FORBIDDEN, MATRIX, TEXT, Called, sink_dropped, wrong_linear
+from tests.models.test_models_kernels import (
+    FORBIDDEN,
+    MATRIX,
+    TEXT,
+    Called,
+    packed_with_counts,
+    sink_dropped,
+    wrong_linear,
+)
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("arithmetic_coding", "attention", "linear", "ngram", "pairwise", "staircase", "vq")
@@ -214,16 +223,14 @@ def test_the_kernels_of_a_model(name: str) -> None:
 
 
 def test_every_family_is_in_more_than_one_model() -> None:
-    """But for `ngram`, which is the drafter's: a table without a model to verify what it proposes has no other use."""
     users: dict[str, set[str]] = {family: set() for family in FAMILIES}
     for name in MATRIX | MORE:
         for op in called(name):
             if op.startswith("pycore::"):
                 users[FAMILY[op.removeprefix("pycore::")]].add(re.split(r"[ ,]", name)[0])
-    assert users.pop("ngram") == {"draft"}
     assert all(len(models) >= 2 for models in users.values()), users
     assert users["staircase"] >= {"bytelm", "lmzip", "codec"} and users["vq"] >= {"codec", "memory"}
-    assert users["attention"] >= {"bytelm", "lmzip", "draft", "codec"}
+    assert users["attention"] >= {"bytelm", "lmzip", "draft", "codec"} and users["ngram"] == {"draft", "lmzip"}
 
 
 def test_streams_are_the_native_coders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +325,12 @@ def text_comes_back() -> None:
     assert decompress(packed_on_staircase(), on_staircase()) == TEXT
 
 
+def counts_come_back() -> None:
+    """The text's own counts, by which it was packed one chunk at a time, give it back a byte at a time."""
+    model = NgramByteModel(shipped())
+    assert decompress(packed_with_counts(), model) == TEXT
+
+
 def drafts_are_accepted() -> None:
     drafted = generate(shipped(), list(TEXT), 20, NgramTable.build([list(TEXT)]), nodes=8)
     assert drafted.forwards <= 14
@@ -336,6 +349,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "memory, classes": classes_are_told_apart,
     "memory, heads": heads_mean_what_they_say,
     "lmzip on a staircase": text_comes_back,
+    "lmzip with counts": counts_come_back,
     "draft": drafts_are_accepted,
     "bytelm's loss": lambda: loss_is_that_of_the_logits(bytelm(), (TOKENS[:, :-1],), TOKENS[:, 1:]),
     "codec's loss": lambda: loss_is_that_of_the_logits(codec().code_model, (codes()[None],), codes()),
@@ -353,6 +367,7 @@ MUTATIONS: list[tuple[str, str, Callable[..., Any]]] = [
     ("memory, heads", "vq_encode", next_code),
     ("memory, heads", "pairwise_topk", next_row),
     ("lmzip on a staircase", "staircase_attention", one_row_bent),
+    ("lmzip with counts", "ngram_lookup", wrong_successor),
     ("draft", "ngram_draft", wrong_successor),
     ("bytelm's loss", "pairwise_logsumexp", lambda out, *_: (out[0] + 0.01, *out[1:])),
     ("codec's loss", "pairwise_logsumexp", lambda out, *_: (out[0] + 0.01, *out[1:])),

@@ -327,4 +327,4 @@ def golden() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    (ROOT / "tests" / "golden" / "lmzip.json").write_text(json.dumps(golden(), indent=1) + "\n")
+    (ROOT / "tests" / "golden" / "lmzip.json").write_text(json.dumps(GOLDEN | golden(), indent=1) + "\n")

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pycore import BitstreamError, ops
 from pycore.models.draft import NgramTable, generate
 from pycore.models.language import ByteModel, shipped
+from pycore.models.language_ngram import NgramByteModel
 from pycore.models.lmzip import compress, decompress
 from pycore.schedules import Lambda
 
@@ -47,6 +48,16 @@ def packed() -> bytes:
     return compress(TEXT)
 
 
+@functools.cache
+def with_counts() -> NgramByteModel:
+    return NgramByteModel(shipped())
+
+
+@functools.cache
+def packed_with_counts() -> bytes:
+    return compress(TEXT, with_counts())
+
+
 def run_draft() -> Any:
     return generate(shipped(), list(TEXT), 20, NgramTable.build([list(TEXT)]), nodes=8)
 
@@ -60,6 +71,14 @@ BODY, STEP, CHUNK = {"invariant_linear", "rms_norm"}, {"attention_append"}, {"la
 MATRIX: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "lmzip compress": (lambda: compress(TEXT), BODY | CHUNK | {"quantize_cdf"}),
     "lmzip decompress": (run_decompress, BODY | STEP | {"quantize_cdf"}),
+    "lmzip compress with counts": (
+        lambda: compress(TEXT, with_counts()),
+        BODY | CHUNK | {"quantize_cdf", "ngram_lookup", "ngram_update"},
+    ),
+    "lmzip decompress with counts": (
+        lambda: decompress(packed_with_counts(), with_counts()),
+        BODY | STEP | {"quantize_cdf", "ngram_lookup", "ngram_update"},
+    ),
     "draft": (run_draft, BODY | CHUNK | {"ngram_update", "ngram_draft"}),
 }
 
@@ -67,8 +86,8 @@ MATRIX: dict[str, tuple[Callable[[], Any], set[str]]] = {
 @pytest.mark.parametrize("name", MATRIX)
 def test_the_kernels_of_a_model(name: str) -> None:
     run, expected = MATRIX[name]
-    shipped()
     packed()
+    packed_with_counts()
     with Called() as called:
         run()
     own = {x.removeprefix("pycore::") for x in called.names if x.startswith("pycore::")}

@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 
 from pycore.cache.staircase_cache import Staircase
+from pycore.models.language import shipped
+from pycore.models.language_ngram import NgramByteModel
 from pycore.models.lmzip.container import Model, Progress, compress, decompress
 from pycore.models.tokens import load_tokens
 
 __all__ = ["main"]
 
 SUFFIX = ".pclz"
+NGRAMS = ("ngram", "bytelm+ngram")
 # Where examples/smollm2.py puts the model of that name.
 SMOLLM2 = Path(__file__).resolve().parents[3] / "build" / "smollm2"
 
@@ -42,6 +45,8 @@ def _output(command: str, source: str) -> str:
 
 def _model(name: str, staircase: bool) -> Model | None:
     """What --model names; None for the byte model that comes with pycore."""
+    if name in NGRAMS and not staircase:
+        return NgramByteModel(shipped() if name == "bytelm+ngram" else None)
     path = SMOLLM2 if name == "smollm2" else Path(name)
     if name == "smollm2" and not (path / "model.safetensors").is_file():
         raise ValueError(
@@ -64,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--model", default="bytelm", metavar="NAME",
-        help="bytelm, which comes with pycore (default); smollm2, which examples/smollm2.py fetches; the path of a "
-        "checkpoint of a Bytelm, or the folder of a Llama in the form of transformers",
+        help="bytelm, which comes with pycore (default); bytelm+ngram, mixed with counts of the text itself: denser, "
+        "slower; ngram, the counts alone; smollm2, which examples/smollm2.py fetches; the path of a checkpoint of a "
+        "Bytelm, or the folder of a Llama in the form of transformers",
     )  # fmt: skip
     parser.add_argument("--segment", type=int, help="tokens that are read one after another; more are denser, slower")
     parser.add_argument(

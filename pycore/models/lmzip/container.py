@@ -14,7 +14,7 @@ from pycore import BitstreamError
 from pycore._checks import check_bytes, check_int
 from pycore.models.bytelm import Bytelm
 from pycore.models.language import ByteModel, LanguageModel, load_bytelm, shipped
-from pycore.models.lmzip.segments import decode, encode, framed
+from pycore.models.lmzip.segments import decode, encode, framed, trim
 from pycore.models.tokens import load_tokens
 
 __all__ = ["HEADER", "Model", "Progress", "compress", "decompress"]
@@ -66,6 +66,7 @@ def compress(
     for at in range(0, len(segments), batch):
         tell = partial(_tell, progress, at * segment, len(tokens))
         payloads += encode(language, segments[at : at + batch], chunk, tell)
+        trim()
     method, fingerprint = CODED, language.fingerprint
     sizes = [len(payload) for payload in payloads]
     for at, own in enumerate(segments):
@@ -154,6 +155,7 @@ def _decoded(
         for n, row in zip(group, rows, strict=True):
             payloads[n] = language.text(row)
             done += len(row)
+        trim()
     return b"".join(payloads)
 
 
