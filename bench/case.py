@@ -74,9 +74,12 @@ def stems() -> list[str]:
 
 
 def load(stem: str, options: Options, only: str = "") -> list[Case]:
-    """The cases of a benchmark module: those whose name contains `only`, or all of them if it is bench_<only>."""
-    cases = importlib.import_module(f"bench.{stem}").cases(options)
-    return [case for case in cases if only in case.name or stem == f"bench_{only}"]
+    """The cases of a benchmark module: all if it is bench_<only>, none if another is, else those named so in part."""
+    if f"bench_{only}" in stems():
+        if stem != f"bench_{only}":
+            return []
+        only = ""
+    return [case for case in importlib.import_module(f"bench.{stem}").cases(options) if only in case.name]
 
 
 def largest_error(outputs: Outputs, reference: Outputs) -> float:
