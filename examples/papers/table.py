@@ -86,7 +86,7 @@ ELSEWHERE = {
         ("examples/past_its_length.py", "the same of a real model"),
     ),
     15: (("examples/equal_info.py", "bytes a token of each rule, and a second model on the tokens"),),
-    18: (("examples/contrastive.py", "the same of a pretrained encoder"),),
+    18: (("examples/contrastive.py", "the same with batches of 64 and of 4,096"),),
     20: (
         ("examples/probabilistic.py", "bits per byte against the share of blocks that take part"),
         ("examples/kv_staircase.py", "bytes of the cache against what it costs a model"),
