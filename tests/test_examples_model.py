@@ -206,9 +206,8 @@ def test_real_model_parts(tmp_path: Path) -> None:
     assert dense["density"] == 1 and len(drawn) == 4 and drawn[0]["density"] == drawn[1]["density"] < 1
     assert drawn[0]["nll"] != drawn[1]["nll"] != dense["nll"]
     plain, *coded = written["codebook"]["rows"]
-    assert [row["layers"] for row in coded] == [1, 1, 2] and coded[-1]["nll"] != plain["nll"] == pytest.approx(
-        5.5, abs=1
-    )
+    assert [row["layers"] for row in coded] == [1, 1, 2]
+    assert coded[-1]["nll"] != plain["nll"] > 5  # untrained
 
 
 def test_real_model_parts_are_joined(tmp_path: Path) -> None:
