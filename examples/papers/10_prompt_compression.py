@@ -40,11 +40,9 @@ Reader = tuple[Callable[[Tensor], Tensor], Callable[[str], list[int]]]
 
 def prompt(run: Run) -> tuple[list[str], list[bool], str, str]:
     """Words, which of them matter, the beginning of a sentence that asks, and the code that answers."""
-    words: list[str] = []
-    matter: list[bool] = []
+    words, matter, question, answer = list[str](), list[bool](), "", ""
     order, colors, things = run.permutation(SENTENCES), run.permutation(len(COLORS)), run.permutation(len(THINGS))
     asked = int(run.integers(FACTS, 1))
-    question = answer = ""
     for kind in order.tolist():
         color, thing = COLORS[int(colors[kind])], THINGS[int(things[kind])]
         number = str(int(run.integers(900, 1)) + 100)
@@ -125,9 +123,8 @@ def taught(run: Run) -> Callable[[list[str]], list[float]]:
 def experiment(run: Run) -> dict[str, float]:
     """The share of codes that are right, from whole prompts and from what each rule keeps."""
     read, scores = reader(run.quick), taught(run)
-    prompts = [prompt(run) for _ in range(run.pick(24, 2))]
     hits: dict[str, list[bool]] = {}
-    for words, _, question, answer in prompts:
+    for words, _, question, answer in [prompt(run) for _ in range(run.pick(24, 2))]:
         hits.setdefault("whole", []).append(right(read, words, question, answer))
         rules = {
             "encoder": scores(words),
@@ -145,23 +142,13 @@ def experiment(run: Run) -> dict[str, float]:
 
 def checks(f: Figures) -> list[tuple[bool, str]]:
     """By share of the words that stay."""
-
-    def all_of(share: str) -> str:
-        return (
-            f"codes right with {share} of the words: {f[f'encoder, {share} kept']:.2f} chosen by the encoder, "
-            f"{f[f'surprise, {share} kept']:.2f} by surprise, {f[f'random, {share} kept']:.2f} at random"
-        )
-
-    return [
-        *(
-            (f.above(f"encoder, {share} kept", f"surprise, {share} kept"), all_of(share))
-            for share in (f"{share:.0%}" for share in SHARES)
-        ),
-        (
-            f["encoder, 50% kept"] > 0.9 * f["whole"],
-            f"half the words, chosen by the encoder, give up to a tenth less than the whole prompt: {f['whole']:.2f}",
-        ),
-    ]
+    found = []
+    for share in (f"{share:.0%}" for share in SHARES):
+        names = [f"{rule}, {share} kept" for rule in ("encoder", "surprise", "random")]
+        text = "codes right with {} of the words: {:.2f} chosen by the encoder, {:.2f} by surprise, {:.2f} at random"
+        found.append((f.above(*names[:2]), text.format(share, *(f[name] for name in names))))
+    text = f"half the words, chosen by the encoder, give up to a tenth less than the whole prompt: {f['whole']:.2f}"
+    return [*found, (f["encoder, 50% kept"] > 0.9 * f["whole"], text)]
 
 
 if __name__ == "__main__":

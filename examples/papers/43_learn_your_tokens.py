@@ -25,8 +25,7 @@ PAPER = Paper(
     " and 1 blocks of width 64, against 4 blocks on the same bytes; 1,000 steps of 12; whole next words right, of all"
     " and of those that come less than 1,000 times in the 3 MB",
 )
-WORDS, CANVAS, PAD, POOL = 24, 8, 256, 257
-COUNT, STEPS, RARE = 12, 1000, 1000
+WORDS, CANVAS, PAD, POOL, COUNT, STEPS, RARE = 24, 8, 256, 257, 12, 1000, 1000
 
 
 def shape(layers: int) -> BytelmConfig:
@@ -39,10 +38,8 @@ class Words:
 
     def __init__(self, data: bytes) -> None:
         found = [word[:CANVAS] for word in re.findall(rb" +|\n\s*|\w+|[^\w\s]", data)]
-        self.bytes = torch.frombuffer(
-            bytearray(b"".join(word.ljust(CANVAS, b"\0") for word in found)), dtype=torch.uint8
-        )
-        self.bytes = self.bytes.view(-1, CANVAS).long()
+        joined = bytearray(b"".join(word.ljust(CANVAS, b"\0") for word in found))
+        self.bytes = torch.frombuffer(joined, dtype=torch.uint8).view(-1, CANVAS).long()
         self.lengths = torch.tensor([len(word) for word in found])
         self.bytes[torch.arange(CANVAS) >= self.lengths[:, None]] = PAD
 
