@@ -21,8 +21,8 @@ from bench.memory import ENVIRONMENT
     [
         decode_case((16, 8, 4, 2), 600),
         binds_case((16, 8, 4), 600, KV_HEADS),
-        peers_case(600, 8),
-        peers_case(600, 4),
+        peers_case(600, 8, 2),
+        peers_case(600, 4, 2),
         append_case(576),
     ],
     ids=lambda case: case.name,
@@ -41,7 +41,7 @@ def test_what_is_not_installed_is_named_and_left_out() -> None:
         present = staircase_peers.available(bits)
         assert (f"onnxruntime int{bits}" in present) == (not {"onnxruntime", "onnx"} & {*absent})
         assert ("OpenVINO u8" in present) == (bits == 8 and "openvino" not in absent)
-        assert {*present} <= {*peers_case(600, bits).contenders}
+        assert {*present} <= {*peers_case(600, bits, 2).contenders}
 
 
 def test_bytes() -> None:

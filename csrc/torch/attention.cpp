@@ -33,10 +33,9 @@ using OptionalTensor = std::optional<Tensor>;
   Tensor query, Tensor key, Tensor value, OptionalTensor rope_cos, OptionalTensor rope_sin,                           \
       OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor sink_logits,                          \
       OptionalTensor key_starts, OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths, \
-      OptionalTensor schedule_tensor, OptionalTensor dropout_seed, OptionalTensor block_bias, std::string op,         \
-      std::string schedule, std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit,             \
-      std::optional<double> scale, double softcap, double dropout_p, int64_t key_ring, bool symmetric_bias,           \
-      OptionalTensor numbers
+      OptionalTensor schedule_tensor, OptionalTensor dropout_seed, OptionalTensor block_bias, Text op, Text schedule, \
+      std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit, std::optional<double> scale,      \
+      double softcap, double dropout_p, int64_t key_ring, bool symmetric_bias, OptionalTensor numbers
 #define PYCORE_NAMES                                                                                                  \
   query, key, value, rope_cos, rope_sin, distance_bias, alibi_slopes, sink_logits, key_starts, key_lengths,           \
       key_offset, query_lengths, schedule_tensor, dropout_seed, block_bias, op, schedule, schedule_args, interleaved, \
@@ -116,7 +115,7 @@ ScalarType sum_type(const AttentionParams& params) {
 }
 
 // With lse_pair, lse is [2, batch, heads, query length]: rounded, and what that left out.
-std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair, std::string key_layout) {
+std::tuple<Tensor, Tensor> forward(PYCORE_PARAMETERS, bool lse_pair, Text key_layout) {
   PYCORE_ARRANGE;
   const FixedFloats fixed;  // for the default scale, the checks and the launches
   AttentionArgs args = attention_args(PYCORE_NAMES);

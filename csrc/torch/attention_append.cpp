@@ -23,9 +23,9 @@ using OptionalTensor = std::optional<Tensor>;
 std::tuple<Tensor, Tensor> append_and_attend(
     Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor lengths, OptionalTensor starts,
     OptionalTensor rope_cos, OptionalTensor rope_sin, OptionalTensor distance_bias, OptionalTensor alibi_slopes,
-    OptionalTensor sink_logits, std::string append_op, std::string op, std::string schedule,
-    std::vector<int64_t> schedule_args, bool interleaved, int64_t distance_limit, std::optional<double> scale,
-    double softcap, int64_t sink_size, int64_t key_ring, int64_t most, OptionalTensor numbers) {
+    OptionalTensor sink_logits, Text append_op, Text op, Text schedule, std::vector<int64_t> schedule_args,
+    bool interleaved, int64_t distance_limit, std::optional<double> scale, double softcap, int64_t sink_size,
+    int64_t key_ring, int64_t most, OptionalTensor numbers) {
   const FixedFloats fixed;  // for the default scale and the checks
   const char* const first = append_op.c_str();
   const char* const second = op.c_str();

@@ -45,10 +45,10 @@ Tensor device_family(const Tensor& like, int32_t device, BlockFamily family, dou
 
 std::tuple<Tensor, Tensor> draw(Tensor seed, Tensor round, OptionalTensor probabilities, OptionalTensor key_starts,
                                 OptionalTensor key_lengths, OptionalTensor key_offset, OptionalTensor query_lengths,
-                                std::string op, std::string family_name, double parameter, std::string pattern,
-                                std::string correction, int64_t batch, int64_t heads, int64_t query_length,
-                                int64_t key_length, int64_t block_size, int64_t sink_size, int64_t window_blocks,
-                                int64_t blocks_per_row, bool wide, OptionalTensor numbers) {
+                                Text op, Text family_name, double parameter, Text pattern, Text correction,
+                                int64_t batch, int64_t heads, int64_t query_length, int64_t key_length,
+                                int64_t block_size, int64_t sink_size, int64_t window_blocks, int64_t blocks_per_row,
+                                bool wide, OptionalTensor numbers) {
   const FixedFloats fixed;  // for the launches
   const char* name = op.c_str();
   probabilities = last_contiguous(probabilities, op, "distance_probs");

@@ -15,7 +15,7 @@ namespace {
 using torch::stable::Tensor;
 
 void append(Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor key, Tensor value,
-            std::optional<Tensor> starts, int64_t sink_size, int64_t most, std::string op) {
+            std::optional<Tensor> starts, int64_t sink_size, int64_t most, Text op) {
   const char* const name = op.c_str();
   key = last_contiguous(key, name, "key");
   value = last_contiguous(value, name, "value");

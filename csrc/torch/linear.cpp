@@ -192,12 +192,12 @@ std::tuple<Tensor, Tensor> silu_mul_backward_cpu(const Tensor& grad_out, const T
   return gated_gradients("silu_mul_backward", Gate::kSilu, grad_out, gate, up, need_gate, need_up);
 }
 
-Tensor gelu_mul_cpu(const Tensor& gate, const Tensor& up, std::string approximate) {
+Tensor gelu_mul_cpu(const Tensor& gate, const Tensor& up, Text approximate) {
   return gated("gelu_mul", gelu_gate("gelu_mul", approximate), gate, up);
 }
 
 std::tuple<Tensor, Tensor> gelu_mul_backward_cpu(const Tensor& grad_out, const Tensor& gate, const Tensor& up,
-                                                 std::string approximate, bool need_gate, bool need_up) {
+                                                 Text approximate, bool need_gate, bool need_up) {
   constexpr const char* kOp = "gelu_mul_backward";
   return gated_gradients(kOp, gelu_gate(kOp, approximate), grad_out, gate, up, need_gate, need_up);
 }

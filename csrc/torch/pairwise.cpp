@@ -45,7 +45,7 @@ void run(const char* op, const Tensor& like, const PairwiseLogsumexpParams& para
 std::tuple<Tensor, Tensor, Tensor> logsumexp_cpu(const Tensor& x_any, const Tensor& y_any,
                                                  const std::optional<Tensor>& bias_any,
                                                  const std::optional<Tensor>& target_any, bool euclidean, double scale,
-                                                 double softcap, int64_t ignore_index, bool need_sum, std::string op) {
+                                                 double softcap, int64_t ignore_index, bool need_sum, Text op) {
   const char* const kOp = op.c_str();
   const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
   const std::optional<Tensor> bias = last_contiguous(bias_any, kOp, "y_bias");
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> logsumexp_cpu(const Tensor& x_any, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_cpu(
     const Tensor& x_any, const Tensor& y_any, const std::optional<Tensor>& bias_any,
     const std::optional<Tensor>& target_any, const Tensor& weights_any, bool euclidean, double scale, double softcap,
-    int64_t ignore_index, bool need_x, bool need_y, bool need_bias, std::string op) {
+    int64_t ignore_index, bool need_x, bool need_y, bool need_bias, Text op) {
   const char* const kOp = op.c_str();
   const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
   const std::optional<Tensor> bias = last_contiguous(bias_any, kOp, "y_bias");
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_cpu(
 
 std::tuple<Tensor, Tensor> topk_cpu(const Tensor& x_any, const Tensor& y_any, int64_t k, bool euclidean,
                                     const std::optional<Tensor>& x_lengths_any,
-                                    const std::optional<Tensor>& y_lengths_any, std::string op) {
+                                    const std::optional<Tensor>& y_lengths_any, Text op) {
   const char* const kOp = op.c_str();
   const Tensor x = last_contiguous(x_any, kOp, "x"), y = last_contiguous(y_any, kOp, "y");
   const std::optional<Tensor> x_lengths = dense_if(x_lengths_any, kOp, "x_lengths");

@@ -16,7 +16,7 @@ namespace {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& x_any, int64_t bits, int64_t group_size, int64_t dim,
-                                                    std::string grid) {
+                                                    Text grid) {
   constexpr const char* kOp = "staircase_quantize";
   const Tensor x = last_contiguous(x_any, kOp, "x");
   const TensorView x_view = view(x, kOp, "x");
@@ -39,8 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& x_any, int64_t
 }
 
 Tensor dequantize(const Tensor& codes_any, const Tensor& lo_any, const Tensor& hi_any,
-                  const std::optional<Tensor>& centers_any, int64_t bits, int64_t group_size, int64_t dim,
-                  std::string grid) {
+                  const std::optional<Tensor>& centers_any, int64_t bits, int64_t group_size, int64_t dim, Text grid) {
   constexpr const char* kOp = "staircase_dequantize";
   const Tensor codes = dense(codes_any, kOp, "codes"), lo = dense(lo_any, kOp, "lo"), hi = dense(hi_any, kOp, "hi");
   std::optional<Tensor> centers;

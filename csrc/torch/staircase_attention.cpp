@@ -21,7 +21,7 @@ using OptionalTensor = std::optional<Tensor>;
 std::tuple<Tensor, Tensor> attend(Tensor query, std::vector<Tensor> key_storage, std::vector<Tensor> value_storage,
                                   Tensor ends, OptionalTensor distance_bias, OptionalTensor sink_logits,
                                   std::vector<int64_t> key_bits, std::vector<int64_t> value_bits, int64_t sink_size,
-                                  int64_t step, int64_t group_size, std::string grid, std::string schedule,
+                                  int64_t step, int64_t group_size, Text grid, Text schedule,
                                   std::vector<int64_t> schedule_args, double scale, double softcap) {
   constexpr const char* kOp = "staircase_attention";
   query = last_contiguous(query, kOp, "query");

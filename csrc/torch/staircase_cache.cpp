@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 
 void append(std::vector<Tensor> key_storage, std::vector<Tensor> value_storage, Tensor lengths, Tensor key,
             Tensor value, std::optional<Tensor> starts, std::vector<int64_t> key_bits, std::vector<int64_t> value_bits,
-            int64_t sink_size, int64_t step, int64_t group_size, std::string grid) {
+            int64_t sink_size, int64_t step, int64_t group_size, Text grid) {
   constexpr const char* kOp = "staircase_cache_append";
   key = last_contiguous(key, kOp, "key");
   value = last_contiguous(value, kOp, "value");
@@ -41,7 +41,7 @@ void append(std::vector<Tensor> key_storage, std::vector<Tensor> value_storage, 
 }
 
 Tensor read(std::vector<Tensor> storage, Tensor positions, Tensor ends, std::vector<int64_t> bits, bool by_token,
-            int64_t sink_size, int64_t step, int64_t group_size, std::string grid, int64_t tokens, bool wide) {
+            int64_t sink_size, int64_t step, int64_t group_size, Text grid, int64_t tokens, bool wide) {
   constexpr const char* kOp = "staircase_cache_read";
   const std::vector<TensorView> side = storage_views(storage, kOp, "storage");
   StaircaseReadArgs args;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../host/checks.h"
+#include "text.h"
 
 namespace pycore {
 

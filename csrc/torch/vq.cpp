@@ -47,7 +47,7 @@ Tensor encode(const char* op, const char* codebook, const Tensor& x, VqEncodePar
   return codes;
 }
 
-Tensor vq_encode_cpu(const Tensor& x_any, const Tensor& codebook_any, std::string metric, int64_t topk) {
+Tensor vq_encode_cpu(const Tensor& x_any, const Tensor& codebook_any, Text metric, int64_t topk) {
   constexpr const char* kOp = "vq_encode";
   const Tensor x = last_contiguous(x_any, kOp, "x"), codebook = last_contiguous(codebook_any, kOp, "codebook");
   VqFaults faults;
@@ -57,7 +57,7 @@ Tensor vq_encode_cpu(const Tensor& x_any, const Tensor& codebook_any, std::strin
 }
 
 Tensor rvq_encode_cpu(const Tensor& x_any, const Tensor& codebooks_any, const Sizes& sizes,
-                      std::optional<int64_t> num_quantizers, std::string metric, int64_t beam_size,
+                      std::optional<int64_t> num_quantizers, Text metric, int64_t beam_size,
                       const std::optional<Tensor>& masks_any) {
   constexpr const char* kOp = "rvq_encode";
   const Tensor x = last_contiguous(x_any, kOp, "x"), codebooks = last_contiguous(codebooks_any, kOp, "codebooks");

@@ -64,7 +64,7 @@ def attend_steps(cache: Held, query: Tensor, options: dict[str, Any]) -> tuple[T
     ordered = sorted(cuts)
     parts = []
     for begin, end in zip(ordered[:-1], ordered[1:], strict=True):
-        newest = (cache._lengths - (queries - end)).clamp(min=0)
+        newest = cache._lengths if end == queries else (cache._lengths - (queries - end)).clamp(min=0)
         if packed:
             parts.append(_attend_packed(cache, query[:, :, begin:end], newest, options))
             continue
@@ -73,6 +73,8 @@ def attend_steps(cache: Held, query: Tensor, options: dict[str, Any]) -> tuple[T
     if not parts:
         key, value = (cache._read(which, cache._lengths - 1, cache._lengths, True) for which in (0, 1))
         parts = [_call(query, key, value, cache._lengths, options)]
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 

@@ -7,7 +7,7 @@ docs/ops/staircase.md writes the format down; csrc/include/pycore/staircase/cach
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -227,7 +227,7 @@ class StaircaseKVCache:
         )
         peak = torch.maximum(self._peak, lengths)
         chunk = None
-        if not self._served(self._lengths, peak):
+        if not self._served(self._lengths.tolist(), peak.tolist()):
             rings = tuple(
                 {i: storage[i].clone() for i in side.rings()}
                 for side, storage in zip(self._sides, self._storage, strict=True)
@@ -323,11 +323,11 @@ class StaircaseKVCache:
             "scale": scale,
         }  # fmt: skip
         queries, chunk = query.shape[2], self._chunk
-        first = (self._lengths - queries).clamp(min=0)
+        first = [max(length - queries, 0) for length in self._lengths.tolist()]
         rotated = query.float()
         if self._sides[0].rotation is not None:
             rotated = rotate(rotated, self._sides[0].rotation)
-        if self._served(first, self._peak):
+        if self._served(first, self._peak.tolist()):
             results = attend_full(self, rotated, options) if prefill == "full" else attend_steps(self, rotated, options)
         elif chunk is None:
             raise ValueError(
@@ -350,20 +350,22 @@ class StaircaseKVCache:
         out = out.to(query.dtype)
         return (out, lse) if return_lse else out
 
-    def _served(self, first: Tensor, peak: Tensor) -> bool:
+    def _served(self, first: Sequence[int], peak: Sequence[int]) -> bool:
         """Whether rings that have seen `peak` tokens of each row hold what queries from `first` on read."""
         group, step = self.staircase.group_size, self._step
-        for query, most in zip(first.tolist(), peak.tolist(), strict=True):
-            for side in self._sides:
+        for side in self._sides:
+            rings = [
+                (rows, side.steps_of(least)) for least, rows in zip((2, 4, 8), side.plane_rows, strict=True) if rows
+            ]
+            full = side.steps_of(16)
+            for query, most in zip(first, peak, strict=True):
                 if side.full_rows is not None:
-                    age = sum(width == 16 for width in side.bits)
-                    first_full = side.served_from(query, step, age) if age else query // group * group
+                    first_full = side.served_from(query, step, full) if full else query // group * group
                     if first_full < most - side.full_rows:
                         return False
-                for least, rows in zip((2, 4, 8), side.plane_rows, strict=True):
-                    age = sum(width >= least for width in side.bits)
-                    if rows and side.served_from(query, step, age) < most // group * group - rows:
-                        return False
+                groups = most // group * group
+                if any(side.served_from(query, step, steps) < groups - rows for rows, steps in rings):
+                    return False
         return True
 
     # ---- rows and tokens taken back, chosen or repeated -------------------------------------------------------------

@@ -33,6 +33,10 @@ class Side(NamedTuple):
         rows = [self.full_rows, *self.plane_rows, None, None, *self.plane_rows]
         return [i for i, count in enumerate(rows) if count]
 
+    def steps_of(self, least: int) -> int:
+        """Steps of the ladder with at least so many bits."""
+        return sum(width >= least for width in self.bits)
+
     def served_from(self, query: int, step: int, age: int) -> int:
         """The first token that a query reads at an age below `age`."""
         return max(0, (query // step - age + 1) * step)
