@@ -2,7 +2,8 @@
 """same_bits on SmolLM2-135M over 65,536 tokens: no bit of a logit differs, whatever it is computed with.
 
 PYCORE_SMOLLM2 names a folder with the model (`AutoModelForCausalLM.from_pretrained` reads it), PYCORE_SAME_BITS_TOKENS
-how many tokens in place of 65,536, PYCORE_SAME_BITS_TEXT how many of them make a text. Hours on two cores, so
+how many tokens in place of 65,536 (an eighth of them in bfloat16), PYCORE_SAME_BITS_TEXT how many of them make a text.
+64 texts at once are read token by token, every sixteenth text by itself too. That takes an hour or two on two cores, so
 PYCORE_SAME_BITS_DONE may name a file: what has been found equal is written to it and not done again, and a run ends
 after PYCORE_SAME_BITS_SECONDS, which is a skip that says how far it is.
 """
@@ -33,26 +34,40 @@ DONE = os.environ.get("PYCORE_SAME_BITS_DONE", "")
 SECONDS = float(os.environ.get("PYCORE_SAME_BITS_SECONDS", "inf"))
 START = time.monotonic()
 ROWS = 64  # of a batch
+ALONE = 16  # every so many texts, one is read token by token by itself too
 SINKS, WINDOW = 16, 256
 CACHES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "full": ("long_causal", lambda config: transformers.DynamicCache(config=config)),
-    "full, pycore's": ("long_causal", lambda config: KVCache()),
     "lambda": ("long_lambda", lambda config: LambdaCache(SINKS, WINDOW)),
     "staircase": ("long_causal", lambda config: StaircaseCache(config, Staircase((16, 8, 4)))),
+    "full, pycore's": ("long_causal", lambda config: KVCache()),
 }
 
 
-def done() -> dict[str, int]:
-    """Texts that were found equal, of each dtype and cache."""
+def done() -> dict[str, Any]:
+    """The digests of texts that were found equal, of each dtype and cache, and which batches were."""
     return json.loads(Path(DONE).read_text()) if DONE and Path(DONE).exists() else {}
 
 
-def go_on(key: str, texts: int, total: int) -> None:
-    """Says that so many texts were found equal, and ends the run where its time is over."""
+def keep(key: str, value: Any) -> None:
     if DONE:
-        Path(DONE).write_text(json.dumps(done() | {key: texts}))
-    if texts < total and time.monotonic() - START > SECONDS:
+        Path(DONE).write_text(json.dumps(done() | {key: value}))
+
+
+def out_of_time(key: str, texts: int, total: int) -> None:
+    """Ends the run where its time is over."""
+    if time.monotonic() - START > SECONDS:
         pytest.skip(f"{key}: {texts * LENGTH} of {total * LENGTH} tokens so far")
+
+
+def digests(x: Tensor) -> Tensor:
+    """A number for each [..., n] of logits that differs where one of their bits does: [...] of int64.
+
+    Factors are odd, so that no difference of a single value is lost modulo 2^64.
+    """
+    bits = x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+    factors = torch.randint(-(2**62), 2**62, (x.shape[-1],), generator=torch.Generator().manual_seed(1)) * 2 + 1
+    return torch.stack([(row * factors).sum(-1) for row in bits.flatten(0, -2)]).view(x.shape[:-1])
 
 
 @pytest.mark.slow
@@ -66,7 +81,8 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype, attn_implementation=name).eval()
     same_bits(model)
     generator = torch.Generator().manual_seed(0)
-    texts = torch.randint(20, model.config.vocab_size, (TOKENS // LENGTH, LENGTH), generator=generator)
+    count = TOKENS // LENGTH if dtype == torch.float32 else max(TOKENS // LENGTH // 8, 1)
+    texts = torch.randint(20, model.config.vocab_size, (count, LENGTH), generator=generator)
 
     def parts(ids: Tensor, ends: list[int], given: Any = None) -> Tensor:
         held = make(model.config) if given is None else given
@@ -81,12 +97,12 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
         return torch.cat([head, rest], 1)
 
     key = f"{str(dtype)[6:]} {cache} {LENGTH}"
-    begin = done().get(key, 0)
+    # Logits of 64 texts do not fit into memory: those of the pass over a whole text are kept as digests, a token each.
+    found: list[list[int]] = done().get(key, [])
     threads = torch.get_num_threads()
     try:
-        for i in range(begin, len(texts)):
-            if time.monotonic() - START > SECONDS:
-                go_on(key, i, len(texts))
+        for i in range(len(found), len(texts)):
+            out_of_time(key, i, len(texts))
             text = texts[i : i + 1]
             torch.set_num_threads(2)
             whole = parts(text, [LENGTH])
@@ -95,13 +111,29 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
             torch.set_num_threads(1)
             assert torch.equal(parts(text, [LENGTH // 2, LENGTH]), whole), "on one thread"
             torch.set_num_threads(2)
-            assert torch.equal(parts(text, list(range(1, LENGTH + 1))), whole), "token by token"
-            if i % ROWS == ROWS - 1 or i == len(texts) - 1:
-                rows = texts[i - i % ROWS : i + 1]
-                batch = make(model.config)
-                for a in range(0, LENGTH, 64):  # all rows at once, the last one compared
-                    out = logits(model, rows[:, a : a + 64], past_key_values=batch, use_cache=True)
-                    assert torch.equal(out[-1:], whole[:, a : a + 64]), "in a batch"
-            go_on(key, i + 1, len(texts))
+            if i % ALONE == 0:
+                assert torch.equal(parts(text, list(range(1, LENGTH + 1))), whole), "token by token"
+            found.append(digests(whole)[0].tolist())
+            keep(key, found)
+        for i in range(0, len(texts), ROWS):
+            rows, name = texts[i : i + ROWS], f"{key}, batch {i // ROWS}"
+            if name in done():
+                continue
+            out_of_time(name, 0, 1)
+            expected, batch = torch.tensor(found[i : i + ROWS]), make(model.config)
+            for at in range(LENGTH):  # all rows at once, token by token
+                out = logits(model, rows[:, at : at + 1], past_key_values=batch, use_cache=True)
+                assert torch.equal(digests(out)[:, 0], expected[:, at]), f"in a batch of {len(rows)}, token {at}"
+            keep(name, True)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_digests_tell_one_bit() -> None:
+    x = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        values = x.to(dtype)
+        bits = values.view(torch.int32 if dtype == torch.float32 else torch.int16).clone()
+        bits[1, 2, 777] ^= 1
+        same = digests(bits.view(dtype)) == digests(values)
+        assert same.tolist() == [[True, True, True], [True, True, False]]
