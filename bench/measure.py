@@ -109,7 +109,7 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
         if timer.seconds[-1] <= SLOW_SECONDS:
             timer()  # the first call may have compiled or grown pools; the second one says how many rounds fit
     rounds = {name: rounds_for(timer.seconds[-1], effort) for name, timer in timers.items()}
-    total = max(count for name, count in rounds.items() if name != "(gemm)")  # which is no reason for a slow case's more
+    total = max(count for name, count in rounds.items() if name != "(gemm)")
     rounds = {name: min(count, total) for name, count in rounds.items()} | {subject: total}
     for timer in timers.values():
         timer.seconds.clear()
