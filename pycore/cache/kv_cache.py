@@ -147,9 +147,7 @@ class KVCache(HeldTokens):
         Args:
             query: [batch, heads, tokens, head_dim].
             key, value, starts: as for `append`.
-            rotated: (cos, sin), [batch or 1, tokens, pairs], by which query and key come turned already, as
-                `pycore.ops.rotate` turns: they are turned back first, in the same call on the CPU, which is where it is
-                possible. For models that rotate by themselves what `rope` is to rotate by distance.
+            rotated: as for `LambdaKVCache.append_and_attend`.
             options: as for `attend`.
         """
         op = "KVCache.attend"
