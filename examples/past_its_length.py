@@ -13,7 +13,8 @@ tokens a step that score highest (`middle_topk`).
     python examples/past_its_length.py --quick  # a random model in seconds, figures without meaning
 
 Each part runs in a process of its own and is kept in past_its_length_parts.json, so that a run that was stopped goes on
-where it was; `--only TEXT` runs the parts whose name holds the text. Past its length means the last quarter, and a rise
+where it was; `--only TEXT` runs the parts whose name holds the text, and `--only needle` puts what it finds into a
+result that is there. Past its length means the last quarter, and a rise
 is against the model that began anew. It exits with 0 if the model's own loss rises there by more than 0.8 nats and that
 of Λ by 0.1 at most more than a window costs before, with 1 if not, and with 2 after an error.
 """
@@ -292,6 +293,25 @@ def run_parts(options: argparse.Namespace, kept: Path) -> dict[str, Any]:
     return parts
 
 
+def needles_of(part: dict[str, Any]) -> dict[str, Any]:
+    """What a result holds of such a part."""
+    return {key: part[key] for key in ("tokens", "depth", "found")}
+
+
+def join_needles(path: Path, parts: dict[str, Any]) -> bool:
+    """Puts numbers that were looked for later into a whole result; whether there is one, and anything to put in."""
+    new = [part for name, part in parts.items() if name.startswith("needle/")]
+    if not new or not path.is_file():
+        return False
+    result = json.loads(path.read_text(encoding="utf-8"))
+    found = {needle["tokens"]: needle for needle in result["needles"]}
+    found |= {part["tokens"]: needles_of(part) for part in new}
+    result["needles"] = [found[tokens] for tokens in sorted(found)]
+    result["commits"] = sorted({*result["commits"], *(str(part["commit"]) for part in new)})
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return True
+
+
 def run(options: argparse.Namespace) -> int:
     """The whole experiment; returns the exit status."""
     if options.part:
@@ -318,6 +338,8 @@ def run(options: argparse.Namespace) -> int:
     missing = [part for part in size.parts() if part not in parts]
     if missing:
         print(f"{len(missing)} parts are left: {', '.join(missing)}")
+        if join_needles(stem.with_suffix(".json"), parts):
+            print(f"the numbers found were put into {stem.with_suffix('.json')}")
         return 0
     made = rows(parts, size)
     result: dict[str, Any] = {
@@ -325,10 +347,7 @@ def run(options: argparse.Namespace) -> int:
         **{key: parts[size.parts()[0]][key] for key in ("date", "machine", "threads", "python", "torch")},
         "model": "random" if options.quick else smollm2.REQUIREMENT, "trained": size.trained, "tokens": size.tokens,
         "chunk": size.chunk, "texts": TEXTS, "bucket": size.bucket, "sinks": SINKS, "rows": made,
-        "needles": [
-            {key: parts[f"needle/{length}"][key] for key in ("tokens", "depth", "found")}
-            for length in size.needle_lengths
-        ],
+        "needles": [needles_of(parts[f"needle/{length}"]) for length in size.needle_lengths],
     }  # fmt: skip
     plain, lam = made[0]["behind"], made[2]
     more = [after - before for after, before in zip(lam["behind"], lam["before"], strict=True)]

@@ -111,6 +111,18 @@ def test_past_its_length_goes_on_where_it_was(tmp_path: Path) -> None:
     assert list(parts) == ["read/plain/0"] and len(parts["read/plain/0"]["nll"]) == 16
 
 
+def test_needles_join_a_result_that_is_there(tmp_path: Path) -> None:
+    kept = tmp_path / "past_its_length_quick.json"
+    other = {"tokens": 999, "depth": {}, "found": {"plain": {"Lima": True}}}
+    kept.write_text(json.dumps({"name": "past_its_length", "commits": ["a"], "needles": [other]}), encoding="utf-8")
+    done = run("past_its_length.py", "--quick", "--no-plot", "--out", str(tmp_path), "--only", "needle")
+    assert done.returncode == 0 and f"were put into {kept}" in done.stdout, done.stderr
+    result = json.loads(kept.read_text(encoding="utf-8"))
+    new, old = result["needles"]
+    assert old == other and new["tokens"] == 256 and list(new["found"]) == ["plain", "Λ 32", "Λ 32, middle 8"]
+    assert "a" in result["commits"] and len(result["commits"]) == 2 and result["name"] == "past_its_length"
+
+
 # ---- chat ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
 from pycore.cache.checks import STATE_VERSION, check_starts, check_state, check_tokens
 from pycore.cache.held_tokens import HeldTokens, to_layout
-from pycore.ops.attention_append import Again, append_and_attend, fuses, turned_back
+from pycore.ops.attention_append import Again, append_and_attend, check_rotated, fuses, turned_back
 from pycore.ops.attention_cache import lambda_cache_append
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.schedules import Causal, Schedule, Tree
@@ -155,7 +155,7 @@ class KVCache(HeldTokens):
         if again is not None and starts is None and again.fits(query, key, value, options, self.schedule):
             room = self._held("append")
             if self.capacity is not None or self._longest + key.shape[2] <= room[1].shape[2]:
-                out = again.call(query, key, value, room, rotated)
+                out = again.call(query, key, value, room, check_rotated(op, rotated))
                 self._taken(key.shape[2], None, room)
                 return out
         check_tensor(op, "query", query)
@@ -184,6 +184,22 @@ class KVCache(HeldTokens):
             vars(self).update(before)
             self._lengths = lengths
             raise
+
+    def append_and_attend_again(
+        self, query: Tensor, key: Tensor, value: Tensor, rotated: tuple[Tensor, Tensor] | None
+    ) -> Any:
+        """As `LambdaKVCache.append_and_attend_again`, which also looks where there is no room."""
+        again = self._again
+        if again is None or not again.fits_tensors(query, key, value):
+            return None
+        room = self._held("append")
+        if self.capacity is None and self._longest + key.shape[2] > room[1].shape[2]:
+            return None
+        out = again.call(query, key, value, room, rotated or ())
+        self._longest += key.shape[2]
+        if self._cropped:
+            self._catch_up(key.shape[2], None)
+        return out
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 

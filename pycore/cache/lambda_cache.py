@@ -14,7 +14,7 @@ from pycore._tangents import refuse_tangents
 from pycore._tensors import check_tensor
 from pycore.cache.checks import check_starts, check_tokens
 from pycore.cache.lambda_tokens import Chunk, LambdaTokens
-from pycore.ops.attention_append import Again, append_and_attend, fuses, turned_back
+from pycore.ops.attention_append import Again, append_and_attend, check_rotated, fuses, turned_back
 from pycore.ops.attention_cache import lambda_cache_append
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.ops.attention_middle import with_middle
@@ -175,7 +175,8 @@ class LambdaKVCache(LambdaTokens):
         """
         again = None if torch.compiler.is_compiling() else self._again
         if again is not None and starts is None and again.fits(query, key, value, options):
-            out = again.call(query, key, value, self._held("append"), rotated)
+            turned = check_rotated("LambdaKVCache.attend", rotated)
+            out = again.call(query, key, value, self._held("append"), turned)
             self._chunk, self._own = None, key.shape[2]
             self._catch_up(key.shape[2], None)
             return out
@@ -209,6 +210,22 @@ class LambdaKVCache(LambdaTokens):
             self._rehearse(op, query, key, value, lengths, options)
         self.append(key, value, starts=starts)
         return self.attend(query, **options)
+
+    def append_and_attend_again(
+        self, query: Tensor, key: Tensor, value: Tensor, rotated: tuple[Tensor, Tensor] | None
+    ) -> Any:
+        """The newest call of `append_and_attend` for other tokens; None, and nothing done, where it has to look.
+
+        That the options are the same, and `rotated` tables if there were any, the caller knows.
+        """
+        again = self._again
+        if again is None or not again.fits_tensors(query, key, value):
+            return None
+        out = again.call(query, key, value, self._held("append"), rotated or ())
+        self._chunk, self._own = None, key.shape[2]
+        if self._cropped:
+            self._catch_up(key.shape[2], None)
+        return out
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ load_ops()
 __all__ = ["Again", "append_and_attend", "check_rotated", "fuses", "turned_back"]
 
 _APPEND = Schema("attention_append")
-_OP = _APPEND.places["op"] - _APPEND.places["rope_cos"]  # among the arguments of `Again`
+_append = torch.ops.pycore.attention_append.default._op  # a frame less
 
 
 def fuses(query: Any, key: Any, options: AttentionOptions) -> bool:
@@ -62,15 +62,20 @@ class Again:
     def __reduce__(self) -> Any:
         return (type(None), ())
 
-    def fits(
-        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], schedule: Schedule | None = None
-    ) -> bool:
-        """Whether this is a call like it: tensors of the same kind, options that are the same objects or numbers."""
+    def fits_tensors(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the tensors are of the same kind, and nothing learns."""
         if not type(query) is type(key) is type(value) is Tensor or torch.is_grad_enabled():
             return False
         if (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype) != self._like:
             return False
-        if not (query.is_cpu and key.is_cpu and value.is_cpu) or torch.is_autocast_enabled("cpu") or forward_mode():
+        on_cpu = query.is_cpu and key.is_cpu and value.is_cpu
+        return on_cpu and not torch.is_autocast_enabled("cpu") and not forward_mode()
+
+    def fits(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], schedule: Schedule | None = None
+    ) -> bool:
+        """Whether this is a call like it: tensors of the same kind, options that are the same objects or numbers."""
+        if not self.fits_tensors(query, key, value):
             return False
         if schedule is not None and schedule is not self._schedule:
             return False
@@ -95,11 +100,10 @@ class Again:
         key: Tensor,
         value: Tensor,
         held: tuple[Tensor, Tensor, Tensor],
-        rotated: tuple[Tensor, Tensor] | None,
+        rotated: tuple[Tensor, ...],
     ) -> Any:
-        """The op, without a word of padding: the output, or that and lse."""
-        args = self.args if rotated is None else (*self.args, *check_rotated(self.args[_OP], rotated))
-        out, lse = torch.ops.pycore.attention_append.default(query, key, value, *held, None, *args)
+        """The op, without a word of padding: the output, or that and lse. `rotated`: checked tables, or ()."""
+        out, lse = _append(query, key, value, *held, None, *self.args, *rotated)
         if not held[2].is_inference():
             torch.autograd.graph.increment_version(held)
         return (out, lse) if self._options.get("return_lse") else out

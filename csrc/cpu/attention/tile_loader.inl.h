@@ -17,7 +17,7 @@
 struct TileBuffers {
   float* key_columns = nullptr;  // [padded D, 64] keys in float32, rotated by place in the tile
   float* key_far = nullptr;      // [padded D, 64] keys in float32, unrotated
-  float* turn_cos = nullptr;     // [rope_dim / 2, 64] of the key in each column
+  float* turn_cos = nullptr;     // [padded rope_dim / 2, 64] of the key in each column
   float* turn_sin = nullptr;
   float* value_rows = nullptr;  // [64, padded Dv]
 
@@ -28,8 +28,8 @@ struct TileBuffers {
     if (rope || params.dtype != DType::kFloat32) key_columns = scratch->take(d * kKeyTile);
     if (!rope) return;
     if (params.dtype != DType::kFloat32) key_far = scratch->take(d * kKeyTile);
-    turn_cos = scratch->take(params.rope_dim / 2 * kKeyTile);
-    turn_sin = scratch->take(params.rope_dim / 2 * kKeyTile);
+    turn_cos = scratch->take(padded(params.rope_dim / 2) * kKeyTile);
+    turn_sin = scratch->take(padded(params.rope_dim / 2) * kKeyTile);
   }
 };
 
@@ -151,6 +151,17 @@ class TileLoader {
     const int64_t half = params_.rope_dim / 2;
     const auto* const cosine = static_cast<const float*>(params_.rope_cos);
     const auto* const sine = static_cast<const float*>(params_.rope_sin);
+    if (in_place) {  // by place in the tile; for a step of decoding, element by element takes as long as the scores
+      TileRows cosines, sines;
+      for (int64_t c = 0; c < kKeyTile; ++c) {
+        const bool there = c < params_.rope_rows;
+        cosines.rows[c] = there ? cosine + c * params_.rope_stride : nullptr;
+        sines.rows[c] = there ? sine + c * params_.rope_stride : nullptr;
+      }
+      transpose_rows(cosines, half, buffers_.turn_cos);
+      transpose_rows(sines, half, buffers_.turn_sin);
+      return;
+    }
     for (int64_t c = 0; c < kKeyTile; ++c) {
       const int64_t distance = key_turn(schedule, tile, c), row = distance < 0 ? -distance : distance;
       const bool there = row < params_.rope_rows;  // else it is the place of no key that is kept

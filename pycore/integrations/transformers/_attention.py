@@ -16,6 +16,7 @@ from pycore.integrations.transformers._positions import check_positions, positio
 from pycore.integrations.transformers._rope import INTERLEAVED, Rope, attribute, by_op, rope_of, unrotate
 from pycore.integrations.transformers._rounds import draw_round, take_back_round
 from pycore.integrations.transformers._staircase import StaircaseLayer
+from pycore.integrations.transformers._step import Step
 from pycore.ops.attention_call import AttentionOptions, call_attention
 from pycore.ops.attention_middle import with_middle
 from pycore.schedules import Causal, Lambda, Probabilistic, Schedule, Segments
@@ -27,6 +28,7 @@ _REFUSED = {
     "cache": "a paged cache", "indices": "a choice of keys", "block_indices": "a choice of keys",
     "sinks": "sinks of another kind",
 }  # fmt: skip
+_READ = {"is_causal", "output_attentions", *_REFUSED}  # all that is looked at of what a model hands on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +79,20 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
         """As transformers calls it: query [B, H, Lq, D], key and value [B, Hkv, Lk, D] -> [B, Lq, H, D]."""
         name = registered.name
         layer: StoreLayer | None = getattr(key, MARK, None)
+        said: tuple[Any, ...] | None = None  # of a step that may be like the one before it
         if layer is not None:  # first, so that a refused call leaves nothing waiting
             key, value = layer.take(name)
+            if (
+                attention_mask is None and s_aux is None and not dropout and not evicted
+                and query.shape[2] == 1 and isinstance(layer, TokensLayer) and not torch.compiler.is_compiling()
+            ):  # fmt: skip
+                own = module.__dict__
+                said = (scaling, softcap, own.get("is_causal"), own.get("sliding_window"),
+                        kwargs.get("sliding_window"), *kwargs)  # fmt: skip
+                if layer.step is not None:
+                    out = layer.step.again(registered, module, said, layer, query, key, value, position_ids)
+                    if out is not None:
+                        return out, None
         _refuse(name, module, kwargs)
         window = _sliding_window(name, module, kwargs)
         sink_size, window_size = (registered.sink_size, registered.window_size) if window is None else (0, window)
@@ -139,7 +153,11 @@ def attention_function(registered: Options) -> Callable[..., tuple[Tensor, None]
             assert isinstance(layer, TokensLayer)
             if isinstance(layer, LambdaLayer):
                 _check_sizes(registered, layer)
-            out = _attend_cached(call, layer, query, key, value)
+            out = _attend_cached(call, layer, query, key, value).transpose(1, 2).contiguous()
+            by_hand = rope is not None and not by_op(query, interleaved)
+            repeats = said is not None and not by_hand and not _READ & kwargs.keys() and "config" in module.__dict__
+            layer.step = Step(registered, module, said, rope, out) if repeats and said is not None else None
+            return out, None
         return out.transpose(1, 2).contiguous(), None
 
     return attention

@@ -123,6 +123,7 @@ class TokensLayer(StoreLayer):
     Attributes:
         position_offset: int64 [batch], what a token's position id exceeds its number by; None as long as none is known.
         next_ids: the position id that each row goes on with; None where it has to be counted.
+        step: the newest call of attention, if the next one may be like it (`_step.Step`).
     """
 
     store: LambdaKVCache | Tokens | None
@@ -132,6 +133,7 @@ class TokensLayer(StoreLayer):
         super().reset()
         self.position_offset: Tensor | None = None
         self.next_ids: list[int] | None = None
+        self.step: Any = None
 
     def open_store(self, name: str, sink_size: int, window_size: int | None, unrotated: bool) -> Any:
         """The store, for attention of these sizes over keys that are rotated or not."""
@@ -145,18 +147,18 @@ class TokensLayer(StoreLayer):
     def crop(self, length: int) -> None:
         """As any layer's."""
         super().crop(length)
-        self.next_ids = None
+        self.next_ids = self.step = None
 
     def _choose(self, index: Tensor) -> None:
         super()._choose(index)
-        self.next_ids = None
+        self.next_ids = self.step = None
         if self.position_offset is not None:
             self.position_offset = self.position_offset[index.to(self.position_offset.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self.next_ids = None
+        self.next_ids = self.step = None
         if self.store is not None and self.position_offset is not None:
             self.position_offset = self.position_offset.repeat_interleave(repeats)
 
@@ -235,9 +237,12 @@ class _StoreCache(Cache):
                 f"{type(self).__name__}: attn_implementation is one that does not read this cache and must be one made "
                 "by pycore.integrations.transformers.register"
             )
-        new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx >= len(self.layers):  # transformers makes them
+            new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            self._last = self.layers[layer_idx]
+            return new
         self._last = self.layers[layer_idx]
-        return new
+        return self._last.update(key_states, value_states)
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -63,6 +63,7 @@ class Rope:
         rounded: whether the model rounds its tables to its own dtype.
         interleaved: how the model pairs channels, None where that is not known.
         tables: cos and sin [limit + 65, R/2], unscaled.
+        shared: what these are from; another object when they are.
     """
 
     def __init__(self, rotary: nn.Module, layer_type: str | None, interleaved: bool | None = None) -> None:
@@ -82,6 +83,7 @@ class Rope:
         self.tables: tuple[Tensor, Tensor]
         self.rounded: bool
         self.own: Tensor | None = None
+        self.shared: _Shared | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         """Nothing: the copy of a model finds its own rotary embedding."""
@@ -108,6 +110,7 @@ class Rope:
         if shared is None or not shared.fits(of):
             shared = _Shared(of, *self._made(like, source, own, limit))
             setattr(self.rotary, _SHARED + self.prefix, shared)
+        self.shared = shared
         self.frequencies, self.tables, self.rounded = shared.frequencies, shared.tables, shared.rounded
         self.source, self.version, self.limit, self.dtype, self.own = source, version, limit, like.dtype, own
 
