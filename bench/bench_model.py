@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bench import model_peers
 from bench.case import Case, Options, Outputs, Prepare
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -243,6 +244,18 @@ def _decode_static(inputs: Inputs) -> Step:
     return step
 
 
+def _decode_outside(make: Callable[[Any, int], model_peers.Reader]) -> Callable[[Inputs], Step]:
+    """Another library's whole model, which reads the context itself."""
+
+    def prepare(inputs: Inputs) -> Step:
+        read = make(inputs.model, inputs.context + STEPS)
+        for at in range(0, inputs.context, CHUNK):
+            read(inputs.ids[:, at : min(at + CHUNK, inputs.context)], at)
+        return read
+
+    return prepare
+
+
 def decode_case(context: int, dtype: torch.dtype, quick: bool) -> Case:
     """One token after `context` of them."""
     contenders = {name: _decode(name, make) for name, make in ours().items()}
@@ -254,6 +267,8 @@ def decode_case(context: int, dtype: torch.dtype, quick: bool) -> Case:
     if not quick and context > WINDOW:
         contenders["QuantizedCache, 4 bits"] = _decode_quantized
         contenders[f"sliding layers, {WINDOW}"] = _decode_window
+    if not quick:
+        contenders |= {name: _decode_outside(make) for name, make in model_peers.makers(dtype).items()}
     name = str(dtype).removeprefix("torch.")
     return Case(
         name=f"SmolLM2-135M, a token at {context}, {name}",
@@ -285,12 +300,23 @@ def _prefill(make: Callable[[Any], tuple[Any, Any]]) -> Prepare:
     return prepare
 
 
-def prefill_case(context: int, dtype: torch.dtype) -> Case:
+def _prefill_outside(make: Callable[[Any, int], model_peers.Reader]) -> Prepare:
+    def prepare(inputs: Inputs) -> Callable[[], Outputs]:
+        read, ids = make(inputs.model, inputs.context), inputs.ids[:, : inputs.context]
+        return lambda: (read(ids, 0),)
+
+    return prepare
+
+
+def prefill_case(context: int, dtype: torch.dtype, quick: bool) -> Case:
     """A prompt of `context` tokens in one pass."""
     makers = ours() if context <= 1024 else {"pycore Λ": _lambda}
     makers["transformers SDPA"] = _dynamic("sdpa")
     if context <= 1024:
         makers["transformers eager"] = _dynamic("eager")
+    contenders = {name: _prefill(make) for name, make in makers.items()}
+    if context <= 1024 and not quick:
+        contenders |= {name: _prefill_outside(make) for name, make in model_peers.makers(dtype).items()}
 
     def check(inputs: Inputs) -> Callable[[Outputs], float]:
         model, cache = _dynamic("sdpa")(inputs.model)
@@ -300,10 +326,10 @@ def prefill_case(context: int, dtype: torch.dtype) -> Case:
         name=f"SmolLM2-135M, prompt of {context}, {str(dtype).removeprefix('torch.')}",
         group=f"SmolLM2-135M prefill (Λ: {SINK} sinks, window {WINDOW})",
         inputs=lambda: Inputs(context, dtype),
-        contenders={name: _prefill(make) for name, make in makers.items()},
+        contenders=contenders,
         check=check,
         tolerance=ROUNDING[dtype],
-        tolerances=_allowed(makers, context, dtype),
+        tolerances=_allowed(contenders, context, dtype),
         error=ERROR,
         flops=2.0 * 106_203_456 * context,  # the layers' weights; attention counts nothing here
     )
@@ -318,13 +344,15 @@ def cases(options: Options) -> Iterable[Case]:
         return
     if options.quick:
         yield decode_case(256, torch.float32, True)
-        yield prefill_case(1024, torch.float32)
+        yield prefill_case(1024, torch.float32, True)
         return
+    if absent := model_peers.absent():
+        print(f"bench_model does without contenders of {', '.join(absent)}, not installed", file=sys.stderr)
     for dtype, contexts in ((torch.float32, (256, 8192)), (torch.bfloat16, (256, 4096))):
         for context in contexts:
             yield decode_case(context, dtype, False)
-        yield prefill_case(1024, dtype)
-    yield prefill_case(8192, torch.float32)
+        yield prefill_case(1024, dtype, False)
+    yield prefill_case(8192, torch.float32, False)
 
 
 def bench_model(case: Case, measure_case: Callable[[Case], None]) -> None:
