@@ -138,6 +138,7 @@ def onnx_reader(model: Any, room: int) -> Reader:
 # ---- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
+BF16 = 30  # GGML_TYPE_BF16, which the Python package does not name
 _folder = tempfile.TemporaryDirectory(prefix="bench_model_")  # goes with the process
 
 
@@ -176,6 +177,8 @@ def _gguf(source: Any) -> str:
 
     add("token_embd.weight", model.embed_tokens.weight)
     add("output_norm.weight", model.norm.weight)
+    if not config.tie_word_embeddings:
+        add("output.weight", source.lm_head.weight)
     for i, layer in enumerate(model.layers):
         attention, mlp, block = layer.self_attn, layer.mlp, f"blk.{i}"
         add(f"{block}.attn_norm.weight", layer.input_layernorm.weight)
@@ -203,7 +206,9 @@ def llama_reader(model: Any, room: int) -> Reader:
     options, vocab = lib.llama_context_default_params(), model.config.vocab_size
     options.n_ctx = options.n_batch = room
     options.n_threads = options.n_threads_batch = torch.get_num_threads()
-    options.type_k = options.type_v = lib.GGML_TYPE_F32 if model.dtype == torch.float32 else lib.GGML_TYPE_BF16
+    options.type_k = options.type_v = lib.GGML_TYPE_F32 if model.dtype == torch.float32 else BF16
+    if model.dtype == torch.float32:
+        options.flash_attn_type = 0  # its flash attention rounds to float16
     context = lib.llama_init_from_model(loaded, options)
     if not context:
         raise RuntimeError("llama.cpp does not take the model")

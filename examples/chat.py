@@ -8,8 +8,8 @@
 `full` is transformers' SDPA on its DynamicCache; `lambda` keeps 4 sinks and a window, at a constant size; `staircase`
 keeps everything, older tokens in fewer bits; `staircase-lambda` looks at sinks and window of such a cache. The reply
 comes token by token; on a terminal the last line shows tokens a second and the bytes of the cache as they go, elsewhere
-stderr gets them after each reply. A turn adds its own tokens to the cache; nothing is read twice. Ctrl-C ends with
-status 130.
+stderr gets them after each reply. A turn adds its own tokens to the cache; nothing is read twice. Ctrl-C ends it at any
+time, with status 130.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import smollm2
-import torch
-from common import Parser, UserError, run_main
+try:
+    import smollm2
+    import torch
+    from common import Parser, UserError, run_main
 
-from pycore import Staircase
-from pycore.integrations.transformers import LambdaCache, StaircaseCache, register
+    from pycore import Staircase
+    from pycore.integrations.transformers import LambdaCache, StaircaseCache, register
+except KeyboardInterrupt:  # loading takes seconds
+    sys.exit(130)
 
 NAME = "chat"
 CACHES = ("full", "lambda", "staircase", "staircase-lambda")
+MOST = 2**20  # tokens in a window; room for it is made with the first message
 CHUNK = 512  # tokens of a prompt that are read at once
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -100,10 +104,11 @@ class Chat:
         """Reads tokens and draws the next one."""
         for at in range(0, len(ids), CHUNK):
             chunk = torch.tensor([ids[at : at + CHUNK]])
-            logits = self.model(chunk, past_key_values=self.cache, logits_to_keep=1).logits[0, -1].float()
+            logits = self.model(chunk, past_key_values=self.cache, logits_to_keep=1).logits[0, -1].double()
         if self.temperature == 0:
             return int(logits.argmax())
-        return int(torch.multinomial(torch.softmax(logits / self.temperature, -1), 1, generator=self.random))
+        below = (logits - logits.max()) / self.temperature  # 0 at the likeliest, whatever the temperature
+        return int(torch.multinomial(torch.softmax(below, -1), 1, generator=self.random))
 
     def reply(self, message: str, status: Status) -> Iterator[str]:
         """The reply, piece by piece."""
@@ -145,18 +150,25 @@ def new_cache(model: Any, name: str, sinks: int, window: int) -> Any:
 
 def messages() -> Iterator[str]:
     """What the user says: lines of a terminal, or all of stdin as one message."""
+    if sys.stdin is None:  # closed by whoever started this
+        return
     if not sys.stdin.isatty():
-        if text := sys.stdin.read().strip():
+        if text := _text(sys.stdin.read()):
             yield text
         return
     while True:
         try:
-            line = input("> ").strip()
+            line = _text(input("> "))
         except EOFError:
             print()
             return
         if line:
             yield line
+
+
+def _text(said: str) -> str:
+    """Without what is no text: bytes that are not UTF-8."""
+    return said.encode("utf-8", "replace").decode().strip()
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -176,6 +188,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("sinks", 0), ("window", 1), ("tokens", 1), ("temperature", 0), ("seed", 0)):
         if not getattr(options, name) >= least:
             parser.error(f"--{name} is {getattr(options, name)} and must be at least {least}")
+    for name, most in (("sinks", MOST), ("window", MOST), ("seed", 2**63 - 1)):
+        if getattr(options, name) > most:
+            parser.error(f"--{name} is {getattr(options, name)} and must be at most {most}")
     return options
 
 

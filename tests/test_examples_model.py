@@ -157,6 +157,24 @@ def test_chat_reads_stdin() -> None:
     command = [sys.executable, str(EXAMPLES / "chat.py"), "--quick", "--tokens", "4"]
     result = subprocess.run(command, input=b"hello\n", capture_output=True, env=environment, timeout=120, check=False)
     assert result.returncode == 0 and result.stdout.strip() and b"4 tokens" in result.stderr
+    # Bytes that are no text, and the least temperature that is not 0.
+    command += ["--temperature", "5e-324"]
+    result = subprocess.run(command, input=b"h\xff\n", capture_output=True, env=environment, timeout=120, check=False)
+    assert result.returncode == 0 and b"4 tokens" in result.stderr, result.stderr
+
+
+def test_chat_that_is_stopped_while_it_loads() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    stop = "import os, signal, sys; sys.argv = ['chat.py', '--quick']\n"
+    stop += "class Stops:\n    def find_spec(self, name, *rest):\n"
+    stop += "        if name == 'smollm2': os.kill(os.getpid(), signal.SIGINT)\n"
+    stop += f"sys.meta_path.insert(0, Stops()); sys.path.insert(0, {str(EXAMPLES)!r})\n"
+    stop += "signal.signal(signal.SIGINT, signal.default_int_handler); import runpy\n"
+    stop += f"runpy.run_path({str(EXAMPLES / 'chat.py')!r}, run_name='__main__')\n"
+    result = subprocess.run(
+        [sys.executable, "-c", stop], capture_output=True, env=environment, timeout=120, check=False
+    )
+    assert result.returncode == 130 and not result.stderr, result.stderr
 
 
 def test_chat_in_a_terminal() -> None:
@@ -190,7 +208,9 @@ def test_chat_in_a_terminal() -> None:
     "arguments, message",
     [
         (["--window", "0"], "--window is 0 and must be at least 1"),
+        (["--window", "2000000"], "--window is 2000000 and must be at most 1048576"),
         (["--temperature", "-1"], "--temperature is -1.0 and must be at least 0"),
+        (["--seed", str(2**63)], f"--seed is {2**63} and must be at most {2**63 - 1}"),
         (["--cache", "none"], "argument --cache: invalid choice: 'none'"),
     ],
 )
