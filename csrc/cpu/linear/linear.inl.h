@@ -122,21 +122,27 @@ template <int M>
 __attribute__((noinline)) void multiply_pair_rows(int64_t pairs, const float* a, const float* b, BlockSum sum,
                                                   Fetched next) {
   constexpr int V = kHalfPanel / Vec::kWidth;
-  Vec chain[M][V];
+  Vec chain[M][V];  // never in memory: all loops over it are unrolled
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) chain[m][v] = Vec::zero();
   }
   for (int64_t k = 0; k < pairs; ++k, b += kHalfPanel) {
     if (k % 2 == 0) __builtin_prefetch(next.rows + k / 16 * next.stride + k % 16 * (kLineBytes / 2), 0, 2);
     Vec columns[V];
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) columns[v] = Vec::load(b + v * Vec::kWidth);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const Vec x = Vec::broadcast(a[m * kHalfRow + k]);
+#pragma GCC unroll 2
       for (int v = 0; v < V; ++v) chain[m][v] = Vec::fma_pairs(x, columns[v], chain[m][v]);
     }
   }
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum.finish(m, v * Vec::kWidth, chain[m][v]);
   }
 }
