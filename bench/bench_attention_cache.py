@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of decoding on an evicting cache: one token in, one query answered, where reading the window is the limit."""
+"""A step of decoding on evicting caches: one token in, one query answered, where reading the window is the limit.
+
+A token goes through the caches of several layers, one after another, which together are larger than a processor's
+caches: a single call would be timed with its threads asleep, and one layer again and again with its keys at hand.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -13,10 +16,12 @@ from bench.case import Case, Options, Outputs, largest_error
 
 HEADS, KV_HEADS, HEAD_DIM, SINK = 32, 8, 128, 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
-GROUP = f"Λ decode on a cache (1 token, {HEADS} heads over {KV_HEADS}, D {HEAD_DIM})"
+LAYERS_BYTES = 64 * 2**20  # of keys and values on the CPU; a GPU's clock sees to its cache, and has one layer
+GROUP = f"Λ decode on caches (1 token through layers of 64 MB, {HEADS} heads over {KV_HEADS}, D {HEAD_DIM})"
 
 # The query, key and value of one new token, and the keys and values before it.
 Inputs = tuple[torch.Tensor, ...]
+Prepare = Callable[[Inputs], Callable[[], Outputs]]
 
 
 def _inputs(batch: int, window: int, dtype: torch.dtype, device: str) -> Inputs:
@@ -32,7 +37,7 @@ def _folded(query: torch.Tensor) -> torch.Tensor:
     return query.view(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
 
 
-def _pycore(window: int) -> Callable[[Inputs], Callable[[], Outputs]]:
+def _pycore(window: int) -> Prepare:
     def prepare(tensors: Inputs) -> Callable[[], Outputs]:
         from pycore import LambdaKVCache
 
@@ -50,7 +55,7 @@ def _pycore(window: int) -> Callable[[Inputs], Callable[[], Outputs]]:
     return prepare
 
 
-def _concatenated(window: int) -> Callable[[Inputs], Callable[[], Outputs]]:
+def _concatenated(window: int) -> Prepare:
     """What an evicting cache of transformers does: concatenate what stays and what comes."""
 
     def prepare(tensors: Inputs) -> Callable[[], Outputs]:
@@ -66,7 +71,7 @@ def _concatenated(window: int) -> Callable[[Inputs], Callable[[], Outputs]]:
     return prepare
 
 
-def _ring(window: int) -> Callable[[Inputs], Callable[[], Outputs]]:
+def _ring(window: int) -> Prepare:
     """The best form in plain torch: a ring written in place, whose order softmax without positions does not see."""
 
     def prepare(tensors: Inputs) -> Callable[[], Outputs]:
@@ -86,6 +91,14 @@ def _ring(window: int) -> Callable[[Inputs], Callable[[], Outputs]]:
     return prepare
 
 
+def _layers(layers: int, one: Prepare) -> Prepare:
+    def prepare(tensors: Inputs) -> Callable[[], Outputs]:
+        steps = [one(tensors) for _ in range(layers)]
+        return lambda: [out for step in steps for out in step()]
+
+    return prepare
+
+
 def _check(tensors: Inputs) -> Callable[[Outputs], float]:
     """The first step, after which the oldest token of the window has left."""
     query, key, value, *before = (x.double() for x in tensors)
@@ -94,12 +107,14 @@ def _check(tensors: Inputs) -> Callable[[Outputs], float]:
         for x, new in zip(before, (key, value), strict=True)
     )
     expected = scaled_dot_product_attention(_folded(query), *kept).view_as(query)
-    return lambda outputs: largest_error(outputs, [expected])
+    return lambda outputs: largest_error(outputs, [expected] * len(outputs))
 
 
 def step_case(name: str, window: int, dtype: torch.dtype, batch: int = 1, device: str = "cpu") -> Case:
     """A step whose window is full, so that with every token one leaves."""
-    contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
+    layer_bytes = 2 * batch * KV_HEADS * (SINK + window) * HEAD_DIM * dtype.itemsize
+    layers = max(1, round(LAYERS_BYTES / layer_bytes)) if device == "cpu" else 1
+    contenders = {
         "pycore": _pycore(window),
         "ring + SDPA, heads folded": _ring(window),
         "cat + SDPA, heads folded": _concatenated(window),
@@ -108,10 +123,10 @@ def step_case(name: str, window: int, dtype: torch.dtype, batch: int = 1, device
         name=name,
         group=GROUP,
         inputs=lambda: _inputs(batch, window, dtype, device),
-        contenders=contenders,
+        contenders={name: _layers(layers, one) for name, one in contenders.items()},
         check=_check,
         tolerance=TOLERANCE[dtype],
-        bytes=2.0 * batch * KV_HEADS * (SINK + window) * HEAD_DIM * dtype.itemsize,
+        bytes=float(layers * layer_bytes),
         device=device,
     )
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,11 @@ from bench.case import Case, Options, Outputs, Prepare, largest_error
 
 FORWARD_TOLERANCE, BACKWARD_TOLERANCE = 1e-5, 5e-5
 FEW = 6  # rows that read the weight where it lies
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# in and out of the linear layers that a walk of few rows goes through, as a decoding step does: SmolLM2-135M's thirty
+# layers, or the same matrix again and again. Far more than a processor's caches hold, in any dtype.
+SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)] * 30
+WALKS = {"SmolLM2's 30 layers": SMOLLM2, "24 layers of 2048 to 2048": [(2048, 2048)] * 24}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Layer = Callable[..., Tensor]
 
 
@@ -63,6 +67,58 @@ def _run(work: Work, layer: Layer, tensors: tuple[Tensor, ...]) -> Outputs:
     return (output.detach(), *torch.autograd.grad(output, arguments, grad))
 
 
+@dataclass(frozen=True)
+class Walk:
+    """Few rows through linear layers one after another, each with weights of its own; x is the same for equal ins."""
+
+    rows: int
+    shapes: Sequence[tuple[int, int]]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> float:
+        """Of all weights, each of which is read once."""
+        return float(self.dtype.itemsize * sum(ins * outs for ins, outs in self.shapes))
+
+    def inputs(self) -> list[tuple[Tensor, Tensor]]:
+        """The x and the weight of every layer."""
+        generator = torch.Generator().manual_seed(inputs.SEED)
+        rows = {
+            ins: torch.randn(self.rows, ins, generator=generator).to(self.dtype)
+            for ins in sorted({ins for ins, _ in self.shapes})
+        }
+        return [(rows[ins], torch.randn(outs, ins, generator=generator).to(self.dtype)) for ins, outs in self.shapes]
+
+
+def _walk_case(name: str, group: str, walk: Walk) -> Case:
+    """One timed call is the whole walk: alone, a call would be timed with its threads asleep."""
+    from pycore import ops
+
+    def contender(layer: Layer) -> Prepare:
+        def prepare(layers: list[tuple[Tensor, Tensor]]) -> Callable[[], Outputs]:
+            def run() -> Outputs:
+                with torch.no_grad():
+                    return [layer(x, weight) for x, weight in layers]
+
+            return run
+
+        return prepare
+
+    def check(layers: list[tuple[Tensor, Tensor]]) -> Callable[[Outputs], float]:
+        expected = [F.linear(x.double(), weight.double()) for x, weight in layers]
+        return lambda outputs: largest_error(outputs, expected)
+
+    return Case(
+        name=name,
+        group=group,
+        inputs=walk.inputs,
+        contenders={"pycore": contender(ops.invariant_linear), "torch": contender(F.linear)},
+        check=check,
+        tolerance=FORWARD_TOLERANCE if walk.dtype == torch.float32 else 8 * torch.finfo(walk.dtype).eps,
+        bytes=walk.bytes,
+    )
+
+
 def _case(name: str, group: str, work: Work) -> Case:
     from pycore import ops
 
@@ -76,7 +132,6 @@ def _case(name: str, group: str, work: Work) -> Case:
     }
     linear = (ops.invariant_linear, F.linear) if work.outs else (ops.rms_norm, torch_norm)
     subject, peer = others.get(name.split()[0], linear)
-    few = work.rows <= FEW and work.outs > 0
     # One rounding of a result, which may be as large as the largest of some thousands.
     rounding = 8 * torch.finfo(work.dtype).eps if work.dtype != torch.float32 else 0.0
 
@@ -95,13 +150,12 @@ def _case(name: str, group: str, work: Work) -> Case:
         contenders={"pycore": contender(subject), "torch": contender(peer)},
         check=check,
         tolerance=rounding or (BACKWARD_TOLERANCE if work.backward else FORWARD_TOLERANCE),
-        flops=0.0 if few else work.flops,
-        bytes=float(work.dtype.itemsize * work.ins * work.outs) if few else 0.0,  # few rows are bound by the weights
+        flops=work.flops,
     )
 
 
 def cases(options: Options) -> Iterable[Case]:
-    """Training shapes, few rows (decoding), both in 16 bits, norms and activations. CPU only."""
+    """Training shapes, also in 16 bits, walks of few rows (decoding), norms and activations. CPU only."""
     if options.device != "cpu":
         return
     group = "invariant_linear and rms_norm"
@@ -110,14 +164,16 @@ def cases(options: Options) -> Iterable[Case]:
         shape = f"2048 rows, {ins} to {outs}"
         yield _case(f"linear forward, {shape}", group, Work(2048, ins, outs))
         yield _case(f"linear forward and backward, {shape}", group, Work(2048, ins, outs, backward=True))
-    for size in [2048] if options.quick else [512, 2048, 4096]:
-        yield _case(f"linear forward, 1 row, {size} to {size}", group, Work(1, size, size))
-    for name, dtype in HALVES.items():
-        for rows in [1] if options.quick else [1, 6, 64, 1024]:
-            shape = f"{rows} row{'s' * (rows > 1)}, 2048 to 2048, {name}"
-            yield _case(f"linear forward, {shape}", group, Work(rows, 2048, 2048, dtype=dtype))
+    for layers, walked in list(WALKS.items())[: 1 if options.quick else None]:
+        for dtype_name, dtype in DTYPES.items():
+            for rows in [1] if options.quick else [1, FEW]:
+                name = f"linear forward, {rows} row{'s' * (rows > 1)}, {layers}, {dtype_name}"
+                yield _walk_case(name, group, Walk(rows, walked, dtype))
     if not options.quick:
-        yield _case("linear forward, 6 rows, 2048 to 2048", group, Work(6, 2048, 2048))
+        for dtype_name in ("bfloat16", "float16"):
+            for rows in (64, 1024):
+                shape = f"{rows} rows, 2048 to 2048, {dtype_name}"
+                yield _case(f"linear forward, {shape}", group, Work(rows, 2048, 2048, dtype=DTYPES[dtype_name]))
         yield _case("layer_norm forward, 2048 rows of 512", group, Work(2048, 512))
         for name in ("silu_mul", "gelu_mul"):
             yield _case(f"{name} forward, 512 rows of 1536", group, Work(512, 1536, gated=name))

@@ -41,6 +41,7 @@ from tools.train_bytelm import corpus
 NAME = "compression"
 RECORD, MOST, WHOLE = 2048, 16384, 100_000
 CANTERBURY = ("alice29.txt", "asyoulik.txt", "lcet10.txt", "plrabn12.txt")
+SPEEDS = {"compress_kb_per_s": "packs KB/s", "decompress_kb_per_s": "unpacks KB/s"}
 OWN = f"{WHOLE} bytes of held-out sources"
 Coder = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
@@ -77,8 +78,8 @@ def coders(model: Any, segment: int | None) -> dict[str, Coder]:
     return found
 
 
-def measure(name: str, parts: list[bytes], coder: Coder, progress: Progress, done: int) -> dict[str, Any]:
-    """Sizes and times over all parts; what comes back is compared."""
+def measure(name: str, parts: list[bytes], coder: Coder, progress: Progress, done: int, sizes: bool) -> dict[str, Any]:
+    """Sizes and, unless sizes alone are wanted, times over all parts; what comes back is compared."""
     size = seconds = back = 0.0
     for n, part in enumerate(parts, 1):
         started = time.perf_counter()
@@ -92,10 +93,10 @@ def measure(name: str, parts: list[bytes], coder: Coder, progress: Progress, don
         size += len(packed)
         progress.update(done + n, name)
     total = sum(map(len, parts))
-    return {
+    row = {
         "name": name, "bytes": total, "packed": int(size), "ratio": total / size, "bits_per_byte": 8 * size / total,
-        "compress_kb_per_s": total / 1000 / seconds, "decompress_kb_per_s": total / 1000 / back,
     }  # fmt: skip
+    return row if sizes else row | {key: total / 1000 / t for key, t in zip(SPEEDS, (seconds, back), strict=True)}
 
 
 def rows_before(path: Path, result: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -111,10 +112,11 @@ def rows_before(path: Path, result: dict[str, Any]) -> dict[tuple[str, str, int]
 
 def table(title: str, rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{title:<34}{'ratio':>8}{'bits/byte':>11}{'packs KB/s':>12}{'unpacks KB/s':>14}"]
+    speeds = [(key, head) for key, head in SPEEDS.items() if key in rows[0]]
+    lines = [f"{title:<34}{'ratio':>8}{'bits/byte':>11}" + "".join(f"{head:>14}" for _, head in speeds)]
     for row in rows:
-        speeds = f"{row['compress_kb_per_s']:>12.1f}{row['decompress_kb_per_s']:>14.1f}"
-        lines.append(f"{row['name']:<34}{row['ratio']:>8.2f}{row['bits_per_byte']:>11.3f}{speeds}")
+        line = f"{row['name']:<34}{row['ratio']:>8.2f}{row['bits_per_byte']:>11.3f}"
+        lines.append(line + "".join(f"{row[key]:>14.1f}" for key, _ in speeds))
     return "\n".join(lines)
 
 
@@ -152,6 +154,7 @@ def run(options: argparse.Namespace) -> int:
     stem += "_canterbury" if options.canterbury else ""
     stem += "_staircase" if options.staircase else ""
     stem += f"_{options.segment}" if options.segment else ""
+    stem += "_sizes" if options.sizes else ""
     stem += "_quick" if options.quick else ""
     before = rows_before(options.out / f"{stem}.json", result)
     done = 0
@@ -159,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
         rows = result["parts"].setdefault(title, [])
         for name, coder in found.items():
             crc = zlib.crc32(b"".join(texts))
-            row = before.get((title, name, crc)) or measure(name, texts, coder, progress, done)
+            row = before.get((title, name, crc)) or measure(name, texts, coder, progress, done, options.sizes)
             rows.append({**row, "crc": crc})
             done += len(texts)
             write(result, options.out / stem, None, quiet=True)
@@ -192,6 +195,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=("bytelm", "smollm2"), default="bytelm", help="of lmzip (default: bytelm)")
     parser.add_argument("--staircase", action="store_true", help="SmolLM2's cache in fewer bits")
     parser.add_argument("--segment", type=int, help="tokens that lmzip reads one after another (default: its own)")
+    parser.add_argument("--sizes", action="store_true", help="no speeds: for a machine that has other work to do")
     parser.add_argument("--quick", action="store_true", help="one file")
     options = parser.parse_args(argv)
     for name, least in (("files", 1), ("most", 0)):

@@ -11,13 +11,14 @@ from torch import Tensor
 __all__ = ["as_index", "as_table", "check_devices", "check_tensor", "graph_numbers", "short_name"]
 
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
+_STRIDED = torch.strided
 _HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_tensor(op: str, name: str, x: Any, optional: bool = False) -> None:
     """Refuses what is no Tensor (TypeError), and one that is not plain memory with strides (ValueError)."""
     if isinstance(x, Tensor):
-        if x.layout != torch.strided:
+        if x.layout is not _STRIDED:
             raise ValueError(f"{op}: {name} has layout {short_name(x.layout)} and must be a dense tensor")
         if x.is_nested or x.is_quantized:
             raise ValueError(f"{op}: {name} is {'nested' if x.is_nested else 'quantized'} and must be a dense tensor")

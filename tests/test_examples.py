@@ -372,6 +372,10 @@ def test_compression(tmp_path: Path) -> None:
     assert run("compression.py", *folder).returncode == 0
     for rows in json.loads(path.read_text(encoding="utf-8"))["parts"].values():
         assert rows[0]["packed"] == 1 and len({row["crc"] for row in rows}) == 1 and len(rows) == len(names)
+    result = run("compression.py", "--sizes", *folder)
+    written = json.loads((tmp_path / "compression_canterbury_sizes_quick.json").read_text(encoding="utf-8"))
+    assert result.returncode == 0 and "KB/s" not in result.stdout
+    assert set(written["parts"]["alice29.txt"][0]) == {"name", "bytes", "packed", "ratio", "bits_per_byte", "crc"}
     bad = run("compression.py", "--staircase")
     assert bad.returncode == 2 and "--staircase is given and --model is bytelm, which must be smollm2" in bad.stderr
     bad = run("compression.py", "--text", str(tmp_path / "none"), "--out", str(tmp_path))

@@ -85,6 +85,12 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)))};
   }
 
+  // The vector is 32 of float16: its first or its last sixteen as float32.
+  PYCORE_INLINE Vec first_float16() const { return {_mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_castps_si512(v)))}; }
+  PYCORE_INLINE Vec last_float16() const {
+    return {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(v), 1))};
+  }
+
   friend PYCORE_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend PYCORE_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend PYCORE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -160,4 +166,24 @@ PYCORE_INLINE void transpose_fours(Vec (&rows)[4]) {
   rows[1].v = _mm512_shuffle_ps(a, c, 0xee);
   rows[2].v = _mm512_shuffle_ps(b, d, 0x44);
   rows[3].v = _mm512_shuffle_ps(b, d, 0xee);
+}
+
+// The same of rows of eight numbers of 16 bits: sixteen numbers j of all rows, then sixteen numbers j + 1, become the
+// vector j / 2. Words of two rows are put together first, which leaves exchanges within sixteen bytes.
+PYCORE_INLINE void transpose_halves(Vec (&rows)[4]) {
+  // A lane of the first step is column c of rows 4 i and 4 i + 1 (of the second pair: 4 i + 2, 4 i + 3), and lane
+  // 4 l + e of it has c = l / 2 + e / 2 * 2, i = l % 2 * 2 + e % 2. Word 8 i + c of a vector is column c of its row i.
+  const __m512i low = _mm512_set_epi16(59, 27, 51, 19, 57, 25, 49, 17, 43, 11, 35, 3, 41, 9, 33, 1, 58, 26, 50, 18, 56,
+                                       24, 48, 16, 42, 10, 34, 2, 40, 8, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(4));
+  const __m512i v0 = _mm512_castps_si512(rows[0].v), v1 = _mm512_castps_si512(rows[1].v);
+  const __m512i v2 = _mm512_castps_si512(rows[2].v), v3 = _mm512_castps_si512(rows[3].v);
+  const __m512 a = _mm512_castsi512_ps(_mm512_permutex2var_epi16(v0, low, v1));
+  const __m512 b = _mm512_castsi512_ps(_mm512_permutex2var_epi16(v2, low, v3));
+  const __m512 c = _mm512_castsi512_ps(_mm512_permutex2var_epi16(v0, high, v1));
+  const __m512 d = _mm512_castsi512_ps(_mm512_permutex2var_epi16(v2, high, v3));
+  rows[0].v = _mm512_unpacklo_ps(a, b);
+  rows[1].v = _mm512_unpackhi_ps(a, b);
+  rows[2].v = _mm512_unpacklo_ps(c, d);
+  rows[3].v = _mm512_unpackhi_ps(c, d);
 }

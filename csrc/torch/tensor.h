@@ -3,8 +3,10 @@
 #pragma once
 
 #include <pycore/parallel.h>
+#include <pycore/sizes.h>
 #include <pycore/status.h>
 #include <pycore/tensor_view.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -94,9 +96,28 @@ torch::stable::Tensor allocated(std::string_view op, const char* argument, const
   }
 }
 
+// Memory of the CPU without asking the dispatcher for an op by its name, which a small call would notice.
+inline torch::stable::Tensor new_cpu_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
+  int64_t strides[kMaxDims];
+  const size_t dims = sizes.size();
+  int64_t stride = 1;
+  for (size_t i = dims; i-- > 0;) {
+    strides[i] = stride;
+    stride = size_product({stride, sizes[i] > 1 ? sizes[i] : 1});
+  }
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(dims), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &made));
+  return torch::stable::Tensor(made);
+}
+
 inline torch::stable::Tensor new_tensor(std::string_view op, const char* argument, const torch::stable::Tensor& like,
                                         const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
-  return allocated(op, argument, sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
+  return allocated(op, argument, sizes, [&] {
+    const bool plain = like.is_cpu() && sizes.size() <= kMaxDims;
+    return plain ? new_cpu_tensor(sizes, type) : torch::stable::new_empty(like, sizes, type);
+  });
 }
 
 // Scratch from torch's allocator, so that its memory accounting sees it.

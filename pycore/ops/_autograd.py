@@ -26,6 +26,12 @@ __all__ = ["call", "no_second_derivative", "register_derivatives"]
 Tangents = list[Tensor | None]
 Jvp = Callable[[Sequence[Any], Tangents, Any], Any]
 
+_AUTOGRAD = torch._C.DispatchKey.AutogradCPU  # excluding it excludes autograd on every device
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_grad_enabled = torch.is_grad_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+
 _library = torch.library.Library("pycore", "IMPL")  # what it registers lasts as long as it does
 
 
@@ -87,12 +93,17 @@ def register_derivatives(name: str, backward: Callable[..., Any], setup_context:
 def call(op: Any, *args: Any) -> Any:
     """`op(*args)` for an op with derivatives, past the kernel in Python where nothing is recorded.
 
-    It takes as long as a decoding step's smaller layers do.
+    It takes as long as a decoding step's smaller layers do, and so would a guard of torch's: an object for every call.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_mode():
+    if _grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _transforms_active():
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    if _is_excluded(_AUTOGRAD):  # inference mode
+        return op._op(*args)
+    _exclude(_AUTOGRAD, True)
+    try:
+        return op._op(*args)
+    finally:
+        _exclude(_AUTOGRAD, False)
 
 
 def no_second_derivative(name: str, op_of: Callable[[Sequence[Any]], str]) -> None:

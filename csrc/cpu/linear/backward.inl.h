@@ -60,8 +60,11 @@ void linear_grad_x_item(const LinearBackwardParams& params, Range rows, Range co
       for (int64_t i = 0; i < depth; ++i) convert_row<kType>(weight + i * stride, width, panel + i * kHalfPanel);
 #endif
     };
-    half_product<kType>(params.grad_out, rows, columns, params.out_features, pack, nullptr, params.grad_x,
-                        params.in_features, static_cast<HalfScratch*>(memory));
+    // Panels are read along their rows, which needs no help.
+    HalfScratch* const scratch = static_cast<HalfScratch*>(memory);
+    const auto from = [&](int64_t, int64_t) { return Fetched{reinterpret_cast<const char*>(scratch->panels), 0}; };
+    half_product<kType>(params.grad_out, rows, columns, params.out_features, pack, from, nullptr, params.grad_x,
+                        params.in_features, scratch);
   }
 }
 

@@ -30,7 +30,7 @@ const LinearKernels* kernels_for(DType dtype, CpuIsa isa) {
 }
 
 constexpr Status kNoKernel = {StatusCode::kUnsupported, "the linear kernels have no CPU version for this dtype"};
-constexpr int64_t kMaxItemRows = 384, kMinItemRows = 96;
+constexpr int64_t kMinItemRows = 96;
 constexpr int64_t kSerialWork = 1 << 19;      // multiply-adds that are not worth waking a second thread for
 constexpr int64_t kFewSerialBytes = 1 << 17;  // the same of few rows, in bytes of the weight
 constexpr int64_t kFewColumns = 32;           // what an item of few rows has a multiple of
@@ -41,9 +41,9 @@ int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 Range part(int64_t index, int64_t size, int64_t total) { return {index * size, std::min((index + 1) * size, total)}; }
 
 // Rows of an item: enough of them to pay for packing the columns, few enough to go round.
-int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, DType dtype) {
+int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, int64_t most_rows) {
   const int64_t wanted = size_product({rows, column_items}) / (4 * std::max<int64_t>(threads, 1));
-  return std::clamp(parts(wanted, 12) * 12, kMinItemRows, dtype_size(dtype) == 2 ? kMaxHalfRows : kMaxItemRows);
+  return std::clamp(parts(wanted, 12) * 12, kMinItemRows, most_rows);
 }
 
 // Columns of an item. Few rows read the weight, whose next rows are fetched ahead within an item and not beyond. In 16
@@ -150,7 +150,7 @@ Status linear_forward(const LinearParams& params, const Parallel& parallel, void
   const int64_t rows = params.x.rows, columns = params.out_features;
   const int64_t width = item_columns(rows, columns, params.in_features, parallel.threads, params.dtype);
   const int64_t column_items = parts(columns, width);
-  const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
+  const int64_t height = item_rows(rows, column_items, parallel.threads, kernels->most_rows);
   const Parallel pool =
       rows <= kFewRows
           ? limited(parallel, size_product({columns, params.in_features, dtype_size(params.dtype)}), kFewSerialBytes)
@@ -175,7 +175,7 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const int64_t width =
       rows > kFewRows ? item_columns(rows, ins, outs, parallel.threads, params.dtype) : kLinearColumns;
   const int64_t column_items = parts(ins, width);
-  const int64_t height = item_rows(rows, column_items, parallel.threads, params.dtype);
+  const int64_t height = item_rows(rows, column_items, parallel.threads, kernels->most_rows);
   const int64_t weight_columns = parts(ins, kWeightColumns);
   const int64_t weight_items = params.grad_weight ? parts(outs, kWeightRows) * weight_columns : 0;
   const int64_t x_items = params.grad_x ? parts(rows, height) * column_items : 0;

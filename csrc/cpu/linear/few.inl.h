@@ -2,10 +2,10 @@
 // The linear layer for up to kFewRows rows (decoding): bound by reading the weight, which is read once, where it lies,
 // in its own dtype. The chains are the tile product's: a lane is an output, so weight rows have to be transposed.
 //
-// A cache line of each of kColumns weight rows is copied to the stack, one step ahead of the products; float16 becomes
-// float32 on the way. From there sixteen bytes of every fourth row make up a vector, so that four vectors need only the
-// transposition within their sixteen bytes: half the shuffles, and few registers. Copies, because rows a power of two
-// apart share the sets of the first cache: a line that is read in four parts would be gone before its last. For the
+// A cache line of each of kColumns weight rows is copied to the stack, one step ahead of the products
+// (weight_lines.inl.h). From there sixteen bytes of every fourth row make up a vector, so that four vectors need only
+// the transposition within their sixteen bytes: half the shuffles, and few registers. Copies, because rows a power of
+// two apart share the sets of the first cache: a line that is read in four parts would be gone before its last. For the
 // same reason what is fetched ahead goes to the second cache.
 #pragma once
 
@@ -17,109 +17,16 @@
 #include "../vector_rows.inl.h"
 #include "kernels.h"
 #include "rows.inl.h"
+#include "weight_lines.inl.h"
 
 constexpr int64_t kFewDepth = 2048;  // rows of 16 bits that are no longer are prepared once an item
-constexpr int64_t kLineBytes = 64, kAheadBytes = 16 * kLineBytes;
+constexpr int64_t kAheadBytes = 16 * kLineBytes;
+constexpr int64_t kMostFetched = 1 << 19;  // what lies ready in the second cache
 
-// Channels of a square.
-template <DType kType>
-constexpr int64_t kSquare = Vec::kWidth * 4 / kElementBytes<kType>;
-
-// square[j], lane i: the j-th 32 bits of rows[i] from byte `at` on. The second form reads only `bytes` of them; the
-// others are zero.
-PYCORE_INLINE void load_square(const char* const* rows, int64_t at, Vec (&square)[Vec::kWidth]) {
-  for (int i = 0; i < Vec::kWidth; ++i) square[i] = Vec::load(reinterpret_cast<const float*>(rows[i] + at));
-  transpose(square);
-}
-PYCORE_INLINE void load_square_first(const char* const* rows, int64_t at, int64_t bytes, Vec (&square)[Vec::kWidth]) {
-  for (int i = 0; i < Vec::kWidth; ++i) {
-    float part[Vec::kWidth] = {};
-    __builtin_memcpy(part, rows[i] + at, static_cast<size_t>(bytes));
-    square[i] = Vec::load(part);
-  }
-  transpose(square);
-}
-
-// The first or the second of a lane's two numbers; float32 has one.
-template <DType kType, int kWhich>
-PYCORE_INLINE Vec channel_of(Vec lanes) {
-  if constexpr (kType == DType::kFloat32) return lanes;
-  if constexpr (kType == DType::kBFloat16) return kWhich == 0 ? lanes.low_bfloat16() : lanes.high_bfloat16();
-  return kWhich == 0 ? lanes.low_float16() : lanes.high_float16();
-}
-
-// Whether a lane's two numbers are multiplied where they are.
-template <DType kType>
-constexpr bool kPairs = kType == DType::kBFloat16 && Vec::kMultipliesPairs;
-
-// A row of 16 bits as lanes of two numbers, the first in the high half. Beside a last one stands -1: what it is
-// multiplied with is +0, and adding -0 changes nothing.
-PYCORE_INLINE void pair_row(const char* row, int64_t n, float* out) {
-  uint32_t* const lanes = reinterpret_cast<uint32_t*>(out);
-  for (int64_t j = 0; 2 * j + 1 < n; ++j) {
-    uint32_t lane;
-    __builtin_memcpy(&lane, row + 4 * j, 4);
-    lane = lane << 16 | lane >> 16;
-    __builtin_memcpy(lanes + j, &lane, 4);
-  }
-  if (n % 2 == 0) return;
-  uint16_t last;
-  __builtin_memcpy(&last, row + 2 * (n - 1), 2);
-  const uint32_t lane = static_cast<uint32_t>(last) << 16 | 0xbf80;
-  __builtin_memcpy(lanes + n / 2, &lane, 4);
-}
-
-// x as the products want it, from channel k on, an even number.
-template <DType kType>
-PYCORE_INLINE void prepare_row(const char* row, int64_t n, float* out) {
-  if constexpr (kPairs<kType>) {
-    pair_row(row, n, out);
-  } else {
-    convert_row<kType>(row, n, out);
-  }
-}
-
-// panel[k][i] = rows[i][k], rows of 16 bits `stride` bytes apart.
-template <DType kType>
-inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t depth, float* panel,
-                        int64_t panel_row) {
-  constexpr int64_t kWidth = Vec::kWidth;
-  for (int64_t i = 0; i < count; i += kWidth) {
-    const char* row[kWidth];
-    for (int64_t j = 0; j < kWidth; ++j) row[j] = rows + smaller(i + j, count - 1) * stride;
-    for (int64_t k = 0; k < depth; k += kSquare<kType>) {
-      const int64_t channels = smaller(kSquare<kType>, depth - k);
-      Vec square[kWidth];
-      if (channels == kSquare<kType>) {
-        load_square(row, 2 * k, square);
-      } else {
-        load_square_first(row, 2 * k, 2 * channels, square);
-      }
-#ifdef PYCORE_BFLOAT16_PRODUCTS
-      if constexpr (kPairs<kType>) {
-        for (int64_t j = 0; 2 * j < channels; ++j) square[j].turned().store(panel + (k / 2 + j) * panel_row + i);
-        continue;
-      }
-#endif
-      float* const out = panel + k * panel_row + i;
-      for (int64_t j = 0; 2 * j < channels; ++j) {
-        channel_of<kType, 0>(square[j]).store(out + 2 * j * panel_row);
-        if (2 * j + 1 < channels) channel_of<kType, 1>(square[j]).store(out + (2 * j + 1) * panel_row);
-      }
-    }
-  }
-}
-
-// How a line of a weight row lies on the stack: bfloat16 in lanes of two, the rest in float32, a channel a lane.
-template <DType kType>
-constexpr int64_t kStagedLanes = kLineBytes / (kType == DType::kFloat16 ? 2 : 4);
-template <DType kType>
-constexpr int64_t kLaneChannels = kType == DType::kBFloat16 ? 2 : 1;
-
-// Groups of kWidth columns that take turns. A chain's next FMA waits for its last, and a line of 16 float32 lanes has
-// work enough for the time.
+// Groups of kWidth columns that take turns: a chain's next FMA waits for its last. Sixteen lanes have work enough for
+// the time.
 template <DType kType, int M>
-constexpr int kFewGroups = M <= 2 && !(kType == DType::kFloat32 && Vec::kWidth == 16) ? 2 : 1;
+constexpr int kFewGroups = M <= 2 && Vec::kWidth < 16 ? 2 : 1;
 
 // What a thread has on its stack.
 template <DType kType, int M>
@@ -127,28 +34,6 @@ struct FewScratch {
   alignas(64) float lines[2][kFewGroups<kType, M> * Vec::kWidth][kStagedLanes<kType>];  // this line and the next
   float rows[M * kFewDepth];                                                            // x as prepare_row has it
 };
-
-// Copies `bytes` of each row from byte `at` on; what is left of the line is zero.
-template <DType kType, int kColumns>
-PYCORE_INLINE void stage(const char* const* rows, int64_t at, int64_t bytes, float (*lines)[kStagedLanes<kType>]) {
-  constexpr int64_t kStep = kType == DType::kFloat16 ? 2 * Vec::kWidth : 4 * Vec::kWidth;  // bytes of a vector
-  char padded[kLineBytes] = {};
-#pragma GCC unroll 4
-  for (int i = 0; i < kColumns; ++i) {
-    const char* from = rows[i] + at;
-    if (bytes < kLineBytes) {
-      __builtin_memcpy(padded, from, static_cast<size_t>(bytes));
-      from = padded;
-    }
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kLineBytes / kStep; ++j) {
-      const char* const part = from + j * kStep;
-      const Vec x = kType == DType::kFloat16 ? Vec::load_float16(reinterpret_cast<const uint16_t*>(part))
-                                             : Vec::load(reinterpret_cast<const float*>(part));
-      x.store(lines[i] + j * Vec::kWidth);
-    }
-  }
-}
 
 // The chains of M rows by kGroups vectors of columns go on by the first `channels` channels of a line; x[m] begins
 // where they do. Unrolled, or the vectors would go through memory.
@@ -166,7 +51,7 @@ PYCORE_INLINE void follow_line(const float (*lines)[kStagedLanes<kType>], int64_
       for (int a = 0; a < 4; ++a) {
         fours[g][a] = Vec::load_fours(lines[g * Vec::kWidth + a] + s, 4 * kStagedLanes<kType>);
       }
-      transpose_fours(fours[g]);
+      part_fours<kType>(fours[g]);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -190,9 +75,7 @@ PYCORE_INLINE void follow_line(const float (*lines)[kStagedLanes<kType>], int64_
         if (c == 1 && kPer * lane + 1 >= channels) return;
 #pragma GCC unroll 2
         for (int g = 0; g < kGroups; ++g) {
-          const Vec column = kPer == 1 ? fours[g][j]
-                             : c == 0  ? fours[g][j].low_bfloat16()
-                                       : fours[g][j].high_bfloat16();
+          const Vec column = c == 0 ? column_of<kType, 0>(fours[g][j]) : column_of<kType, 1>(fours[g][j]);
 #pragma GCC unroll 6
           for (int m = 0; m < M; ++m) {
             chain[g][m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * lane + c]), column, chain[g][m]);
@@ -235,12 +118,23 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
   if (columns.count() <= 0) return;
   int turn = 0;
   point(columns.begin);
-  for (int64_t at = 0; at < smaller(kAheadBytes, row_bytes_read); at += kLineBytes) {
-    for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + at, 0, 2);
+  // Columns without gaps are fetched as they lie, one line after another, as many columns ahead as are worked on: what
+  // fetches by itself goes on from there.
+  const bool in_order = stride == row_bytes_read && kColumns * stride <= kMostFetched;
+  const char* const end = static_cast<const char*>(params.weight) + columns.end * stride;
+  if (in_order) {
+    for (int64_t at = 0; at < smaller(kColumns, columns.count()) * stride; at += kLineBytes) {
+      __builtin_prefetch(rows[0] + at, 0, 2);
+    }
+  } else {
+    for (int64_t at = 0; at < smaller(kAheadBytes, row_bytes_read); at += kLineBytes) {
+      for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + at, 0, 2);
+    }
   }
   if (depth > 0) stage<kType, kColumns>(rows, 0, smaller(kLineBytes, row_bytes_read), scratch.lines[turn]);
   for (int64_t n = columns.begin; n < columns.end; n += kColumns) {
     const int64_t next = n + kColumns < columns.end ? kColumns * stride : 0;
+    const char* in_turn = rows[0] + kColumns * stride;  // what comes next of the columns behind these
     Vec total[kGroups][M], chain[kGroups][M];
     for (int g = 0; g < kGroups; ++g) {
       for (int m = 0; m < M; ++m) total[g][m] = chain[g][m] = Vec::zero();
@@ -250,9 +144,16 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
       const bool by_block = !in_place && !whole;
       if (by_block && k == block) prepare(block, smaller(kLinearBlock, depth - block));
       // What comes next to the stack, and what comes later to the second cache.
-      const int64_t ahead = (line_end * kBytes) + kAheadBytes;
-      const int64_t fetched = ahead < row_bytes_read ? ahead : ahead - row_bytes_read + next;
-      for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + fetched, 0, 2);
+      if (in_order) {
+        if (next && in_turn < end) {
+          for (int i = 0; i < kColumns; ++i) __builtin_prefetch(in_turn + i * kLineBytes, 0, 2);
+        }
+        in_turn += kColumns * kLineBytes;
+      } else {
+        const int64_t ahead = (line_end * kBytes) + kAheadBytes;
+        const int64_t fetched = ahead < row_bytes_read ? ahead : ahead - row_bytes_read + next;
+        for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + fetched, 0, 2);
+      }
       if (line_end + kLine <= depth) {
         stage<kType, kColumns>(rows, line_end * kBytes, kLineBytes, scratch.lines[turn ^ 1]);
       } else if (line_end < depth) {

@@ -15,6 +15,7 @@ constexpr LinearKernels linear_table() {
   constexpr bool kFloat = kType == DType::kFloat32;
   return {kFloat ? sizeof(ForwardScratch) : sizeof(HalfScratch),
           kFloat ? sizeof(BackwardScratch) : sizeof(HalfScratch),
+          kFloat || kPairs<kType> ? kMaxRows : kMaxHalfRows,
           linear_forward_item<kType>,
           linear_grad_x_item<kType>,
           linear_grad_weight_item<kType>,

@@ -26,10 +26,11 @@ struct ForwardScratch {
 };
 struct HalfScratch {
   float panels[kLinearBlock * kWeightColumns];  // [depth][kPanel], kWeightColumns / kPanel of them where wanted
-  float rows[kMaxHalfRows * kLinearBlock];      // [rows][kLinearBlock], or [depth][kWeightRows]
-  float sums[kWeightRows * kWeightColumns];     // [rows][kHalfColumns], or [kWeightRows][kWeightColumns]
+  float rows[kMaxHalfRows * kLinearBlock];      // [rows][kHalfRow], or [depth][kWeightRows]
+  float sums[(Vec::kMultipliesPairs ? kMaxRows : kMaxHalfRows) * kHalfColumns];
+  // sums: [rows][kHalfColumns], or [kWeightRows][kWeightColumns]
 };
-static_assert(kMaxHalfRows <= kWeightRows && kHalfColumns <= kWeightColumns);
+static_assert(kMaxHalfRows == kWeightRows && kHalfColumns == kWeightColumns);
 
 // Adds a block's chains to the sum.
 struct BlockSum {
@@ -102,48 +103,66 @@ void linear_forward_float(const LinearParams& params, Range rows, Range columns,
   }
 }
 
+// Rows of the matrix that the next panel will be made of, of which a product fetches the first kFetchedRows, whether
+// they are there or not.
+struct Fetched {
+  const char* rows;
+  int64_t stride;  // bytes
+};
+constexpr int64_t kFetchedRows = 8;
+
 // The product in 16 bits: columns of a panel, rows of a block, and how far the prepared rows lie apart.
 #ifdef PYCORE_BFLOAT16_PRODUCTS
 // Twice the multiplications want half the loads: squarer blocks, of panels that leave room in the first cache.
 constexpr int64_t kHalfPanel = 2 * Vec::kWidth, kHalfRows = 12, kHalfRow = kLinearBlock / 2;
 
-// The tile product of a whole panel where lanes are pairs: A [rows][kHalfRow], B [pairs][kHalfPanel].
+// The tile product of a whole panel where lanes are pairs: A [rows][kHalfRow], B [pairs][kHalfPanel]. Meanwhile `next`
+// is fetched, a line for every two pairs: the copy into a panel waits for memory otherwise.
 template <int M>
-__attribute__((noinline)) void multiply_pair_rows(int64_t pairs, const float* a, const float* b, BlockSum sum) {
+__attribute__((noinline)) void multiply_pair_rows(int64_t pairs, const float* a, const float* b, BlockSum sum,
+                                                  Fetched next) {
   constexpr int V = kHalfPanel / Vec::kWidth;
-  Vec chain[M][V];
+  Vec chain[M][V];  // never in memory: all loops over it are unrolled
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) chain[m][v] = Vec::zero();
   }
   for (int64_t k = 0; k < pairs; ++k, b += kHalfPanel) {
+    if (k % 2 == 0) __builtin_prefetch(next.rows + k / 16 * next.stride + k % 16 * (kLineBytes / 2), 0, 2);
     Vec columns[V];
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) columns[v] = Vec::load(b + v * Vec::kWidth);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const Vec x = Vec::broadcast(a[m * kHalfRow + k]);
+#pragma GCC unroll 2
       for (int v = 0; v < V; ++v) chain[m][v] = Vec::fma_pairs(x, columns[v], chain[m][v]);
     }
   }
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum.finish(m, v * Vec::kWidth, chain[m][v]);
   }
 }
 
-PYCORE_INLINE void multiply_half(int64_t rows, int64_t depth, const float* a, const float* b, int64_t, BlockSum sum) {
+PYCORE_INLINE void multiply_half(int64_t rows, int64_t depth, const float* a, const float* b, int64_t, BlockSum sum,
+                                 Fetched next) {
   const int64_t pairs = (depth + 1) / 2;
   switch (rows) {
-    case 1: return multiply_pair_rows<1>(pairs, a, b, sum);
-    case 2: return multiply_pair_rows<2>(pairs, a, b, sum);
-    case 3: return multiply_pair_rows<3>(pairs, a, b, sum);
-    case 4: return multiply_pair_rows<4>(pairs, a, b, sum);
-    case 5: return multiply_pair_rows<5>(pairs, a, b, sum);
-    case 6: return multiply_pair_rows<6>(pairs, a, b, sum);
-    case 7: return multiply_pair_rows<7>(pairs, a, b, sum);
-    case 8: return multiply_pair_rows<8>(pairs, a, b, sum);
-    case 9: return multiply_pair_rows<9>(pairs, a, b, sum);
-    case 10: return multiply_pair_rows<10>(pairs, a, b, sum);
-    case 11: return multiply_pair_rows<11>(pairs, a, b, sum);
-    case 12: return multiply_pair_rows<12>(pairs, a, b, sum);
+    case 1: return multiply_pair_rows<1>(pairs, a, b, sum, next);
+    case 2: return multiply_pair_rows<2>(pairs, a, b, sum, next);
+    case 3: return multiply_pair_rows<3>(pairs, a, b, sum, next);
+    case 4: return multiply_pair_rows<4>(pairs, a, b, sum, next);
+    case 5: return multiply_pair_rows<5>(pairs, a, b, sum, next);
+    case 6: return multiply_pair_rows<6>(pairs, a, b, sum, next);
+    case 7: return multiply_pair_rows<7>(pairs, a, b, sum, next);
+    case 8: return multiply_pair_rows<8>(pairs, a, b, sum, next);
+    case 9: return multiply_pair_rows<9>(pairs, a, b, sum, next);
+    case 10: return multiply_pair_rows<10>(pairs, a, b, sum, next);
+    case 11: return multiply_pair_rows<11>(pairs, a, b, sum, next);
+    case 12: return multiply_pair_rows<12>(pairs, a, b, sum, next);
     default: return;
   }
 }
@@ -151,15 +170,16 @@ PYCORE_INLINE void multiply_half(int64_t rows, int64_t depth, const float* a, co
 constexpr int64_t kHalfPanel = kPanel, kHalfRows = kProductRows, kHalfRow = kLinearBlock;
 
 PYCORE_INLINE void multiply_half(int64_t rows, int64_t depth, const float* a, const float* b, int64_t width,
-                                 BlockSum sum) {
+                                 BlockSum sum, Fetched) {
   tile_product<false>(rows, depth, a, kHalfRow, b, kHalfPanel, 0, width, sum);
 }
 #endif
 
-// out[rows][columns] = A B + bias in 16 bits. pack(k, depth, column, width, panel) fills a panel of B.
-template <DType kType, class Pack>
+// out[rows][columns] = A B + bias in 16 bits. pack(k, depth, column, width, panel) fills a panel of B, and from(k,
+// column) is where it will read.
+template <DType kType, class Pack, class From>
 PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, int64_t depth, const Pack& pack,
-                                const void* bias, void* out, int64_t out_row, HalfScratch* scratch) {
+                                const From& from, const void* bias, void* out, int64_t out_row, HalfScratch* scratch) {
   int64_t k = 0;
   do {
     const int64_t end = smaller(k + kLinearBlock, depth);
@@ -170,10 +190,13 @@ PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, 
     for (int64_t n = columns.begin; n < columns.end; n += kHalfPanel) {
       const int64_t width = smaller(kHalfPanel, columns.end - n);
       pack(k, end - k, n, width, scratch->panels);
+      const bool last = n + kHalfPanel >= columns.end;
+      const Fetched next = from(last ? smaller(end, depth - 1) : k, last ? columns.begin : n + kHalfPanel);
       for (int64_t r = 0; r < rows.count(); r += kHalfRows) {
         const BlockSum sum = {scratch->sums + r * kHalfColumns + (n - columns.begin), kHalfColumns, nullptr, k == 0};
+        const int64_t fetched = smaller(r / kHalfRows, kHalfPanel / kFetchedRows - 1) * kFetchedRows;
         multiply_half(smaller(kHalfRows, rows.count() - r), end - k, scratch->rows + r * kHalfRow, scratch->panels,
-                      width, sum);
+                      width, sum, {next.rows + fetched * next.stride, next.stride});
       }
     }
     k = end;
@@ -197,13 +220,15 @@ void linear_forward_item(const LinearParams& params, Range rows, Range columns, 
   if constexpr (kType == DType::kFloat32) {
     linear_forward_float(params, rows, columns, static_cast<ForwardScratch*>(memory));
   } else {
-    const auto pack = [&](int64_t k, int64_t depth, int64_t n, int64_t width,
-                          float* panel) __attribute__((always_inline)) {
-      const int64_t stride = params.weight_stride * kElementBytes<kType>;
-      pack_halves<kType>(static_cast<const char*>(params.weight) + n * stride + k * kElementBytes<kType>, stride, width,
-                         depth, panel, kHalfPanel);
+    const int64_t stride = params.weight_stride * kElementBytes<kType>;
+    const auto from = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      return Fetched{static_cast<const char*>(params.weight) + n * stride + k * kElementBytes<kType>, stride};
     };
-    half_product<kType>(params.x, rows, columns, params.in_features, pack, params.bias, params.out, params.out_features,
-                        static_cast<HalfScratch*>(memory));
+    const auto pack = [&](int64_t k, int64_t depth, int64_t n, int64_t width, float* panel)
+                          __attribute__((always_inline)) {
+                            pack_halves<kType>(from(k, n).rows, stride, width, depth, panel, kHalfPanel);
+                          };
+    half_product<kType>(params.x, rows, columns, params.in_features, pack, from, params.bias, params.out,
+                        params.out_features, static_cast<HalfScratch*>(memory));
   }
 }

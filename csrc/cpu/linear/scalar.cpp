@@ -287,6 +287,7 @@ constexpr LinearKernels table(decltype(LinearKernels::gated) gated, decltype(Lin
                               decltype(LinearKernels::rotate) rotate, decltype(LinearKernels::softcap) softcap) {
   return {0,
           0,
+          kMaxRows,
           forward<T>,
           grad_x<T>,
           grad_weight<T>,

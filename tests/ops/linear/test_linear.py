@@ -220,6 +220,35 @@ def test_strides(isa: str, which: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("rows", [1, 2, 6, 13])
+def test_how_weights_lie_and_how_long_they_are(isa: str, rows: int, dtype: torch.dtype) -> None:
+    """Few rows fetch weights without gaps in another order than others, and than those too long for it."""
+    for k, n in [(93, 70), (576, 33), (20_000, 20)]:
+        x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k + 5).to(dtype)[:, :k]
+        out = ops.invariant_linear(x, weight)
+        assert torch.equal(out, ops.invariant_linear(x, weight.contiguous()))
+        one_by_one = [ops.invariant_linear(x, weight[i : i + 1].contiguous()) for i in range(n)]
+        assert torch.equal(out, torch.cat(one_by_one, dim=1))
+
+
+def test_a_call_leaves_autograd_as_it_was() -> None:
+    """Where nothing is recorded a call passes autograd by, for its own length and whatever comes of it."""
+    x, weight = torch.randn(2, 8), torch.randn(3, 8)
+    with torch.no_grad():
+        plain = ops.invariant_linear(x.requires_grad_(), weight)
+        assert not plain.requires_grad
+        with pytest.raises(ValueError, match="features in its last dimension"):
+            ops.invariant_linear(x, weight[:, 1:])
+    assert ops.invariant_linear(x, weight).requires_grad
+    with torch.inference_mode():
+        inferred = ops.invariant_linear(x, weight)
+        assert inferred.is_inference() and torch.equal(inferred, plain)
+        with torch.inference_mode(False), torch.no_grad():
+            assert not ops.invariant_linear(x, weight).is_inference()
+    assert (x.detach() * 2).requires_grad_().sum().requires_grad and ops.invariant_linear(x, weight).requires_grad
+
+
 def test_expanded(isa: str) -> None:
     row, weight, scale = torch.randn(1, 70), torch.randn(33, 70), torch.randn(70)
     x = row.expand(9, 70)
