@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What other parts of pycore do on SmolLM2-135M: four short experiments, each with a table.
 
-`token`: where the time of a decoded token goes, with transformers' SDPA and with Λ attention on its cache.
+`token`: where the time of a decoded token goes, with transformers' SDPA, with Λ attention and with all tokens on our
+caches.
 `training`: some steps of fine-tuning with torch's cross entropy and with `linear_cross_entropy`, which never makes the
 logits: the losses of both, and the memory that a step needs.
 `probabilistic`: the loss of a prompt whose attention reads a random share of its blocks, with and without sinks.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,7 +34,7 @@ from common import Parser, Progress, UserError, facts, make_folder, run_main, wr
 from torch.nn.functional import cross_entropy, linear
 
 from pycore import ops
-from pycore.integrations.transformers import LambdaCache, register, register_probabilistic
+from pycore.integrations.transformers import KVCache, LambdaCache, register, register_probabilistic
 from pycore.nn import CodebookFeatures
 from pycore.schedules import Harmonic
 
@@ -62,56 +64,82 @@ class Inputs:
 
 # ---- where a token's time goes ---------------------------------------------------------------------------------------
 
-# Kinds of work, by the names of the ops that do it; the first that fits.
-KINDS = {
-    "weights": ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::bmm", "aten::mv", "aten::addmv"),
-    "attention": ("pycore::attention", "aten::_scaled_dot_product", "aten::scaled_dot_product"),
-    "cache": ("pycore::lambda_cache_append", "aten::cat"),
-}
+
+class Clock:
+    """Seconds inside the linear layers of a model, its attention function and its cache's `update`."""
+
+    def __init__(self, model: Any, attention: str, cache: Any) -> None:
+        """`attention`: the name of the attention in use."""
+        from transformers import AttentionInterface
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        self.seconds = {"weights": 0.0, "attention": 0.0, "cache": 0.0}
+        self.linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        self.name, self.function, self.cache = attention, ALL_ATTENTION_FUNCTIONS[attention], cache
+        self.register = AttentionInterface.register
+
+    def _timed(self, kind: str, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds[kind] += time.perf_counter() - began
+            return result
+
+        return timed
+
+    def __enter__(self) -> Clock:
+        for linear_layer in self.linears:
+            linear_layer.forward = self._timed("weights", linear_layer.forward)
+        self.register(self.name, self._timed("attention", self.function))
+        self.cache.update = self._timed("cache", self.cache.update)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for linear_layer in self.linears:
+            del linear_layer.forward
+        self.register(self.name, self.function)
+        del self.cache.update
 
 
 @torch.no_grad()
 def token(inputs: Inputs) -> list[dict[str, Any]]:
-    """Milliseconds of a step, and of that the kinds of work; what no op accounts for is Python's and the dispatcher's.
+    """Milliseconds of a step (the median), and of that the parts; the rest is norms, rotation, activations and Python.
 
-    The step is timed without a profiler (the median), the ops with it, and their times are those inside the ops alone.
+    A step is timed as it is and, next, with a clock in its parts, whose own time is thereby left out of the whole.
     """
-    from torch.profiler import ProfilerActivity, profile
     from transformers import DynamicCache
 
     model, rows = inputs.model, []
     register(NAME, sink_size=SINKS, window_size=WINDOW)
+    register(f"{NAME}_all", window_size=None)
+    names = {"sdpa": "SDPA, DynamicCache", NAME: f"Λ({SINKS}, {WINDOW}), LambdaCache", f"{NAME}_all": "KVCache"}
     for context in inputs.contexts:
         caches: dict[str, Any] = {}
-        for way, cache in (("sdpa", DynamicCache(config=model.config)), (NAME, LambdaCache(SINKS, WINDOW))):
+        for way, cache in (("sdpa", DynamicCache(config=model.config)), (NAME, LambdaCache(SINKS, WINDOW)),
+                           (f"{NAME}_all", KVCache())):  # fmt: skip
             model.set_attn_implementation(way)
             for at in range(0, context, 512):
                 model(inputs.ids[:, at : min(at + 512, context)], past_key_values=cache, logits_to_keep=1)
             caches[way] = cache
         new = inputs.ids[:, context : context + 1]
         seconds: dict[str, list[float]] = {way: [] for way in caches}
-        for _ in range(5 if inputs.quick else 25):  # by turns, so that noise hits both
+        parts: dict[str, dict[str, list[float]]] = {way: {} for way in caches}
+        for _ in range(5 if inputs.quick else 25):  # by turns, so that noise hits all
             for way, cache in caches.items():
                 model.set_attn_implementation(way)
                 began = time.perf_counter()
                 model(new, past_key_values=cache)
                 seconds[way].append(time.perf_counter() - began)
-        for way, cache in caches.items():
-            model.set_attn_implementation(way)
-            steps = 3 if inputs.quick else 8
-            for _ in range(2):  # the first time, the profiler makes its own things inside the ops
-                with profile(activities=[ProfilerActivity.CPU]) as seen:
-                    for _ in range(steps):
-                        model(new, past_key_values=cache)
-            parts = dict.fromkeys((*KINDS, "other ops"), 0.0)
-            for event in seen.key_averages():
-                kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "other ops")
-                parts[kind] += event.self_cpu_time_total / 1e3 / steps
-            whole = sorted(seconds[way])[len(seconds[way]) // 2] * 1e3
-            parts["Python"] = max(0.0, whole - sum(parts.values()))
-            name = "SDPA, DynamicCache" if way == "sdpa" else f"Λ({SINKS}, {WINDOW}), LambdaCache"
-            rows.append({"name": name, "context": context, "ms": round(whole, 2),
-                         "parts": {kind: round(x, 2) for kind, x in parts.items()}})  # fmt: skip
+                with Clock(model, way, cache) as clock:
+                    model(new, past_key_values=cache)
+                for kind, spent in clock.seconds.items():
+                    parts[way].setdefault(kind, []).append(spent)
+        for way in caches:
+            whole, *kinds = (statistics.median(x) * 1e3 for x in (seconds[way], *parts[way].values()))
+            found = dict(zip(parts[way], kinds, strict=True))
+            found["the rest"] = whole - sum(kinds)
+            rows.append({"name": names[way], "context": context, "ms": round(whole, 2),
+                         "parts": {kind: round(x, 2) for kind, x in found.items()}})  # fmt: skip
     return rows
 
 

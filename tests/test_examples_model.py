@@ -229,7 +229,11 @@ def test_real_model_parts(tmp_path: Path) -> None:
     result = run("real_model_parts.py", "--quick", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "real_model_parts_quick.json").read_text(encoding="utf-8"))
-    assert [row["name"] for row in written["token"]["rows"]] == ["SDPA, DynamicCache", "Λ(4, 1024), LambdaCache"]
+    assert [row["name"] for row in written["token"]["rows"]] == [
+        "SDPA, DynamicCache",
+        "Λ(4, 1024), LambdaCache",
+        "KVCache",
+    ]
     assert all(row["ms"] > 0 and row["parts"]["weights"] > 0 for row in written["token"]["rows"])
     assert all(row["parts"]["attention"] > 0 and row["parts"]["cache"] > 0 for row in written["token"]["rows"])
     theirs, ours = (row["losses"] for row in written["training"]["rows"])

@@ -192,7 +192,7 @@ class KVCache(HeldTokens):
         again = self._again
         if again is None or not again.fits_tensors(query, key, value):
             return None
-        room = self._held("append")
+        room: Any = (self._key, self._value, self._lengths)  # there are some: they were appended to
         if self.capacity is None and self._longest + key.shape[2] > room[1].shape[2]:
             return None
         out = again.call(query, key, value, room, rotated or ())

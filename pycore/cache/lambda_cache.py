@@ -221,7 +221,8 @@ class LambdaKVCache(LambdaTokens):
         again = self._again
         if again is None or not again.fits_tensors(query, key, value):
             return None
-        out = again.call(query, key, value, self._held("append"), rotated or ())
+        held: Any = (self._key, self._value, self._lengths)  # there are some: they were appended to
+        out = again.call(query, key, value, held, rotated or ())
         self._chunk, self._own = None, key.shape[2]
         if self._cropped:
             self._catch_up(key.shape[2], None)

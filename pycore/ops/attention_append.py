@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pycore._checks import check_bool, check_int
 from pycore._load import load_ops
@@ -23,6 +24,8 @@ load_ops()
 __all__ = ["Again", "append_and_attend", "check_rotated", "fuses", "turned_back"]
 
 _APPEND = Schema("attention_append")
+_grad_enabled, _autocasts = torch.is_grad_enabled, torch.is_autocast_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
 _append = torch.ops.pycore.attention_append.default._op  # a frame less
 
 
@@ -64,12 +67,13 @@ class Again:
 
     def fits_tensors(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the tensors are of the same kind, and nothing learns."""
-        if not type(query) is type(key) is type(value) is Tensor or torch.is_grad_enabled():
+        if not type(query) is type(key) is type(value) is Tensor or _grad_enabled():
             return False
         if (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype) != self._like:
             return False
-        on_cpu = query.is_cpu and key.is_cpu and value.is_cpu
-        return on_cpu and not torch.is_autocast_enabled("cpu") and not forward_mode()
+        if not (query.is_cpu and key.is_cpu and value.is_cpu) or _autocasts("cpu"):
+            return False
+        return not (forward_ad._current_level >= 0 or _transforms_active())  # forward_mode()
 
     def fits(
         self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], schedule: Schedule | None = None
