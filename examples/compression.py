@@ -40,6 +40,7 @@ from tools.train_bytelm import corpus
 
 NAME = "compression"
 RECORD, MOST, WHOLE = 2048, 16384, 100_000
+QUICK = 512  # of both, with --quick
 CANTERBURY = ("alice29.txt", "asyoulik.txt", "lcet10.txt", "plrabn12.txt")
 SPEEDS = {"compress_kb_per_s": "packs KB/s", "decompress_kb_per_s": "unpacks KB/s"}
 OWN = f"{WHOLE} bytes of held-out sources"
@@ -126,11 +127,13 @@ def run(options: argparse.Namespace) -> int:
     With SmolLM2: below twice xz's on the text of its own.
     """
     make_folder(options.out)
-    held_out = [data[: RECORD if options.quick else MOST] for _, data in corpus()[1] if len(data) >= RECORD]
+    record, most = (QUICK, QUICK) if options.quick else (RECORD, MOST)
+    held_out = [data[:most] for _, data in corpus()[1] if len(data) >= RECORD]
     step = max(1, len(held_out) // options.files)
     files = held_out[::step][: options.files]
-    records, model = [data[:RECORD] for data in files], None
-    parts = {f"{len(files)} held-out files": files, f"{len(records)} records of {RECORD} bytes": records}
+    records, model = [data[:record] for data in files], None
+    of_records = f"{len(records)} records of {record} bytes"
+    parts = {f"{len(files)} held-out files": files, of_records: records}
     whole_texts = [options.canterbury / name for name in CANTERBURY] if options.canterbury else []
     if options.canterbury:
         parts = {}
@@ -178,7 +181,7 @@ def run(options: argparse.Namespace) -> int:
             enough = enough and (factor >= 2.0 or title != OWN)
             print(f"{title}: {factor:.2f} times xz's ratio")
         return 0 if enough else 1
-    ratio = {row["name"]: row["ratio"] for row in result["parts"][f"{len(records)} records of {RECORD} bytes"]}
+    ratio = {row["name"]: row["ratio"] for row in result["parts"][of_records]}
     factor = ratio["lmzip"] / ratio["gzip -9"]
     print(f"on records lmzip has {factor:.2f} times gzip's ratio")
     return 0 if options.quick or factor >= 1.3 else 1

@@ -344,7 +344,7 @@ def test_compression(tmp_path: Path) -> None:
     result = run("compression.py", "--quick", "--out", str(tmp_path), "--text", str(text), "--most", "500")
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "compression_quick.json").read_text(encoding="utf-8"))
-    assert list(written["parts"]) == ["1 held-out files", "1 records of 2048 bytes", "notes.txt"]
+    assert list(written["parts"]) == ["1 held-out files", "1 records of 512 bytes", "notes.txt"]
     for title, rows in written["parts"].items():
         names = [row["name"] for row in rows]
         always = {"lmzip", "lmzip, bytelm+ngram", "lmzip, ngram", "gzip -9", "bz2 -9", "xz -9e"}
@@ -354,7 +354,7 @@ def test_compression(tmp_path: Path) -> None:
             assert row["bits_per_byte"] == pytest.approx(8 / row["ratio"]) and row["compress_kb_per_s"] > 0
             assert any(line.startswith(f"{row['name']} ") for line in result.stdout.splitlines())
         assert {row["bytes"] for row in rows} == {500 if title == "notes.txt" else rows[0]["bytes"]}
-    records = {row["name"]: row["ratio"] for row in written["parts"]["1 records of 2048 bytes"]}
+    records = {row["name"]: row["ratio"] for row in written["parts"]["1 records of 512 bytes"]}
     assert records["lmzip"] > 1.2 * records["gzip -9"]
     for name in ("alice29.txt", "asyoulik.txt", "lcet10.txt", "plrabn12.txt"):
         (tmp_path / name).write_bytes(b"Down, down, down. " * 10 + name.encode())
