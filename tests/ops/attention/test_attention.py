@@ -18,6 +18,7 @@ from pycore import native
 from pycore.ops import attention, lambda_attention
 from pycore.reference import attention as reference
 from pycore.schedules import Causal, Full, Lambda, Schedule
+from tests.support.allocations import allocations
 from tests.support.attention_inputs import Case, lengths, qkv, tables
 from tests.support.tolerance import assert_as_accurate
 
@@ -359,11 +360,13 @@ def allocated(length: int, backward: bool) -> int:
     """Bytes the Λ op asks torch's allocator for, beyond its results: its scratch."""
     q, k, v = (x.requires_grad_(backward) for x in qkv(1, 1, 1, length, length, 16))
     rope = tables(64 + 64, 16)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+
+    def call() -> None:
         out = lambda_attention(q, k, v, sink_size=4, window_size=64, rope=rope)
         if backward:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    asked = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+
+    asked = sum(allocations(call))
     rows = length * 4
     results = rows * (16 + 1)  # out, lse
     if backward:
