@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """same_bits on SmolLM2-135M over 65,536 tokens: no bit of a logit differs, whatever it is computed with.
 
-PYCORE_SMOLLM2 names a folder with the model (`AutoModelForCausalLM.from_pretrained` reads it), PYCORE_SAME_BITS_TOKENS
-how many tokens in place of 65,536 (an eighth of them in bfloat16), PYCORE_SAME_BITS_TEXT how many of them make a text.
-64 texts at once are read token by token, every sixteenth text by itself too. That takes an hour or two on two cores, so
-PYCORE_SAME_BITS_DONE may name a file: what has been found equal is written to it and not done again, and a run ends
-after PYCORE_SAME_BITS_SECONDS, which is a skip that says how far it is.
+The model is where `python examples/smollm2.py` puts it. PYCORE_SAME_BITS=1 asks for the whole test, which takes an
+hour or two on two cores: every text in one pass, in chunks, after a cached prefix and on one thread, every sixteenth
+token by token by itself, and 64 texts at once token by token. PYCORE_SAME_BITS_TOKENS says how many tokens in place of
+65,536 (an eighth of them in bfloat16). PYCORE_SAME_BITS_DONE may name a file: what has been found equal is written to
+it and not done again, and a run ends after PYCORE_SAME_BITS_SECONDS, which is a skip that says how far it is.
+
+tests/golden/same_bits_real_model.json has digests of the logits, of all texts and of the first tokens of the first
+one; the latter are checked in every run, on each instruction set of the machine. The whole test adds what is not there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +28,22 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pycore import Staircase  # noqa: E402
+from pycore import Staircase, native  # noqa: E402
 from pycore.integrations.transformers import KVCache, LambdaCache, StaircaseCache, register, same_bits  # noqa: E402
 from tests.support.tiny_models import logits  # noqa: E402
+from tests.test_examples import EXAMPLES  # noqa: E402
 
-FOLDER = os.environ.get("PYCORE_SMOLLM2", "")
-TOKENS = int(os.environ.get("PYCORE_SAME_BITS_TOKENS", 65_536))
-LENGTH = int(os.environ.get("PYCORE_SAME_BITS_TEXT", 1024))
+sys.path.insert(0, str(EXAMPLES))
+try:
+    import smollm2
+finally:
+    sys.path.remove(str(EXAMPLES))
+
+pytestmark = [pytest.mark.real_model, pytest.mark.skipif(not smollm2.present(), reason=smollm2.missing())]
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "same_bits_real_model.json"
+LENGTH, FIRST = 1024, 512  # tokens of a text, and of the first text those that every run reads
+WHOLE = 65_536
+TOKENS = int(os.environ.get("PYCORE_SAME_BITS_TOKENS", WHOLE))
 DONE = os.environ.get("PYCORE_SAME_BITS_DONE", "")
 SECONDS = float(os.environ.get("PYCORE_SAME_BITS_SECONDS", "inf"))
 START = time.monotonic()
@@ -40,7 +54,7 @@ CACHES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "full": ("long_causal", lambda config: transformers.DynamicCache(config=config)),
     "lambda": ("long_lambda", lambda config: LambdaCache(SINKS, WINDOW)),
     "staircase": ("long_causal", lambda config: StaircaseCache(config, Staircase((16, 8, 4)))),
-    "full, pycore's": ("long_causal", lambda config: KVCache()),
+    "full, kept by channel": ("long_causal", lambda config: KVCache()),
 }
 
 
@@ -70,19 +84,72 @@ def digests(x: Tensor) -> Tensor:
     return torch.stack([(row * factors).sum(-1) for row in bits.flatten(0, -2)]).view(x.shape[:-1])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not FOLDER, reason="PYCORE_SMOLLM2 names no folder with SmolLM2-135M-Instruct of Hugging Face")
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
+def digest(rows: Any) -> str:
+    """Of digests of tokens."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+
+def loaded(dtype: torch.dtype, cache: str) -> Any:
+    """The model with the same bits, on the attention that a cache needs."""
     register("long_causal", window_size=None)
     register("long_lambda", sink_size=SINKS, window_size=WINDOW)
-    name, make = CACHES[cache]
-    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype, attn_implementation=name).eval()
-    same_bits(model)
-    generator = torch.Generator().manual_seed(0)
-    count = TOKENS // LENGTH if dtype == torch.float32 else max(TOKENS // LENGTH // 8, 1)
-    texts = torch.randint(20, model.config.vocab_size, (count, LENGTH), generator=generator)
+    name = CACHES[cache][0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.FOLDER, dtype=dtype, attn_implementation=name
+    ).eval()
+    return same_bits(model)
+
+
+def some_texts(model: Any, dtype: torch.dtype) -> Tensor:
+    texts = torch.randint(
+        20, model.config.vocab_size, (WHOLE // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
+    return texts[: TOKENS // LENGTH if dtype == torch.float32 else max(TOKENS // LENGTH // 8, 1)]
+
+
+def golden(dtype: torch.dtype, cache: str) -> dict[str, str]:
+    """The digests that are kept; a full cache has one pair, however it keeps its keys."""
+    kept: dict[str, dict[str, str]] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    return kept.get(f"{cache.split(',')[0]} {str(dtype)[6:]}", {})
+
+
+def add_golden(dtype: torch.dtype, cache: str, found: dict[str, str]) -> None:
+    kept = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    kept[f"{cache.split(',')[0]} {str(dtype)[6:]}"] = found
+    GOLDEN.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+
+
+parametrize_cache = pytest.mark.parametrize("cache", CACHES)
+parametrize_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.mark.parametrize("cache", ["full", "lambda", "staircase"])
+@parametrize_dtype
+def test_first_tokens_on_any_machine(dtype: torch.dtype, cache: str) -> None:
+    model, make = loaded(dtype, cache), CACHES[cache][1]
+    first = some_texts(model, dtype)[:1, :FIRST]
+    before = native.cpu_isa()
+    found = {}
+    try:
+        for isa in native.available_isas():
+            if isa != "scalar":  # keeps its bits among machines without AVX2
+                native.set_cpu_isa(isa)
+                out = logits(model, first, past_key_values=make(model.config), use_cache=True)
+                found[isa] = digest(digests(out)[0].tolist())
+    finally:
+        native.set_cpu_isa(before)
+    if not found:
+        pytest.skip("this machine has no AVX2")
+    assert found == dict.fromkeys(found, golden(dtype, cache)["first"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("PYCORE_SAME_BITS"), reason="PYCORE_SAME_BITS=1 asks for an hour or two of it")
+@parametrize_cache
+@parametrize_dtype
+def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
+    model, make = loaded(dtype, cache), CACHES[cache][1]
+    texts = some_texts(model, dtype)
 
     def parts(ids: Tensor, ends: list[int], given: Any = None) -> Tensor:
         held = make(model.config) if given is None else given
@@ -96,7 +163,7 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
         rest = logits(model, ids[:, LENGTH // 3 :], past_key_values=held, use_cache=True)
         return torch.cat([head, rest], 1)
 
-    key = f"{str(dtype)[6:]} {cache} {LENGTH}"
+    key = f"{cache} {str(dtype)[6:]}"
     # Logits of 64 texts do not fit into memory: those of the pass over a whole text are kept as digests, a token each.
     found: list[list[int]] = done().get(key, [])
     threads = torch.get_num_threads()
@@ -127,6 +194,11 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
             keep(name, True)
     finally:
         torch.set_num_threads(threads)
+    if TOKENS == WHOLE:
+        made = {"first": digest(found[0][:FIRST]), "all": digest(found)}
+        if not golden(dtype, cache):
+            add_golden(dtype, cache, made)
+        assert made == golden(dtype, cache)
 
 
 def test_digests_tell_one_bit() -> None:
