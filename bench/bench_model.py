@@ -280,6 +280,7 @@ def decode_case(context: int, dtype: torch.dtype, quick: bool) -> Case:
         tolerances=_allowed(contenders, context + 1, dtype),
         error=ERROR,
         bytes=float(dtype.itemsize * 134_515_008),  # every weight, once
+        before=1,
     )
 
 

@@ -86,6 +86,7 @@ def cases(options: Options) -> Iterable[Case]:
                 tolerance=TOLERANCE[name],
                 flops=0.0 if decode else 2.0 * PROMPT * 106.2e6,  # the layers' weights; the head's are for one token
                 bytes=weights * dtype.itemsize if decode else 0.0,
+                before=int(decode),
             )
 
 

@@ -45,6 +45,8 @@ class Case:
         error: what an error is, where the pages show it: "nats from SDPA's prediction"; empty where they do not.
         memory: contenders whose peak memory is measured (in a process of its own).
         device: "cpu" or "cuda".
+        before: calls before each timed one, where calls follow one another, as steps of decoding do: another
+            contender's turn and the pause behind it leave threads asleep. On a CPU.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Case:
     error: str = ""
     memory: Sequence[str] = ()
     device: str = "cpu"
+    before: int = 0
 
 
 def gemm_limit(dtype: torch.dtype, device: str) -> str:

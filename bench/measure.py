@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,11 +35,12 @@ FULL = Effort(seconds=12.0, least=5, most=31)
 
 
 class Timer:
-    """Runs one contender once and keeps its seconds."""
+    """Runs one contender once and keeps its seconds; `before` calls run first, outside the clock."""
 
     def __init__(self, call: Callable[[], Any], device: str) -> None:
         self.call = call
         self.device = device
+        self.before = 0
         self.seconds: list[float] = []
 
     def __call__(self) -> Any:
@@ -46,6 +48,8 @@ class Timer:
             seconds, result = cuda_seconds(self.call)
         else:
             time.sleep(SETTLE_SECONDS)
+            for _ in range(self.before):
+                self.call()
             seconds, result = host_seconds(self.call)
         self.seconds.append(seconds)
         return result
@@ -67,7 +71,7 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
     """Checks and times every contender of a case and returns its record.
 
     The subject is timed by pytest-benchmark's pedantic mode; each of its rounds is preceded, outside the clock, by the
-    turns of its peers and one matrix product, the machine's limit at that moment.
+    turns of its peers, in another order each time, and one matrix product, the machine's limit at that moment.
 
     Raises:
         AssertionError: the subject's output is off by more than the tolerance, or nothing could run. (A peer that is
@@ -98,6 +102,7 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
             assert name != subject, f"{case.name}: {name} is {off}"
             skipped[name] = off
             continue
+        timer.before = case.before
         timers[name] = timer
     assert timers, f"{case.name}: no contender could run: {skipped}"
     if subject not in timers:
@@ -114,11 +119,13 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
     for timer in timers.values():
         timer.seconds.clear()
     state = {"round": 0}
+    peers, order = [name for name in timers if name != subject], random.Random(0)
 
     def peers_turn() -> None:
-        for name, timer in timers.items():
-            if name != subject and turn(state["round"], rounds[name], total):
-                timer()
+        order.shuffle(peers)  # else one and the same of them leaves the subject its threads and caches every time
+        for name in peers:
+            if turn(state["round"], rounds[name], total):
+                timers[name]()
         state["round"] += 1
 
     gc.collect()
