@@ -180,6 +180,10 @@ class TileLoader {
     const auto columns = [&](int64_t d) { return buffers_.key_columns + d * kKeyTile; };
     for (int64_t i = 0; i < half; ++i) {
       const int64_t first = interleaved ? 2 * i : i, second = interleaved ? first + 1 : half + i;
+      if (few_) {  // several blocks fetch the next tile themselves
+        prefetch_columns(channel(first), held_.ahead, kKeyTile * kElementBytes<kType>);
+        prefetch_columns(channel(second), held_.ahead, kKeyTile * kElementBytes<kType>);
+      }
       for (int64_t c = 0; c < kKeyTile; c += Vec::kWidth) {
         const Vec a = load_channels<kType>(channel(first), c), b = load_channels<kType>(channel(second), c);
         const Vec cosine = Vec::load(buffers_.turn_cos + i * kKeyTile + c);
