@@ -146,6 +146,43 @@ def test_rounds_are_spread_evenly_and_fit_the_effort() -> None:
     assert sum(taken) == 3 and taken[3] and taken[7] and taken[10]
 
 
+def test_peers_take_turns_in_other_orders_and_steps_follow_steps() -> None:
+    """Each turn is one call outside the clock and one inside it; another peer comes before the subject."""
+    calls: list[str] = []
+
+    def one(name: str) -> case.Prepare:
+        def call() -> list[torch.Tensor]:
+            calls.append(name)
+            return [torch.zeros(1)]
+
+        return lambda _: call
+
+    class Benchmark:
+        @staticmethod
+        def pedantic(call: Any, setup: Any, rounds: int) -> None:
+            calls.clear()
+            for _ in range(rounds):
+                setup()
+                call()
+
+    names = ["subject", "a", "b", "c"]
+    given = case.Case(
+        "steps",
+        "steps",
+        lambda: None,
+        {name: one(name) for name in names},
+        lambda _: lambda outputs: 0.0,
+        1.0,
+        before=1,
+    )
+    record = measure.run_case(given, Benchmark, measure.Effort(seconds=1.0, least=12, most=12))
+    assert {name: len(result["ms"]) for name, result in record["results"].items()} == dict.fromkeys(names, 12)
+    assert calls[::2] == calls[1::2]
+    turns = [calls[at : at + 8 : 2] for at in range(0, len(calls), 8)]
+    assert all(sorted(turn) == sorted(names) and turn[-1] == "subject" for turn in turns)
+    assert {turn[-2] for turn in turns} == {"a", "b", "c"}
+
+
 def test_largest_error_refuses_nan_and_wrong_shapes() -> None:
     reference = [torch.tensor([2.0, -4.0], dtype=torch.float64)]
     assert case.largest_error([torch.tensor([2.0, -3.0])], reference) == 0.25
