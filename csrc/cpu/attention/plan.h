@@ -36,13 +36,16 @@ inline void list_segments(const RowMap& map, int64_t p_lo, int64_t p_hi, int64_t
 
 constexpr int64_t kTilesPerThread = 8, kSmallForwardRows = 64;
 
+// Whether threads that claim equal items one by one are busy for four fifths of the time.
+inline bool busy(int64_t items, int64_t threads) { return tiles(items, threads) * threads * 4 <= items * 5; }
+
 // How the forward pass is cut into items.
 struct ForwardPlan {
   const AttentionParams& params;
   int64_t rows;        // query rows a tile
   int64_t tile_heads;  // heads a tile: few queries, and the heads that share a key head share its tiles too
   int64_t head_tiles, query_tiles, tiles;
-  int64_t segments = 1;  // items a tile: more than one only where there are fewer tiles than threads
+  int64_t segments = 1;  // items a tile: more than one only where there are too few tiles for the threads
   int64_t slot_bytes, partial_bytes = 0;
 
   ForwardPlan(const AttentionParams& params, const AttentionKernels& kernels, int64_t threads) : params(params) {
@@ -58,7 +61,8 @@ struct ForwardPlan {
     query_tiles = pycore::tiles(params.query_length, rows);
     tiles = query_tiles * params.batch * params.kv_heads * head_tiles;
     slot_bytes = kernels.forward_scratch(params);
-    if (tiles >= threads || kernels.forward_merge == nullptr) return;
+    const bool few = tiles < threads || (rows * tile_heads <= kSmallForwardRows && !busy(tiles, threads));
+    if (!few || kernels.forward_merge == nullptr) return;
     partial_bytes = kernels.forward_partial(params, rows * tile_heads);
     const int64_t bitmaps = params.schedule.kind == ScheduleKind::kBlocks ? params.heads : 1;
     for (int64_t n = 0; n < params.batch * bitmaps; ++n) {
