@@ -118,6 +118,21 @@ def test_threads(
     assert_same(results[2], results[0])
 
 
+@some_options
+@pytest.mark.parametrize("batch, kv_heads", [(1, 3), (3, 1), (1, 5)])
+def test_threads_that_heads_do_not_fill(
+    batch: int, kv_heads: int, options: dict[str, Any], isa: str, threads: None
+) -> None:
+    """With few rows such heads are cut into segments, of which one thread has all."""
+    q, k, v = qkv(batch, 2 * kv_heads, kv_heads, 3, LENGTH, HEAD_DIM, VALUE_DIM)
+    results = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(run(q, k, v, **options))
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
 @lambda_options
 @pytest.mark.parametrize("queries", [1, 5, 80])
 @pytest.mark.parametrize("total", [80, 300, 1024, 1030, 1100])
