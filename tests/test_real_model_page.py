@@ -59,12 +59,20 @@ def test_tables(page: str, marker: str, tables: dict[str, Callable[[], str]]) ->
     assert between(page, marker) == tables[marker]()
 
 
-def test_benchmark_table() -> None:
+def test_benchmark_tables() -> None:
     page = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
-    source = report.source_of(page)
-    assert source is not None
-    run = json.loads((ROOT / source).read_text(encoding="utf-8"))
-    assert report.insert(page, run, source) == page and not run["failures"]
+    sources = re.findall(r"<!-- bench:start \w+ (\S+) -->", page)
+    assert len(sources) == 2 and report.renewed(page) == page
+    for source in sources:
+        assert not json.loads((ROOT / source).read_text(encoding="utf-8"))["failures"]
+
+
+def test_results_are_of_one_machine_and_commit() -> None:
+    names = ["2026-11-29-amd-epyc-2t-avx512-model", "2026-11-29-amd-epyc-2t-avx512-model-quantized"]
+    benchmarks = [result(name)["machine"] for name in names]
+    parts = [result("real_model_parts")[name] for name in ("token", "training", "probabilistic", "codebook")]
+    commits = {x["commit"][:12] for x in benchmarks + parts} | {x[:12] for x in result("past_its_length")["commits"]}
+    assert len(commits) == 1
 
 
 def test_what_the_pages_say_holds() -> None:
