@@ -71,8 +71,10 @@ def test_results_are_of_one_machine_and_commit() -> None:
     names = ["2026-11-29-amd-epyc-2t-avx512-model", "2026-11-29-amd-epyc-2t-avx512-model-quantized"]
     benchmarks = [result(name)["machine"] for name in names]
     parts = [result("real_model_parts")[name] for name in ("token", "training", "probabilistic", "codebook")]
-    commits = {x["commit"][:12] for x in benchmarks + parts} | {x[:12] for x in result("past_its_length")["commits"]}
-    assert len(commits) == 1
+    length = result("past_its_length")
+    commits = {x["commit"][:12] for x in benchmarks + parts} | {x[:12] for x in length["commits"]}
+    machines = {(x["cpu"], x["cores"]) for x in benchmarks + [y["machine"] for y in [*parts, length]]}
+    assert len(commits) == 1 and len(machines) == 1
 
 
 def test_what_the_pages_say_holds() -> None:

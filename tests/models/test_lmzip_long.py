@@ -2,7 +2,7 @@
 """lmzip over megabytes of real files: the same bytes at other threads, batches and chunks, and back.
 
 The model is a small one, so that the test is about what is long: one megabyte, or ten with PYCORE_LMZIP=long, in two or
-three minutes. PYCORE_LMZIP=shipped asks for ten with the model that comes with pycore: an hour on two cores.
+three minutes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import torch
 
 import pycore
 from pycore.models.bytelm import Bytelm, BytelmConfig
-from pycore.models.language import ByteModel, shipped
+from pycore.models.language import ByteModel
 from pycore.models.lmzip import compress, decompress
 
-ASKED = os.environ.get("PYCORE_LMZIP", "")
-SIZE = 10_000_000 if ASKED else 1_000_000
+SIZE = 10_000_000 if os.environ.get("PYCORE_LMZIP") == "long" else 1_000_000
 
 
 def files() -> bytes:
@@ -47,7 +46,7 @@ def test_megabytes_come_back(threads: None) -> None:
     if pycore.cpu_isa() == "scalar":
         pytest.skip("plain loops compute other bits, and take their time")
     data = files()
-    model = shipped() if ASKED == "shipped" else small(data)
+    model = small(data)
     torch.set_num_threads(2)
     packed = compress(data, model, segment=1024, batch=1024, chunk=64)
     assert len(packed) < 0.9 * len(data)
