@@ -138,8 +138,8 @@ def token(inputs: Inputs) -> list[dict[str, Any]]:
             whole, *kinds = (statistics.median(x) * 1e3 for x in (seconds[way], *parts[way].values()))
             found = dict(zip(parts[way], kinds, strict=True))
             found["the rest"] = whole - sum(kinds)
-            rows.append({"name": names[way], "context": context, "ms": round(whole, 2),
-                         "parts": {kind: round(x, 2) for kind, x in found.items()}})  # fmt: skip
+            rows.append({"name": names[way], "context": context, "ms": round(whole, 4),
+                         "parts": {kind: round(x, 4) for kind, x in found.items()}})  # fmt: skip
     return rows
 
 
