@@ -217,6 +217,9 @@ def lambda_cache_append(
     stream: int = 0,
 ) -> None: ...
 def invariant_linear(x: Any, weight: Any, bias: Any = None, *, out: Any = None, threads: int | None = None) -> Any: ...
+def invariant_linears(
+    x: Any, weights: Sequence[Any], biases: Sequence[Any] | None = None, *, out: Any = None, threads: int | None = None
+) -> Any: ...
 def invariant_linear_backward(
     grad_out: Any,
     x: Any,

@@ -35,6 +35,7 @@ KERNELS = [
     "hamming_topk",
     "invariant_linear",
     "invariant_linear_backward",
+    "invariant_linears",
     "ngram_draft",
     "ngram_lookup",
     "ngram_update",

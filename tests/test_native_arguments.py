@@ -44,6 +44,7 @@ WITH_THREADS: dict[str, Callable[[Any], Any]] = {
     ),
     "invariant_linear": lambda n: native.invariant_linear(X, W, threads=n),
     "invariant_linear_backward": lambda n: native.invariant_linear_backward(X @ W.T, X, W, threads=n),
+    "invariant_linears": lambda n: native.invariant_linears(X, [W, W[:7]], threads=n),
     "rms_norm": lambda n: native.rms_norm(X, W[0], threads=n),
     "rms_norm_backward": lambda n: native.rms_norm_backward(X, X, W[0], threads=n),
     "layer_norm": lambda n: native.layer_norm(X, W[0], W[1], threads=n),
@@ -160,6 +161,7 @@ def test_numbers(name: str) -> None:
 ARRAYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "attention": ("query", lambda x: native.attention(x, Q, Q)),
     "invariant_linear": ("x", lambda x: native.invariant_linear(x, np.ones((3, 16), np.float32))),
+    "invariant_linears": ("x", lambda x: native.invariant_linears(x, [np.ones((3, 16), np.float32)])),
     "rms_norm": ("x", lambda x: native.rms_norm(x)),
     "layer_norm": ("x", lambda x: native.layer_norm(x)),
     "silu_mul": ("gate", lambda x: native.silu_mul(x, np.ones((1, 2, 300, 16), np.float32))),
@@ -283,6 +285,10 @@ def overlapping() -> dict[str, tuple[str, Callable[[], Any]]]:
         "linear and bias": (
             "invariant_linear: out overlaps bias",
             lambda: native.invariant_linear(x, w, bias, out=at(1900, 30, 8)),
+        ),
+        "linears": (
+            "invariant_linears: out overlaps bias",
+            lambda: native.invariant_linears(x, [w], [bias], out=at(1900, 30, 8)),
         ),
         "linear backwards": (
             "invariant_linear_backward: grad_weight overlaps weight",

@@ -22,11 +22,6 @@ struct Vec {
   static PYCORE_INLINE Vec load_first(const float* p, int64_t count) { return {_mm256_maskload_ps(p, first(count))}; }
   PYCORE_INLINE void store_first(float* p, int64_t count) const { _mm256_maskstore_ps(p, first(count), v); }
 
-  // Lanes 4i .. 4i + 3 from p + i * stride, put together as they are loaded, without a shuffle.
-  static PYCORE_INLINE Vec load_fours(const float* p, int64_t stride) {
-    return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1)};
-  }
-
   static PYCORE_INLINE Vec load_float16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
@@ -63,12 +58,18 @@ struct Vec {
   PYCORE_INLINE Vec high_bfloat16() const {
     return {_mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
-  PYCORE_INLINE Vec low_float16() const {
-    const __m256i low = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0xffff));
-    return {_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08)))};
+  // Eight lanes of two numbers of 16 bits become all first ones and all second ones.
+  PYCORE_INLINE Vec parted() const {
+    const __m256i places =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m256i within = _mm256_shuffle_epi8(_mm256_castps_si256(v), places);
+    return {_mm256_castsi256_ps(_mm256_permute4x64_epi64(within, 0xd8))};
   }
-  PYCORE_INLINE Vec high_float16() const {
-    return Vec{_mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(v), 16))}.low_float16();
+
+  // The vector is 16 of float16: its first or its last eight as float32.
+  PYCORE_INLINE Vec first_float16() const { return {_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_castps_si256(v)))}; }
+  PYCORE_INLINE Vec last_float16() const {
+    return {_mm256_cvtph_ps(_mm256_extracti128_si256(_mm256_castps_si256(v), 1))};
   }
 
   friend PYCORE_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -136,14 +137,4 @@ PYCORE_INLINE void transpose(Vec (&rows)[Vec::kWidth]) {
     rows[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
     rows[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
-}
-
-// Four vectors as load_fours makes them of rows a, a + 4, ...: lane i of the j-th becomes number j of row i.
-PYCORE_INLINE void transpose_fours(Vec (&rows)[4]) {
-  const __m256 a = _mm256_unpacklo_ps(rows[0].v, rows[1].v), b = _mm256_unpackhi_ps(rows[0].v, rows[1].v);
-  const __m256 c = _mm256_unpacklo_ps(rows[2].v, rows[3].v), d = _mm256_unpackhi_ps(rows[2].v, rows[3].v);
-  rows[0].v = _mm256_shuffle_ps(a, c, 0x44);
-  rows[1].v = _mm256_shuffle_ps(a, c, 0xee);
-  rows[2].v = _mm256_shuffle_ps(b, d, 0x44);
-  rows[3].v = _mm256_shuffle_ps(b, d, 0xee);
 }

@@ -37,14 +37,6 @@ struct Vec {
   }
   PYCORE_INLINE void store_first(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, first(count), v); }
 
-  // Lanes 4i .. 4i + 3 from p + i * stride, put together as they are loaded, without a shuffle.
-  static PYCORE_INLINE Vec load_fours(const float* p, int64_t stride) {
-    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
-    const __m256 high =
-        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 2 * stride)), _mm_loadu_ps(p + 3 * stride), 1);
-    return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
-  }
-
   static PYCORE_INLINE Vec load_float16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
@@ -80,11 +72,12 @@ struct Vec {
     return {_mm512_castsi512_ps(
         _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
-  PYCORE_INLINE Vec low_float16() const { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_castps_si512(v)))}; }
-  PYCORE_INLINE Vec high_float16() const {
-    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)))};
+  // Sixteen lanes of two numbers of 16 bits become all first ones and all second ones.
+  PYCORE_INLINE Vec parted() const {
+    const __m512i places = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24,
+                                            22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(places, _mm512_castps_si512(v)))};
   }
-
   // The vector is 32 of float16: its first or its last sixteen as float32.
   PYCORE_INLINE Vec first_float16() const { return {_mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_castps_si512(v)))}; }
   PYCORE_INLINE Vec last_float16() const {
@@ -156,34 +149,4 @@ PYCORE_INLINE void transpose(Vec (&rows)[Vec::kWidth]) {
     rows[4 + c].v = _mm512_shuffle_f32x4(odd_lo, odd_hi, 0x88);
     rows[12 + c].v = _mm512_shuffle_f32x4(odd_lo, odd_hi, 0xdd);
   }
-}
-
-// Four vectors as load_fours makes them of rows a, a + 4, ...: lane i of the j-th becomes number j of row i.
-PYCORE_INLINE void transpose_fours(Vec (&rows)[4]) {
-  const __m512 a = _mm512_unpacklo_ps(rows[0].v, rows[1].v), b = _mm512_unpackhi_ps(rows[0].v, rows[1].v);
-  const __m512 c = _mm512_unpacklo_ps(rows[2].v, rows[3].v), d = _mm512_unpackhi_ps(rows[2].v, rows[3].v);
-  rows[0].v = _mm512_shuffle_ps(a, c, 0x44);
-  rows[1].v = _mm512_shuffle_ps(a, c, 0xee);
-  rows[2].v = _mm512_shuffle_ps(b, d, 0x44);
-  rows[3].v = _mm512_shuffle_ps(b, d, 0xee);
-}
-
-// The same of rows of eight numbers of 16 bits: sixteen numbers j of all rows, then sixteen numbers j + 1, become the
-// vector j / 2. Words of two rows are put together first, which leaves exchanges within sixteen bytes.
-PYCORE_INLINE void transpose_halves(Vec (&rows)[4]) {
-  // A lane of the first step is column c of rows 4 i and 4 i + 1 (of the second pair: 4 i + 2, 4 i + 3), and lane
-  // 4 l + e of it has c = l / 2 + e / 2 * 2, i = l % 2 * 2 + e % 2. Word 8 i + c of a vector is column c of its row i.
-  const __m512i low = _mm512_set_epi16(59, 27, 51, 19, 57, 25, 49, 17, 43, 11, 35, 3, 41, 9, 33, 1, 58, 26, 50, 18, 56,
-                                       24, 48, 16, 42, 10, 34, 2, 40, 8, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(4));
-  const __m512i v0 = _mm512_castps_si512(rows[0].v), v1 = _mm512_castps_si512(rows[1].v);
-  const __m512i v2 = _mm512_castps_si512(rows[2].v), v3 = _mm512_castps_si512(rows[3].v);
-  const __m512 a = _mm512_castsi512_ps(_mm512_permutex2var_epi16(v0, low, v1));
-  const __m512 b = _mm512_castsi512_ps(_mm512_permutex2var_epi16(v2, low, v3));
-  const __m512 c = _mm512_castsi512_ps(_mm512_permutex2var_epi16(v0, high, v1));
-  const __m512 d = _mm512_castsi512_ps(_mm512_permutex2var_epi16(v2, high, v3));
-  rows[0].v = _mm512_unpacklo_ps(a, b);
-  rows[1].v = _mm512_unpackhi_ps(a, b);
-  rows[2].v = _mm512_unpacklo_ps(c, d);
-  rows[3].v = _mm512_unpackhi_ps(c, d);
 }

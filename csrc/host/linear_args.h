@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "checks.h"
 
@@ -54,6 +55,17 @@ inline void check_linear(const char* op, const TensorView& x, const TensorView& 
   check_value(bias.dims == 1 && bias.shape[0] == weight.shape[0], op, "bias has shape ", shape_text(bias),
               " and must have [", weight.shape[0], "], weight's out_features");
   check_last_stride(op, "bias", bias);
+}
+
+// weights [N_i, K], at least one, and as many biases [N_i] or none.
+inline void check_linears(const char* op, const TensorView& x, const std::vector<TensorView>& weights,
+                          const std::vector<TensorView>& biases) {
+  check_value(!weights.empty(), op, "weights is empty and must have at least one weight");
+  check_value(biases.empty() || biases.size() == weights.size(), op, "biases has ", biases.size(),
+              " tensors and must have one for each of the ", weights.size(), " weights, or be None");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_linear(op, x, weights[i], biases.empty() ? TensorView{} : biases[i]);
+  }
 }
 
 // A norm's weight or bias: [C], as wide as x, or absent.
@@ -116,7 +128,34 @@ inline LinearParams linear_params(const TensorView& x, const TensorView& weight,
   params.weight = weight.data;
   params.weight_stride = weight.strides[0];
   params.bias = bias.data;
+  params.out_stride = weight.shape[0];
   return params;
+}
+
+// Where the results of several layers lie beside each other in rows of `columns`: `out` is the first row.
+inline void place_side_by_side(std::vector<LinearParams>* layers, int64_t columns, void* out) {
+  char* at = static_cast<char*>(out);
+  for (LinearParams& layer : *layers) {
+    layer.out = at;
+    layer.out_stride = columns;
+    at += layer.out_features * dtype_size(layer.dtype);
+  }
+}
+
+inline std::vector<LinearParams> linears_params(const TensorView& x, const std::vector<TensorView>& weights,
+                                                const std::vector<TensorView>& biases) {
+  std::vector<LinearParams> layers;
+  layers.reserve(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    layers.push_back(linear_params(x, weights[i], biases.empty() ? TensorView{} : biases[i]));
+  }
+  return layers;
+}
+
+inline int64_t columns_of(const std::vector<LinearParams>& layers) {
+  int64_t columns = 0;
+  for (const LinearParams& layer : layers) columns += layer.out_features;
+  return columns;
 }
 
 inline LinearBackwardParams linear_backward_params(const TensorView& grad_out, const TensorView& x,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// pycore.native.{invariant_linear, rms_norm, layer_norm, silu_mul, gelu_mul} and their gradients: the kernels for NumPy
-// arrays and DLPack tensors.
+// pycore.native.{invariant_linear, invariant_linears, rms_norm, layer_norm, silu_mul, gelu_mul} and their gradients:
+// the kernels for NumPy arrays and DLPack tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -50,7 +50,41 @@ py::object invariant_linear(py::object x, py::object weight, py::object bias, py
   {
     const py::gil_scoped_release release;
     const AlignedScratch scratch(kOp, linear_forward_scratch(params, parallel.threads));
-    throw_if(linear_forward(params, parallel, scratch.data), kOp);
+    throw_if(linear_forward(&params, 1, parallel, scratch.data), kOp);
+  }
+  return out_array.object;
+}
+
+py::object invariant_linears(py::object x, py::sequence weights, py::object biases, py::object out,
+                             py::object threads) {
+  constexpr const char* kOp = "invariant_linears";
+  const Array x_array = input(x, kOp, "x");
+  std::vector<Array> arrays;  // which the views are of
+  std::vector<NamedView> inputs = {{"x", x_array.view}};
+  const auto take = [&](const char* name, const py::sequence& given) {
+    std::vector<TensorView> views;
+    for (const py::handle& each : given) {
+      arrays.push_back(input(each, kOp, name));
+      views.push_back(arrays.back().view);
+      inputs.push_back({name, views.back()});
+    }
+    return views;
+  };
+  const std::vector<TensorView> weight_views = take("weight", weights);
+  const std::vector<TensorView> bias_views =
+      biases.is_none() ? std::vector<TensorView>{} : take("bias", py::sequence(biases));
+  check_linears(kOp, x_array.view, weight_views, bias_views);
+  std::vector<LinearParams> layers = linears_params(x_array.view, weight_views, bias_views);
+  std::vector<int64_t> shape = shape_of(x_array.view);
+  shape.back() = columns_of(layers);
+  const Array out_array = cpu_result(out, layers[0].dtype, shape, kOp, "out");
+  check_disjoint(kOp, std::vector<NamedView>{{"out", out_array.view}}, inputs);
+  place_side_by_side(&layers, shape.back(), out_array.view.data);
+  const Parallel parallel = thread_parallel(threads, kOp);
+  {
+    const py::gil_scoped_release release;
+    const AlignedScratch scratch(kOp, linear_forward_scratch(layers[0], parallel.threads));
+    throw_if(linear_forward(layers.data(), static_cast<int64_t>(layers.size()), parallel, scratch.data), kOp);
   }
   return out_array.object;
 }
@@ -234,6 +268,13 @@ constexpr const char* kLinearDoc =
 x [..., K], weight [N, K], bias [N] or None: NumPy arrays or DLPack tensors of one floating dtype on the CPU, last dimension
 contiguous. out is a new array unless given. threads defaults to all processors. Returns [..., N].)";
 
+constexpr const char* kLinearsDoc =
+    R"(Several linear layers of one x, their results side by side: see pycore.ops.invariant_linears.
+
+x [..., K], weights a list of [N_i, K], biases a list of [N_i] or None: NumPy arrays or DLPack tensors of one floating dtype on
+the CPU, last dimension contiguous. out is a new array unless given. threads defaults to all processors. Returns
+[..., N_1 + N_2 + ...].)";
+
 constexpr const char* kLinearBackwardDoc =
     R"(Gradients of `invariant_linear`: (grad_x, grad_weight, grad_bias), new arrays unless given.
 
@@ -282,6 +323,8 @@ void register_linear(py::module_& m) {
   const py::none none;
   m.def("invariant_linear", &invariant_linear, kLinearDoc, py::arg("x"), py::arg("weight"), py::arg("bias") = none,
         py::kw_only(), py::arg("out") = none, py::arg("threads") = none);
+  m.def("invariant_linears", &invariant_linears, kLinearsDoc, py::arg("x"), py::arg("weights"),
+        py::arg("biases") = none, py::kw_only(), py::arg("out") = none, py::arg("threads") = none);
   m.def("invariant_linear_backward", &invariant_linear_backward, kLinearBackwardDoc, py::arg("grad_out"), py::arg("x"),
         py::arg("weight"), py::kw_only(), py::arg("need_x") = true, py::arg("need_weight") = true,
         py::arg("need_bias") = true, py::arg("grad_x") = none, py::arg("grad_weight") = none,

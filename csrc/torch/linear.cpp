@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pycore.{invariant_linear, rms_norm, layer_norm, silu_mul, gelu_mul} and their gradients: schema,
-// validation, allocation.
+// torch.ops.pycore.{invariant_linear, invariant_linears, rms_norm, layer_norm, silu_mul, gelu_mul} and their gradients:
+// schema, validation, allocation.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -50,7 +50,33 @@ Tensor invariant_linear_cpu(const Tensor& x_any, const Tensor& weight_any, const
   params.out = out.mutable_data_ptr();
   const Parallel parallel = torch_parallel();
   const Scratch scratch(kOp, x, linear_forward_scratch(params, parallel.threads));
-  throw_if(linear_forward(params, parallel, scratch.data), kOp);
+  throw_if(linear_forward(&params, 1, parallel, scratch.data), kOp);
+  return out;
+}
+
+Tensor invariant_linears_cpu(const Tensor& x_any, std::vector<Tensor> weights, std::vector<Tensor> biases) {
+  constexpr const char* kOp = "invariant_linears";
+  const Tensor x = last_contiguous(x_any, kOp, "x");
+  const TensorView x_view = view(x, kOp, "x");
+  std::vector<TensorView> weight_views, bias_views;
+  const auto take = [&](const char* name, std::vector<Tensor>* tensors, std::vector<TensorView>* views) {
+    views->reserve(tensors->size());
+    for (Tensor& tensor : *tensors) {
+      tensor = last_contiguous(tensor, kOp, name);
+      views->push_back(view(tensor, kOp, name));
+    }
+  };
+  take("weight", &weights, &weight_views);
+  take("bias", &biases, &bias_views);
+  check_linears(kOp, x_view, weight_views, bias_views);
+  std::vector<LinearParams> layers = linears_params(x_view, weight_views, bias_views);
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = columns_of(layers);
+  const Tensor out = new_tensor(kOp, "out", x, shape, x.scalar_type());
+  place_side_by_side(&layers, shape.back(), out.mutable_data_ptr());
+  const Parallel parallel = torch_parallel();
+  const Scratch scratch(kOp, x, linear_forward_scratch(layers[0], parallel.threads));
+  throw_if(linear_forward(layers.data(), static_cast<int64_t>(layers.size()), parallel, scratch.data), kOp);
   return out;
 }
 
@@ -206,6 +232,8 @@ std::tuple<Tensor, Tensor> gelu_mul_backward_cpu(const Tensor& grad_out, const T
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
   m.def("invariant_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  // biases: one for each weight, or none at all.
+  m.def("invariant_linears(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor");
   // Gradients that are not needed come back without elements.
   m.def(
       "invariant_linear_backward(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, "
@@ -231,6 +259,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pycore, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pycore, CPU, m) {
   m.impl("invariant_linear", TORCH_BOX(&invariant_linear_cpu));
+  m.impl("invariant_linears", TORCH_BOX(&invariant_linears_cpu));
   m.impl("invariant_linear_backward", TORCH_BOX(&invariant_linear_backward_cpu));
   m.impl("rms_norm", TORCH_BOX(&rms_norm_cpu));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward_cpu));

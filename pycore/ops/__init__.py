@@ -13,7 +13,7 @@ from pycore.ops.arithmetic_coding import (
 from pycore.ops.attention import attention, lambda_attention
 from pycore.ops.attention_blocks import pr_block_mask
 from pycore.ops.attention_probabilistic import pr_flash_attention
-from pycore.ops.linear import gelu_mul, invariant_linear, layer_norm, rms_norm, silu_mul
+from pycore.ops.linear import gelu_mul, invariant_linear, invariant_linears, layer_norm, rms_norm, silu_mul
 from pycore.ops.linear_pointwise import rotary_tables, rotate, softcap
 from pycore.ops.ngram import ngram_draft, ngram_lookup, ngram_update
 from pycore.ops.pairwise import pairwise_logsumexp, pairwise_min, pairwise_topk
@@ -35,6 +35,7 @@ __all__ = [
     "contrastive_loss",
     "hamming_topk",
     "invariant_linear",
+    "invariant_linears",
     "kmeans",
     "lambda_attention",
     "layer_norm",

@@ -21,7 +21,7 @@ from torch.autograd.function import _SingleLevelFunction
 from pycore._schema import Schema
 from pycore._tangents import dual, forward_mode, unpacked
 
-__all__ = ["call", "no_second_derivative", "register_derivatives"]
+__all__ = ["call", "no_second_derivative", "register_composite", "register_derivatives"]
 
 Tangents = list[Tensor | None]
 Jvp = Callable[[Sequence[Any], Tangents, Any], Any]
@@ -86,6 +86,24 @@ def register_derivatives(name: str, backward: Callable[..., Any], setup_context:
             with _single_level():
                 return apply(*given)
         return below(keyset, args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def register_composite(name: str, function: Callable[..., Any]) -> None:
+    """Gives an op of lists of tensors the derivatives of ops that it is made of: function(*args), with its bits.
+
+    Runs in its place where a tensor carries a tangent or is recorded.
+    """
+    op = Schema(name).op
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        tensors = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        moves = forward_mode() and any(unpacked(x)[1] is not None for x in tensors)
+        if moves or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+            return function(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """Takes x [..., K], weight [N, K], bias [N]; gives [..., N]."""
     out = x @ weight.T
     return out if bias is None else out + bias
+
+
+def invariant_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
+    """Takes x [..., K], weights [N_i, K], biases [N_i]; gives [..., N_1 + N_2 + ...]."""
+    return invariant_linear(x, torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, plus_one: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ meant to move bits.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -15,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,71 @@ def test_copies_and_casts(family: str) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert torch.equal(logits(half, ids), logits(made(family, torch.bfloat16), ids))
     assert torch.equal(in_parts(half, ids, equal_parts(40, 1), DynamicCache(config=half.config)), logits(half, ids))
+
+
+NAN = float("nan")
+
+
+@contextlib.contextmanager
+def spoiled(model: Any, path: str, way: str) -> Iterator[None]:
+    """A linear layer's result is no number, by something that only a call of that layer meets."""
+    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+    linear = getattr(parent, name)
+    if way == "hook":
+        handle = linear.register_forward_hook(lambda module, args, out: out * NAN)
+    elif way == "hook before":
+        handle = linear.register_forward_pre_hook(lambda module, args: (args[0] * NAN,))
+    elif way == "hook of all modules":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: out * NAN if module is linear else None
+        )
+    elif way == "forward of its own":
+        linear.forward = lambda x: type(linear).forward(linear, x) * NAN
+    else:
+        setattr(parent, name, torch.nn.Sequential(linear, torch.nn.Threshold(torch.inf, NAN)))
+    yield
+    if way.startswith("hook"):
+        handle.remove()
+    elif way == "forward of its own":
+        del linear.forward
+    else:
+        setattr(parent, name, linear)
+
+
+@pytest.mark.parametrize("way", ["hook", "hook before", "hook of all modules", "forward of its own", "another module"])
+@pytest.mark.parametrize("path", ["self_attn.k_proj", "mlp.up_proj"])
+def test_a_step_calls_layers_that_have_more_to_do(path: str, way: str) -> None:
+    model, ids = made("qwen2"), tokens(1, 9)  # with biases
+
+    def steps() -> Tensor:
+        return in_parts(model, ids, equal_parts(9, 1), DynamicCache(config=model.config))
+
+    expected = logits(model, ids)
+    assert torch.equal(steps(), expected)
+    with spoiled(model, f"model.layers.1.{path}", way):
+        assert steps().isnan().all()
+    assert torch.equal(steps(), expected)
+    linear = model.get_submodule(f"model.layers.1.{path}")
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", torch.nn.Identity())
+    assert torch.equal(steps(), expected)
+
+
+def test_a_step_takes_several_layers_at_once() -> None:
+    names: list[str] = []
+
+    class Called(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    model, ids = made("llama"), tokens(1, 8)
+    cache = DynamicCache(config=model.config)
+    in_parts(model, ids, [7], cache)
+    with Called():
+        logits(model, ids[:, 7:], past_key_values=cache, use_cache=True)
+    layers = model.config.num_hidden_layers
+    assert names.count("pycore::invariant_linears") == 2 * layers
+    assert names.count("pycore::invariant_linear") == 2 * layers + 1 and names.count("pycore::rotate") == layers
 
 
 def test_tied_heads() -> None:

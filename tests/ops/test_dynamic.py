@@ -163,6 +163,10 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], Args], int]] = {
         ops.invariant_linear,
         lambda i: tuple(leaf(*shape) for shape in ((2 + i, 3 + i), (4 + i, 3 + i), (4 + i,))), 2,
     ),
+    "invariant_linears": (
+        lambda x, *rest: ops.invariant_linears(x, rest[:2], rest[2:]),
+        lambda i: tuple(leaf(*shape) for shape in ((2 + i, 3 + i), (4 + i, 3 + i), (5, 3 + i), (4 + i,), (5,))), 2,
+    ),
     "rms_norm": (
         lambda x, w, eps: ops.rms_norm(x, w, eps=eps),
         lambda i: (leaf(2 + i, 3 + i), leaf(3 + i), 0.1 * (1 + i)), 2,

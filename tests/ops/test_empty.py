@@ -41,6 +41,7 @@ def test_invariant_linear(rows: int, features: int, outputs: int, leading: tuple
     check(ops.invariant_linear, x, weight, torch.randn(outputs))
     out = ops.invariant_linear(x, weight, torch.ones(outputs))
     assert out.shape == (*leading, rows, outputs) and (features or bool((out == 1).all()))
+    check(lambda x, *weights: ops.invariant_linears(x, weights), x, weight, torch.randn(2, features))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 3), (0, 3, 4), (2, 3, 4)], ids=str)

@@ -42,6 +42,7 @@ def good(name: str) -> dict[str, Any]:
         "tree": {**inputs, "parents": torch.tensor([-1, 0])},
         "scaled_dot_product_attention": inputs,
         "invariant_linear": {"x": torch.randn(3, 4), "weight": torch.randn(2, 4), "bias": torch.zeros(2)},
+        "invariant_linears": {"x": torch.randn(3, 4), "weights": torch.randn(2, 4), "biases": torch.zeros(2)},
         "rms_norm": {"x": torch.randn(3, 4), "weight": torch.ones(4)},
         "layer_norm": {"x": torch.randn(3, 4), "weight": torch.ones(4), "bias": torch.ones(4)},
         "silu_mul": {"gate": torch.randn(3, 4), "up": torch.ones(3, 4)},
@@ -95,6 +96,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "tree": scheduled(Tree, "parents"),
     "scaled_dot_product_attention": lambda given: compat.scaled_dot_product_attention(**given),
     "invariant_linear": lambda given: ops.invariant_linear(**given),
+    "invariant_linears": lambda given: ops.invariant_linears(given["x"], [given["weights"]], [given["biases"]]),
     "rms_norm": lambda given: ops.rms_norm(**given),
     "layer_norm": lambda given: ops.layer_norm(**given),
     "silu_mul": lambda given: ops.silu_mul(**given),
@@ -163,7 +165,7 @@ def test_streams_and_a_meta_model(name: str) -> None:
 
 ON_META = [name for name in CALLS if name in (
     "attention", "lambda_attention", "pr_flash_attention", "prefix", "segments", "key_subset", "tree", "rms_norm",
-    "scaled_dot_product_attention", "invariant_linear", "quantize_cdf", "t5_bias", "clipped_bias",
+    "scaled_dot_product_attention", "invariant_linear", "invariant_linears", "quantize_cdf", "t5_bias", "clipped_bias",
     "layer_norm", "silu_mul", "gelu_mul",
 )]  # fmt: skip
 
@@ -242,6 +244,10 @@ HUGE: dict[str, tuple[Callable[[], Any], str]] = {
     "invariant_linear": (
         lambda: ops.invariant_linear(torch.zeros(1, 4).expand(FAR, 4), torch.zeros(3, 4)),
         f"invariant_linear: out has shape [{FAR}, 3]",
+    ),
+    "invariant_linears": (
+        lambda: ops.invariant_linears(torch.zeros(1, 4).expand(FAR, 4), [torch.zeros(3, 4), torch.zeros(2, 4)]),
+        f"invariant_linears: out has shape [{FAR}, 5]",
     ),
     "rms_norm": (lambda: ops.rms_norm(torch.zeros(1, 4).expand(FAR, 4)), f"rms_norm: out has shape [{FAR}, 4]"),
     "layer_norm": (lambda: ops.layer_norm(torch.zeros(1, 4).expand(FAR, 4)), f"layer_norm: out has shape [{FAR}, 4]"),

@@ -144,21 +144,29 @@ int64_t linear_forward_scratch(const LinearParams& params, int64_t threads) {
   return kernels && params.x.rows > kFewRows ? size_product({threads, kernels->forward_scratch}) : 0;
 }
 
-Status linear_forward(const LinearParams& params, const Parallel& parallel, void* scratch) {
-  const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
+Status linear_forward(const LinearParams* layers, int64_t count, const Parallel& parallel, void* scratch) {
+  const LinearParams& first = layers[0];
+  const LinearKernels* kernels = kernels_for(first.dtype, first.isa);
   if (!kernels) return kNoKernel;
-  const int64_t rows = params.x.rows, columns = params.out_features;
-  const int64_t width = item_columns(rows, columns, params.in_features, parallel.threads, params.dtype);
+  const int64_t rows = first.x.rows, depth = first.in_features;
+  int64_t columns = 0;
+  for (int64_t i = 0; i < count; ++i) columns += layers[i].out_features;
+  const int64_t width = item_columns(rows, columns, depth, parallel.threads, first.dtype);
   const int64_t column_items = parts(columns, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, kernels->most_rows);
   const Parallel pool =
-      rows <= kFewRows
-          ? limited(parallel, size_product({columns, params.in_features, dtype_size(params.dtype)}), kFewSerialBytes)
-          : limited(parallel, size_product({rows, columns, params.in_features}), kSerialWork);
+      rows <= kFewRows ? limited(parallel, size_product({columns, depth, dtype_size(first.dtype)}), kFewSerialBytes)
+                       : limited(parallel, size_product({rows, columns, depth}), kSerialWork);
   for_each_item(pool, parts(rows, height) * column_items, [&](int64_t slot, int64_t item) {
-    const FlushedFloats flushed(params.dtype == DType::kBFloat16);
-    kernels->forward(params, part(item / column_items, height, rows), part(item % column_items, width, columns),
-                     static_cast<char*>(scratch) + slot * kernels->forward_scratch);
+    const FlushedFloats flushed(first.dtype == DType::kBFloat16);
+    const Range all = part(item % column_items, width, columns);
+    int64_t before = 0;  // columns of the layers before this one
+    for (int64_t i = 0; i < count; before += layers[i++].out_features) {
+      const Range own = {std::max(all.begin - before, int64_t{0}), std::min(all.end - before, layers[i].out_features)};
+      if (own.count() <= 0) continue;
+      kernels->forward(layers[i], part(item / column_items, height, rows), own,
+                       static_cast<char*>(scratch) + slot * kernels->forward_scratch);
+    }
   });
   return {};
 }

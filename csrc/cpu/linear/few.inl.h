@@ -2,11 +2,9 @@
 // The linear layer for up to kFewRows rows (decoding): bound by reading the weight, which is read once, where it lies,
 // in its own dtype. The chains are the tile product's: a lane is an output, so weight rows have to be transposed.
 //
-// A cache line of each of kColumns weight rows is copied to the stack, one step ahead of the products
-// (weight_lines.inl.h). From there sixteen bytes of every fourth row make up a vector, so that four vectors need only
-// the transposition within their sixteen bytes: half the shuffles, and few registers. Copies, because rows a power of
-// two apart share the sets of the first cache: a line that is read in four parts would be gone before its last. For the
-// same reason what is fetched ahead goes to the second cache.
+// That happens in registers, in squares: each line is loaded whole and once. It takes twice the shuffles of vectors
+// that are put together from parts of rows as they are loaded, and a quarter of the loads. Loads are what counts: while
+// all that a core can ask memory for is asked for, they wait, and shuffles do not.
 #pragma once
 
 #include <pycore/dtype.h>
@@ -25,63 +23,32 @@ constexpr int64_t kMostFetched = 1 << 19;  // what lies ready in the second cach
 
 // Groups of kWidth columns that take turns: a chain's next FMA waits for its last. Sixteen lanes have work enough for
 // the time.
-template <DType kType, int M>
+template <int M>
 constexpr int kFewGroups = M <= 2 && Vec::kWidth < 16 ? 2 : 1;
 
-// What a thread has on its stack.
+// The chains of M rows go on by the first `channels` channels of a square; x[m] begins where they do.
 template <DType kType, int M>
-struct FewScratch {
-  alignas(64) float lines[2][kFewGroups<kType, M> * Vec::kWidth][kStagedLanes<kType>];  // this line and the next
-  float rows[M * kFewDepth];                                                            // x as prepare_row has it
-};
-
-// The chains of M rows by kGroups vectors of columns go on by the first `channels` channels of a line; x[m] begins
-// where they do. Unrolled, or the vectors would go through memory.
-template <DType kType, int M, int kGroups>
-PYCORE_INLINE void follow_line(const float (*lines)[kStagedLanes<kType>], int64_t channels, const float* x,
-                               int64_t x_row, Vec (&chain)[kGroups][M]) {
-  constexpr int kPer = static_cast<int>(kLaneChannels<kType>);
-#pragma GCC unroll 8
-  for (int s = 0; s < kStagedLanes<kType>; s += 4) {
-    if (kPer * s >= channels) return;
-    Vec fours[kGroups][4];
-#pragma GCC unroll 2
-    for (int g = 0; g < kGroups; ++g) {
-#pragma GCC unroll 4
-      for (int a = 0; a < 4; ++a) {
-        fours[g][a] = Vec::load_fours(lines[g * Vec::kWidth + a] + s, 4 * kStagedLanes<kType>);
-      }
-      part_fours<kType>(fours[g]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const int lane = s + j;
-      if (kPer * lane >= channels) return;
+PYCORE_INLINE void follow_square(const Vec (&square)[Vec::kWidth], int64_t channels, const float* x, int64_t x_row,
+                                 Vec (&chain)[M]) {
+  constexpr int kPer = kElementBytes<kType> == 4 ? 1 : 2;
+#pragma GCC unroll 16
+  for (int j = 0; j < Vec::kWidth; ++j) {
+    if (kPer * j >= channels) return;
 #ifdef PYCORE_BFLOAT16_PRODUCTS
-      if constexpr (kPairs<kType>) {
-#pragma GCC unroll 2
-        for (int g = 0; g < kGroups; ++g) {
-          const Vec pair = fours[g][j].turned();
+    if constexpr (kPairs<kType>) {
+      const Vec pair = square[j].turned();
 #pragma GCC unroll 6
-          for (int m = 0; m < M; ++m) {
-            chain[g][m] = Vec::fma_pairs(Vec::broadcast(x[m * x_row + lane]), pair, chain[g][m]);
-          }
-        }
-        continue;
-      }
+      for (int m = 0; m < M; ++m) chain[m] = Vec::fma_pairs(Vec::broadcast(x[m * x_row + j]), pair, chain[m]);
+      continue;
+    }
 #endif
+    const Vec lanes = parted<kType>(square[j]);
 #pragma GCC unroll 2
-      for (int c = 0; c < kPer; ++c) {
-        if (c == 1 && kPer * lane + 1 >= channels) return;
-#pragma GCC unroll 2
-        for (int g = 0; g < kGroups; ++g) {
-          const Vec column = c == 0 ? column_of<kType, 0>(fours[g][j]) : column_of<kType, 1>(fours[g][j]);
+    for (int c = 0; c < kPer; ++c) {
+      if (c == 1 && kPer * j + 1 >= channels) return;
+      const Vec column = c == 0 ? channel_of<kType, 0>(lanes) : channel_of<kType, 1>(lanes);
 #pragma GCC unroll 6
-          for (int m = 0; m < M; ++m) {
-            chain[g][m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * lane + c]), column, chain[g][m]);
-          }
-        }
-      }
+      for (int m = 0; m < M; ++m) chain[m] = Vec::fma(Vec::broadcast(x[m * x_row + kPer * j + c]), column, chain[m]);
     }
   }
 }
@@ -89,18 +56,18 @@ PYCORE_INLINE void follow_line(const float (*lines)[kStagedLanes<kType>], int64_
 template <DType kType, int M>
 __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int64_t first_row, Range columns) {
   constexpr int64_t kWidth = Vec::kWidth, kBytes = kElementBytes<kType>, kLine = kLineBytes / kBytes;
-  constexpr int kGroups = kFewGroups<kType, M>;
+  constexpr int kGroups = kFewGroups<M>;
   constexpr int64_t kColumns = kGroups * kWidth;
-  static_assert(kLinearBlock % kLine == 0);
+  static_assert(kLinearBlock % kLine == 0 && kLine % kSquare<kType> == 0);
   const int64_t depth = params.in_features, row_bytes_read = depth * kBytes, stride = params.weight_stride * kBytes;
   // float32 rows with one stride stay where they are; others come into scratch, whole or by the block.
   const bool in_place = kType == DType::kFloat32 && params.x.uniform(), whole = depth <= kFewDepth;
-  FewScratch<kType, M> scratch;
-  const float* x = scratch.rows;
+  alignas(64) float scratch[M * kFewDepth];
+  const float* x = scratch;
   int64_t x_row = kFewDepth;
   const auto prepare = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
     for (int m = 0; m < M; ++m) {
-      prepare_row<kType>(row_bytes<kType>(params.x, first_row + m) + k * kBytes, count, scratch.rows + m * kFewDepth);
+      prepare_row<kType>(row_bytes<kType>(params.x, first_row + m) + k * kBytes, count, scratch + m * kFewDepth);
     }
   };
   if (in_place) {
@@ -109,32 +76,17 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
   } else if (whole) {
     prepare(0, depth);
   }
-  const char* rows[kColumns];  // a missing one is the last, and its result is not kept
-  const auto point = [&](int64_t n) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < kColumns; ++i) {
-      rows[i] = static_cast<const char*>(params.weight) + smaller(n + i, columns.end - 1) * stride;
-    }
+  const auto row = [&](int64_t n) __attribute__((always_inline)) {  // a missing one is the last, and is not kept
+    return static_cast<const char*>(params.weight) + smaller(n, columns.end - 1) * stride;
   };
-  if (columns.count() <= 0) return;
-  int turn = 0;
-  point(columns.begin);
-  // Columns without gaps are fetched as they lie, one line after another, as many columns ahead as are worked on: what
-  // fetches by itself goes on from there.
+  // Columns without gaps are fetched as they lie, one line after another, as many columns ahead as are worked on.
   const bool in_order = stride == row_bytes_read && kColumns * stride <= kMostFetched;
-  const char* const end = static_cast<const char*>(params.weight) + columns.end * stride;
-  if (in_order) {
-    for (int64_t at = 0; at < smaller(kColumns, columns.count()) * stride; at += kLineBytes) {
-      __builtin_prefetch(rows[0] + at, 0, 2);
-    }
-  } else {
-    for (int64_t at = 0; at < smaller(kAheadBytes, row_bytes_read); at += kLineBytes) {
-      for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + at, 0, 2);
-    }
-  }
-  if (depth > 0) stage<kType, kColumns>(rows, 0, smaller(kLineBytes, row_bytes_read), scratch.lines[turn]);
+  const char* const end = row(columns.end - 1) + stride;
   for (int64_t n = columns.begin; n < columns.end; n += kColumns) {
+    const char* rows[kColumns];
+    for (int64_t i = 0; i < kColumns; ++i) rows[i] = row(n + i);
+    const char* in_turn = rows[0] + kColumns * stride;
     const int64_t next = n + kColumns < columns.end ? kColumns * stride : 0;
-    const char* in_turn = rows[0] + kColumns * stride;  // what comes next of the columns behind these
     Vec total[kGroups][M], chain[kGroups][M];
     for (int g = 0; g < kGroups; ++g) {
       for (int m = 0; m < M; ++m) total[g][m] = chain[g][m] = Vec::zero();
@@ -143,34 +95,35 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
       const int64_t block = k / kLinearBlock * kLinearBlock, line_end = k + kLine;
       const bool by_block = !in_place && !whole;
       if (by_block && k == block) prepare(block, smaller(kLinearBlock, depth - block));
-      // What comes next to the stack, and what comes later to the second cache.
       if (in_order) {
-        if (next && in_turn < end) {
-          for (int i = 0; i < kColumns; ++i) __builtin_prefetch(in_turn + i * kLineBytes, 0, 2);
+        if (in_turn < end) {
+          for (int i = 0; i < kColumns; ++i) __builtin_prefetch(in_turn + i * kLineBytes, 0, 3);
         }
         in_turn += kColumns * kLineBytes;
-      } else {
-        const int64_t ahead = (line_end * kBytes) + kAheadBytes;
+      } else {  // to the second cache: rows a power of two apart share sets of the first
+        const int64_t ahead = line_end * kBytes + kAheadBytes;
         const int64_t fetched = ahead < row_bytes_read ? ahead : ahead - row_bytes_read + next;
         for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + fetched, 0, 2);
-      }
-      if (line_end + kLine <= depth) {
-        stage<kType, kColumns>(rows, line_end * kBytes, kLineBytes, scratch.lines[turn ^ 1]);
-      } else if (line_end < depth) {
-        stage<kType, kColumns>(rows, line_end * kBytes, row_bytes_read - line_end * kBytes, scratch.lines[turn ^ 1]);
-      } else if (next) {
-        point(n + kColumns);
-        stage<kType, kColumns>(rows, 0, smaller(kLineBytes, row_bytes_read), scratch.lines[turn ^ 1]);
       }
       const float* at = x + (k - (by_block ? block : 0)) / (kPairs<kType> ? 2 : 1);
       // x is read again for every line: kept in registers for all of them, it would crowd out the rest.
       __asm__ volatile("" : : : "memory");
-      if (line_end <= depth) {
-        follow_line<kType, M>(scratch.lines[turn], kLine, at, x_row, chain);
-      } else {
-        follow_line<kType, M>(scratch.lines[turn], depth - k, at, x_row, chain);
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < kLine; c += kSquare<kType>) {
+          const float* const from = at + c / (kPairs<kType> ? 2 : 1);
+          const int64_t left = depth - k - c;
+          Vec square[kWidth];
+          if (left >= kSquare<kType>) {
+            load_square(rows + g * kWidth, (k + c) * kBytes, square);
+            follow_square<kType, M>(square, kSquare<kType>, from, x_row, chain[g]);
+          } else if (left > 0) {
+            load_square_first(rows + g * kWidth, (k + c) * kBytes, left * kBytes, square);
+            follow_square<kType, M>(square, left, from, x_row, chain[g]);
+          }
+        }
       }
-      turn ^= 1;
       if (line_end % kLinearBlock != 0 && line_end < depth) continue;
       for (int g = 0; g < kGroups; ++g) {
         for (int m = 0; m < M; ++m) {
@@ -185,7 +138,7 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
       for (int m = 0; m < M; ++m) {
         Vec sum = total[g][m];
         if (params.bias) sum = sum + load_some<kType>(static_cast<const char*>(params.bias), column, kept);
-        store_some<kType>(sum, static_cast<char*>(params.out) + (first_row + m) * params.out_features * kBytes, column,
+        store_some<kType>(sum, static_cast<char*>(params.out) + (first_row + m) * params.out_stride * kBytes, column,
                           kept);
       }
     }

@@ -95,7 +95,7 @@ void linear_forward_float(const LinearParams& params, Range rows, Range columns,
     do {
       const int64_t end = smaller(k + kLinearBlock, depth);
       pack_transposed(weight + n * params.weight_stride + k, params.weight_stride, width, end - k, scratch->panel);
-      const BlockSum sum = {static_cast<float*>(params.out) + rows.begin * params.out_features + n, params.out_features,
+      const BlockSum sum = {static_cast<float*>(params.out) + rows.begin * params.out_stride + n, params.out_stride,
                             bias && end == depth ? bias + n : nullptr, k == 0};
       multiply_rows(params.x, rows, k, end - k, scratch->panel, kPanel, width, sum, scratch->rows);
       k = end;
@@ -229,6 +229,6 @@ void linear_forward_item(const LinearParams& params, Range rows, Range columns, 
                             pack_halves<kType>(from(k, n).rows, stride, width, depth, panel, kHalfPanel);
                           };
     half_product<kType>(params.x, rows, columns, params.in_features, pack, from, params.bias, params.out,
-                        params.out_features, static_cast<HalfScratch*>(memory));
+                        params.out_stride, static_cast<HalfScratch*>(memory));
   }
 }

@@ -50,7 +50,7 @@ void forward(const LinearParams& params, Range rows, Range columns, void*) {
   const T* bias = static_cast<const T*>(params.bias);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const T* x = params.x.row<T>(r);
-    T* out = static_cast<T*>(params.out) + r * params.out_features;
+    T* out = static_cast<T*>(params.out) + r * params.out_stride;
     for (int64_t n = columns.begin; n < columns.end; ++n) {
       const T* weight = static_cast<const T*>(params.weight) + n * params.weight_stride;
       const S sum =

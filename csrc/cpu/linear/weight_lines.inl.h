@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows as the products want them: weight rows a cache line at a time, by way of the stack, in their own dtype or in
-// float32; panels of 16 bits; and rows of x, in float32 or as pairs of bfloat16.
+// Rows as the products want them: squares of weight rows, transposed; panels of 16 bits; and rows of x, in float32 or
+// as pairs of bfloat16.
 #pragma once
 
 #include <pycore/dtype.h>
@@ -30,12 +30,18 @@ PYCORE_INLINE void load_square_first(const char* const* rows, int64_t at, int64_
   transpose(square);
 }
 
-// The first or the second of a lane's two numbers; float32 has one.
+// Lanes of a square, parted: of two float16, all first ones and all second ones.
+template <DType kType>
+PYCORE_INLINE Vec parted(Vec lanes) {
+  if constexpr (kType == DType::kFloat16) return lanes.parted();
+  return lanes;
+}
+// The first or the second of each parted lane's two numbers; float32 has one.
 template <DType kType, int kWhich>
 PYCORE_INLINE Vec channel_of(Vec lanes) {
   if constexpr (kType == DType::kFloat32) return lanes;
   if constexpr (kType == DType::kBFloat16) return kWhich == 0 ? lanes.low_bfloat16() : lanes.high_bfloat16();
-  return kWhich == 0 ? lanes.low_float16() : lanes.high_float16();
+  return kWhich == 0 ? lanes.first_float16() : lanes.last_float16();
 }
 
 // Whether a lane's two numbers are multiplied where they are.
@@ -75,80 +81,6 @@ PYCORE_INLINE void prepare_row(const char* row, int64_t n, float* out) {
   }
 }
 
-// How a line of a weight row lies on the stack: as it is, in lanes of one float32 or two halves, but for float16 where
-// halves cannot be parted by a shuffle: that is in float32.
-template <DType kType>
-constexpr bool kWidened = kType == DType::kFloat16 && Vec::kWidth < 16;
-template <DType kType>
-constexpr int64_t kStagedLanes = kLineBytes / (kWidened<kType> ? 2 : 4);
-template <DType kType>
-constexpr int64_t kLaneChannels = kType == DType::kFloat32 || kWidened<kType> ? 1 : 2;
-
-// Copies `bytes` of each row from byte `at` on; what is left of the line is zero.
-template <DType kType, int kColumns>
-PYCORE_INLINE void stage(const char* const* rows, int64_t at, int64_t bytes, float (*lines)[kStagedLanes<kType>]) {
-  constexpr int64_t kStep = kWidened<kType> ? 2 * Vec::kWidth : 4 * Vec::kWidth;  // bytes of a vector
-  char padded[kLineBytes] = {};
-#pragma GCC unroll 4
-  for (int i = 0; i < kColumns; ++i) {
-    const char* from = rows[i] + at;
-    if (bytes < kLineBytes) {
-      __builtin_memcpy(padded, from, static_cast<size_t>(bytes));
-      from = padded;
-    }
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kLineBytes / kStep; ++j) {
-      const char* const part = from + j * kStep;
-      const Vec x = kWidened<kType> ? Vec::load_float16(reinterpret_cast<const uint16_t*>(part))
-                                    : Vec::load(reinterpret_cast<const float*>(part));
-      x.store(lines[i] + j * Vec::kWidth);
-    }
-  }
-}
-
-// What load_fours made of staged lines becomes a lane's numbers of all columns: one, or two that column_of parts.
-template <DType kType>
-PYCORE_INLINE void part_fours(Vec (&fours)[4]) {
-#if PYCORE_LANES == 16
-  if constexpr (kType == DType::kFloat16) return transpose_halves(fours);
-#endif
-  transpose_fours(fours);
-}
-template <DType kType, int kWhich>
-PYCORE_INLINE Vec column_of(Vec lanes) {
-  if constexpr (kType == DType::kBFloat16) return channel_of<kType, kWhich>(lanes);
-#if PYCORE_LANES == 16
-  if constexpr (kType == DType::kFloat16) return kWhich == 0 ? lanes.first_float16() : lanes.last_float16();
-#endif
-  return lanes;
-}
-
-#ifdef PYCORE_BFLOAT16_PRODUCTS
-// Whole lines of kWidth rows into a panel of pairs, a line ahead on the stack.
-PYCORE_INLINE void pack_pair_lines(const char* const* rows, int64_t lines, float* panel, int64_t panel_row) {
-  constexpr DType kType = DType::kBFloat16;
-  constexpr int kWidth = Vec::kWidth, kLanes = static_cast<int>(kStagedLanes<kType>);
-  alignas(64) float staged[2][kWidth][kLanes];
-  if (lines == 0) return;
-  stage<kType, kWidth>(rows, 0, kLineBytes, staged[0]);
-  for (int64_t line = 0; line < lines; ++line) {
-    if (line + 1 < lines) stage<kType, kWidth>(rows, (line + 1) * kLineBytes, kLineBytes, staged[(line + 1) % 2]);
-    const float* const from = staged[line % 2][0];
-#pragma GCC unroll 4
-    for (int s = 0; s < kLanes; s += 4) {
-      Vec fours[4];
-#pragma GCC unroll 4
-      for (int a = 0; a < 4; ++a) fours[a] = Vec::load_fours(from + a * kLanes + s, 4 * kLanes);
-      transpose_fours(fours);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) fours[j].turned().store(panel + (s + j) * panel_row);
-    }
-    panel += kLanes * panel_row;
-    __asm__ volatile("" : : : "memory");  // the rows' addresses are read again rather than kept in vectors
-  }
-}
-#endif
-
 // panel[k][i] = rows[i][k], rows of 16 bits `stride` bytes apart.
 template <DType kType>
 inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t depth, float* panel,
@@ -157,14 +89,7 @@ inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t
   for (int64_t i = 0; i < count; i += kWidth) {
     const char* row[kWidth];
     for (int64_t j = 0; j < kWidth; ++j) row[j] = rows + smaller(i + j, count - 1) * stride;
-    int64_t k = 0;
-#ifdef PYCORE_BFLOAT16_PRODUCTS
-    if constexpr (kPairs<kType>) {
-      pack_pair_lines(row, depth / kSquare<kType>, panel + i, panel_row);
-      k = depth / kSquare<kType> * kSquare<kType>;
-    }
-#endif
-    for (; k < depth; k += kSquare<kType>) {
+    for (int64_t k = 0; k < depth; k += kSquare<kType>) {
       const int64_t channels = smaller(kSquare<kType>, depth - k);
       Vec square[kWidth];
       if (channels == kSquare<kType>) {
@@ -180,8 +105,9 @@ inline void pack_halves(const char* rows, int64_t stride, int64_t count, int64_t
 #endif
       float* const out = panel + k * panel_row + i;
       for (int64_t j = 0; 2 * j < channels; ++j) {
-        channel_of<kType, 0>(square[j]).store(out + 2 * j * panel_row);
-        if (2 * j + 1 < channels) channel_of<kType, 1>(square[j]).store(out + (2 * j + 1) * panel_row);
+        const Vec pairs = parted<kType>(square[j]);
+        channel_of<kType, 0>(pairs).store(out + 2 * j * panel_row);
+        if (2 * j + 1 < channels) channel_of<kType, 1>(pairs).store(out + (2 * j + 1) * panel_row);
       }
     }
   }

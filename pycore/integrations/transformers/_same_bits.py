@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 from pycore._checks import check_bool
 from pycore.integrations.transformers._register import register, registered
 from pycore.integrations.transformers._rope import FREQUENCIES
-from pycore.ops import gelu_mul, invariant_linear, rms_norm, rotary_tables, rotate, silu_mul, softcap
+from pycore.ops import gelu_mul, invariant_linear, invariant_linears, rms_norm, rotary_tables, rotate, silu_mul, softcap
 from pycore.positions import rope_frequencies
 
 __all__ = ["same_bits"]
@@ -150,6 +150,37 @@ class _Linear(_Derived):
         return invariant_linear(x, self.weight, self.bias)
 
 
+_FEW = 6  # rows, up to which a layer takes as long as its weight is read, and its call
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_everywhere = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+
+
+def _side_by_side(x: Tensor, module: nn.Module, names: tuple[str, ...]) -> Tensor | None:
+    """What linear layers of a module make of x in a decoding step, in one call.
+
+    None where there is more to do than that: many rows, gradients, a graph, or a layer that must be called itself
+    because it is of another kind, has hooks or a forward of its own.
+    """
+    if torch.is_grad_enabled() or x.numel() > _FEW * x.shape[-1] or torch.compiler.is_compiling() or any(_everywhere):
+        return None
+    layers = module._modules
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    for name in names:
+        layer = layers[name]
+        own = layer.__dict__
+        if not isinstance(layer, _Linear) or "forward" in own or any(map(own.__getitem__, _HOOKS)):
+            return None
+        parameters = own["_parameters"]  # where a module's own look-up ends, after a good part of this call's time
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if weight is None:
+            return None
+        weights.append(weight)
+        if bias is not None:
+            biases.append(bias)
+    return None if biases and len(biases) < len(weights) else invariant_linears(x, weights, biases or None)
+
+
 class _Norm(_Derived):
     weight: Tensor
     variance_epsilon: float
@@ -173,7 +204,9 @@ class _Mlp(_Derived):
     _pycore_gate: str
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(_GATES[self._pycore_gate](self.gate_proj(x), self.up_proj(x)))
+        both = _side_by_side(x, self, ("gate_proj", "up_proj"))  # type: ignore[arg-type]
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if both is None else both.chunk(2, -1)
+        out: Tensor = self.down_proj(_GATES[self._pycore_gate](gate, up))
         return out
 
 
@@ -218,16 +251,7 @@ class _Attention(_Derived):
                 f"same_bits: config has attn_implementation {implementation!r} and must have one registered by "
                 "pycore.integrations.transformers"
             )
-        rows = hidden_states.shape[:-1]
-        query, key, value = (
-            project(hidden_states).view(*rows, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[attr-defined]
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if getattr(self, "use_rope", True):
-            assert position_embeddings is not None
-            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        query, key, value = self._heads(hidden_states, position_embeddings)
         options = self._options()
         if past_key_values is not None:
             extra = () if cache_position is None else ({"cache_position": cache_position},)
@@ -239,7 +263,30 @@ class _Attention(_Derived):
         out, weights = function(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **options, **kwargs
         )
-        return self.o_proj(out.reshape(*rows, -1)), weights
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _heads(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, [batch, heads, length, head_dim], normalised and turned as the family does."""
+        shape, rotates = (*x.shape[:-1], -1, self.head_dim), getattr(self, "use_rope", True)
+        normalises = hasattr(self, "q_norm")
+        all_heads = _side_by_side(x, self, ("q_proj", "k_proj", "v_proj"))  # type: ignore[arg-type]
+        if all_heads is None:
+            query, key, value = (y(x).view(shape).transpose(1, 2) for y in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            heads = all_heads.view(shape).transpose(1, 2)
+            keys = self.k_proj.weight.shape[0] // self.head_dim  # type: ignore[index, operator]
+            first = heads.shape[1] - 2 * keys
+            if rotates and not normalises:  # query and key in one call
+                assert angles is not None
+                turned = rotate(heads[:, :-keys], *angles)
+                return turned[:, :first], turned[:, first:], heads[:, -keys:]
+            query, key, value = heads.split([first, keys, keys], 1)
+        if normalises:
+            query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[attr-defined]
+        if rotates:
+            assert angles is not None
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        return query, key, value
 
     def _options(self) -> dict[str, Any]:
         return {"sliding_window": self.sliding_window} if hasattr(self, "sliding_window") else {}

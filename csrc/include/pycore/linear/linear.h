@@ -45,7 +45,8 @@ struct LinearParams {
   const void* weight = nullptr;  // [out_features, in_features], row stride weight_stride
   int64_t weight_stride = 0;
   const void* bias = nullptr;  // [out_features] contiguous, or null
-  void* out = nullptr;         // [rows, out_features], contiguous
+  void* out = nullptr;         // [rows, out_features], row stride out_stride
+  int64_t out_stride = 0;
 };
 
 struct LinearBackwardParams {
@@ -130,7 +131,8 @@ struct GatedBackwardParams {
 
 // CPU. `scratch` holds …_scratch(params, threads) bytes, 64-byte aligned; it may be null where that is zero.
 PYCORE_API int64_t linear_forward_scratch(const LinearParams& params, int64_t threads);
-PYCORE_API Status linear_forward(const LinearParams& params, const Parallel& parallel, void* scratch);
+// `count` layers of one x, one dtype and one instruction set, in one go: their weights are read as if they were one.
+PYCORE_API Status linear_forward(const LinearParams* layers, int64_t count, const Parallel& parallel, void* scratch);
 PYCORE_API int64_t linear_backward_scratch(const LinearBackwardParams& params, int64_t threads);
 PYCORE_API Status linear_backward(const LinearBackwardParams& params, const Parallel& parallel, void* scratch);
 
