@@ -18,6 +18,7 @@ FEW = 6  # rows that read the weight where it lies
 # in and out of the linear layers that a walk of few rows goes through, as a decoding step does: SmolLM2-135M's thirty
 # layers, or the same matrix again and again. Far more than a processor's caches hold, in any dtype.
 SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)] * 30
+TOGETHER = (3, 1, 2, 1)  # of SmolLM2's layers, those that stand before one x: query, key and value; gate and up
 WALKS = {"SmolLM2's 30 layers": SMOLLM2, "24 layers of 2048 to 2048": [(2048, 2048)] * 24}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Layer = Callable[..., Tensor]
@@ -104,15 +105,34 @@ def _walk_case(name: str, group: str, walk: Walk) -> Case:
 
         return prepare
 
+    def side_by_side(layers: list[tuple[Tensor, Tensor]]) -> Callable[[], Outputs]:
+        weights, groups, at = [weight for _, weight in layers], [], 0
+        while at < len(layers):
+            size = TOGETHER[len(groups) % len(TOGETHER)]
+            groups.append((layers[at][0], weights[at : at + size], [w.shape[0] for w in weights[at : at + size]]))
+            at += size
+
+        def run() -> Outputs:
+            with torch.no_grad():
+                outputs: list[Tensor] = []
+                for x, those, sizes in groups:
+                    outputs += ops.invariant_linears(x, those).split(sizes, -1)
+                return outputs
+
+        return run
+
     def check(layers: list[tuple[Tensor, Tensor]]) -> Callable[[Outputs], float]:
         expected = [F.linear(x.double(), weight.double()) for x, weight in layers]
         return lambda outputs: largest_error(outputs, expected)
 
+    contenders: dict[str, Prepare] = {"pycore": contender(ops.invariant_linear), "torch": contender(F.linear)}
+    if walk.shapes is SMOLLM2:
+        contenders["pycore, invariant_linears"] = side_by_side
     return Case(
         name=name,
         group=group,
         inputs=walk.inputs,
-        contenders={"pycore": contender(ops.invariant_linear), "torch": contender(F.linear)},
+        contenders=contenders,
         check=check,
         tolerance=FORWARD_TOLERANCE if walk.dtype == torch.float32 else 8 * torch.finfo(walk.dtype).eps,
         bytes=walk.bytes,

@@ -15,7 +15,7 @@
 #include "../vector_rows.inl.h"
 #include "kernels.h"
 #include "rows.inl.h"
-#include "weight_lines.inl.h"
+#include "weight_squares.inl.h"
 
 constexpr int64_t kFewDepth = 2048;  // rows of 16 bits that are no longer are prepared once an item
 constexpr int64_t kAheadBytes = 16 * kLineBytes;
