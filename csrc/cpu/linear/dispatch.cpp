@@ -48,14 +48,17 @@ int64_t item_rows(int64_t rows, int64_t column_items, int64_t threads, int64_t m
 
 // Columns of an item. Few rows read the weight, whose next rows are fetched ahead within an item and not beyond. In 16
 // bits an item's rows are converted, which more columns share. Both where there are items enough.
-int64_t item_columns(int64_t rows, int64_t columns, int64_t depth, int64_t threads, DType dtype) {
+int64_t item_columns(int64_t rows, int64_t columns, int64_t depth, int64_t threads, DType dtype, int64_t most_columns) {
   if (rows <= kFewRows) {
     const int64_t bytes = size_product({columns, depth, dtype_size(dtype)}), slots = std::max<int64_t>(threads, 1);
     const int64_t items = slots * std::clamp<int64_t>(bytes / (slots * kFewItemBytes), 1, 8);
     return std::max<int64_t>(parts(parts(columns, items), kFewColumns), 1) * kFewColumns;
   }
-  const int64_t wide = size_product({parts(rows, kMaxHalfRows), parts(columns, kHalfColumns)});
-  return dtype_size(dtype) == 2 && wide >= 8 * threads ? kHalfColumns : kLinearColumns;
+  int64_t width = most_columns;
+  while (width > kLinearColumns && size_product({parts(rows, kMaxHalfRows), parts(columns, width)}) < 8 * threads) {
+    width /= 2;
+  }
+  return width;
 }
 
 int64_t norm_chunk_rows(int64_t rows) {
@@ -151,7 +154,7 @@ Status linear_forward(const LinearParams* layers, int64_t count, const Parallel&
   const int64_t rows = first.x.rows, depth = first.in_features;
   int64_t columns = 0;
   for (int64_t i = 0; i < count; ++i) columns += layers[i].out_features;
-  const int64_t width = item_columns(rows, columns, depth, parallel.threads, first.dtype);
+  const int64_t width = item_columns(rows, columns, depth, parallel.threads, first.dtype, kernels->most_columns);
   const int64_t column_items = parts(columns, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, kernels->most_rows);
   const Parallel pool =
@@ -180,8 +183,9 @@ Status linear_backward(const LinearBackwardParams& params, const Parallel& paral
   const LinearKernels* kernels = kernels_for(params.dtype, params.isa);
   if (!kernels) return kNoKernel;
   const int64_t rows = params.x.rows, ins = params.in_features, outs = params.out_features;
-  const int64_t width =
-      rows > kFewRows ? item_columns(rows, ins, outs, parallel.threads, params.dtype) : kLinearColumns;
+  const int64_t width = rows > kFewRows
+                            ? item_columns(rows, ins, outs, parallel.threads, params.dtype, kernels->most_columns)
+                            : kLinearColumns;
   const int64_t column_items = parts(ins, width);
   const int64_t height = item_rows(rows, column_items, parallel.threads, kernels->most_rows);
   const int64_t weight_columns = parts(ins, kWeightColumns);

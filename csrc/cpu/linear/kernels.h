@@ -15,7 +15,7 @@ namespace pycore {
 
 struct LinearKernels {
   int64_t forward_scratch, backward_scratch;  // bytes a thread
-  int64_t most_rows;                          // of an item of forward or grad_x
+  int64_t most_rows, most_columns;            // of an item of forward or grad_x
 
   // out[rows][columns]; columns are output features. Up to kFewRows rows need no scratch.
   void (*forward)(const LinearParams& params, Range rows, Range columns, void* scratch);
@@ -46,6 +46,7 @@ inline constexpr int64_t kFewRows = 6;  // rows that pass over the weight where 
 inline constexpr int64_t kLinearColumns = 64;                     // forward, grad_x
 inline constexpr int64_t kMaxHalfRows = 192, kHalfColumns = 128;  // the same in 16 bits: an item's rows are converted
 inline constexpr int64_t kMaxRows = 2 * kMaxHalfRows;             // in float32, and in bfloat16 where it stays as it is
+inline constexpr int64_t kPairColumns = 2 * kHalfColumns;  // there, where a product leaves least time to copy rows
 inline constexpr int64_t kWeightRows = 192, kWeightColumns = 128;  // grad_weight: both its operands are copied
 inline constexpr int64_t kBiasColumns = 256;                       // grad_bias
 

@@ -16,6 +16,9 @@ constexpr LinearKernels linear_table() {
   return {kFloat ? sizeof(ForwardScratch) : sizeof(HalfScratch),
           kFloat ? sizeof(BackwardScratch) : sizeof(HalfScratch),
           kFloat || kPairs<kType> ? kMaxRows : kMaxHalfRows,
+          kFloat          ? kLinearColumns
+          : kPairs<kType> ? kPairColumns
+                          : kHalfColumns,
           linear_forward_item<kType>,
           linear_grad_x_item<kType>,
           linear_grad_weight_item<kType>,

@@ -18,6 +18,7 @@
 #include "kernels.h"
 
 constexpr int64_t kPanel = Vec::kProductColumns * Vec::kWidth;
+constexpr int64_t kSumColumns = Vec::kMultipliesPairs ? kPairColumns : kHalfColumns;  // of an item in 16 bits
 
 // What a thread has to write on.
 struct ForwardScratch {
@@ -27,10 +28,10 @@ struct ForwardScratch {
 struct HalfScratch {
   float panels[kLinearBlock * kWeightColumns];  // [depth][kPanel], kWeightColumns / kPanel of them where wanted
   float rows[kMaxHalfRows * kLinearBlock];      // [rows][kHalfRow], or [depth][kWeightRows]
-  float sums[(Vec::kMultipliesPairs ? kMaxRows : kMaxHalfRows) * kHalfColumns];
-  // sums: [rows][kHalfColumns], or [kWeightRows][kWeightColumns]
+  float sums[(Vec::kMultipliesPairs ? kMaxRows : kMaxHalfRows) * kSumColumns];
+  // sums: [rows][kSumColumns], or [kWeightRows][kWeightColumns]
 };
-static_assert(kMaxHalfRows == kWeightRows && kHalfColumns == kWeightColumns);
+static_assert(kMaxHalfRows == kWeightRows && kSumColumns >= kWeightColumns);
 
 // Adds a block's chains to the sum.
 struct BlockSum {
@@ -193,7 +194,7 @@ PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, 
       const bool last = n + kHalfPanel >= columns.end;
       const Fetched next = from(last ? smaller(end, depth - 1) : k, last ? columns.begin : n + kHalfPanel);
       for (int64_t r = 0; r < rows.count(); r += kHalfRows) {
-        const BlockSum sum = {scratch->sums + r * kHalfColumns + (n - columns.begin), kHalfColumns, nullptr, k == 0};
+        const BlockSum sum = {scratch->sums + r * kSumColumns + (n - columns.begin), kSumColumns, nullptr, k == 0};
         const int64_t fetched = smaller(r / kHalfRows, kHalfPanel / kFetchedRows - 1) * kFetchedRows;
         multiply_half(smaller(kHalfRows, rows.count() - r), end - k, scratch->rows + r * kHalfRow, scratch->panels,
                       width, sum, {next.rows + fetched * next.stride, next.stride});
@@ -205,7 +206,7 @@ PYCORE_INLINE void half_product(const RowView& view, Range rows, Range columns, 
     char* const row = static_cast<char*>(out) + (rows.begin + r) * out_row * kElementBytes<kType>;
     for (int64_t n = columns.begin; n < columns.end; n += Vec::kWidth) {
       const int64_t count = smaller(Vec::kWidth, columns.end - n);
-      Vec x = load_lanes(scratch->sums + r * kHalfColumns + (n - columns.begin), count);
+      Vec x = load_lanes(scratch->sums + r * kSumColumns + (n - columns.begin), count);
       if (bias) x = x + load_some<kType>(static_cast<const char*>(bias), n, count);
       store_some<kType>(x, row, n, count);
     }

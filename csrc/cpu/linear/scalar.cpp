@@ -288,6 +288,7 @@ constexpr LinearKernels table(decltype(LinearKernels::gated) gated, decltype(Lin
   return {0,
           0,
           kMaxRows,
+          kLinearColumns,
           forward<T>,
           grad_x<T>,
           grad_weight<T>,
