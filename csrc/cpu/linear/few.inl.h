@@ -26,14 +26,26 @@ constexpr int64_t kMostFetched = 1 << 19;  // what lies ready in the second cach
 template <int M>
 constexpr int kFewGroups = M <= 2 && Vec::kWidth < 16 ? 2 : 1;
 
+// The lines that are fetched while squares are followed: one for every line that these are made of, spread over the
+// work, since one that finds no room among what is under way is dropped.
+struct FetchedAhead {
+  const char* at;
+  int64_t step;  // bytes from one line to the next; 0 where nothing is fetched, and `at` is in the first cache
+};
+constexpr int kColumnsPerLine = 16 / Vec::kWidth;  // of a square, to a line
+
 // The chains of M rows go on by the first `channels` channels of a square; x[m] begins where they do.
 template <DType kType, int M>
 PYCORE_INLINE void follow_square(const Vec (&square)[Vec::kWidth], int64_t channels, const float* x, int64_t x_row,
-                                 Vec (&chain)[M]) {
+                                 Vec (&chain)[M], FetchedAhead* ahead) {
   constexpr int kPer = kElementBytes<kType> == 4 ? 1 : 2;
 #pragma GCC unroll 16
   for (int j = 0; j < Vec::kWidth; ++j) {
     if (kPer * j >= channels) return;
+    if (j % kColumnsPerLine == 0) {
+      __builtin_prefetch(ahead->at, 0, 3);
+      ahead->at += ahead->step;
+    }
 #ifdef PYCORE_BFLOAT16_PRODUCTS
     if constexpr (kPairs<kType>) {
       const Vec pair = square[j].turned();
@@ -95,15 +107,14 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
       const int64_t block = k / kLinearBlock * kLinearBlock, line_end = k + kLine;
       const bool by_block = !in_place && !whole;
       if (by_block && k == block) prepare(block, smaller(kLinearBlock, depth - block));
+      FetchedAhead fetched = {reinterpret_cast<const char*>(x), 0};
       if (in_order) {
-        if (in_turn < end) {
-          for (int i = 0; i < kColumns; ++i) __builtin_prefetch(in_turn + i * kLineBytes, 0, 3);
-        }
+        if (in_turn < end) fetched = {in_turn, kLineBytes};
         in_turn += kColumns * kLineBytes;
       } else {  // to the second cache: rows a power of two apart share sets of the first
         const int64_t ahead = line_end * kBytes + kAheadBytes;
-        const int64_t fetched = ahead < row_bytes_read ? ahead : ahead - row_bytes_read + next;
-        for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + fetched, 0, 2);
+        const int64_t place = ahead < row_bytes_read ? ahead : ahead - row_bytes_read + next;
+        for (int i = 0; i < kColumns; ++i) __builtin_prefetch(rows[i] + place, 0, 2);
       }
       const float* at = x + (k - (by_block ? block : 0)) / (kPairs<kType> ? 2 : 1);
       // x is read again for every line: kept in registers for all of them, it would crowd out the rest.
@@ -117,10 +128,10 @@ __attribute__((noinline)) void few_rows_forward(const LinearParams& params, int6
           Vec square[kWidth];
           if (left >= kSquare<kType>) {
             load_square(rows + g * kWidth, (k + c) * kBytes, square);
-            follow_square<kType, M>(square, kSquare<kType>, from, x_row, chain[g]);
+            follow_square<kType, M>(square, kSquare<kType>, from, x_row, chain[g], &fetched);
           } else if (left > 0) {
             load_square_first(rows + g * kWidth, (k + c) * kBytes, left * kBytes, square);
-            follow_square<kType, M>(square, left, from, x_row, chain[g]);
+            follow_square<kType, M>(square, left, from, x_row, chain[g], &fetched);
           }
         }
       }
