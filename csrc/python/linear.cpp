@@ -71,8 +71,15 @@ py::object invariant_linears(py::object x, py::sequence weights, py::object bias
     return views;
   };
   const std::vector<TensorView> weight_views = take("weight", weights);
-  const std::vector<TensorView> bias_views =
-      biases.is_none() ? std::vector<TensorView>{} : take("bias", py::sequence(biases));
+  std::vector<TensorView> bias_views;
+  if (!biases.is_none()) {
+    if (!py::isinstance<py::sequence>(biases)) {
+      throw py::type_error("invariant_linears: biases must be a sequence of arrays or None");
+    }
+    bias_views = take("bias", py::sequence(biases));
+    check_value(!bias_views.empty() || weight_views.empty(), kOp,
+                "biases has 0 tensors and must have one for each of the ", weight_views.size(), " weights, or be None");
+  }
   check_linears(kOp, x_array.view, weight_views, bias_views);
   std::vector<LinearParams> layers = linears_params(x_array.view, weight_views, bias_views);
   std::vector<int64_t> shape = shape_of(x_array.view);

@@ -9,7 +9,8 @@ ops (csrc/torch/linear.cpp), which run csrc/cpu/linear/dispatch.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,14 +62,14 @@ def invariant_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     """Several linear layers of one x, their results side by side, every row with one order of summation.
 
     The bits are those of `invariant_linear` with each weight, and of one layer that has all of their rows. One call
-    reads what three or two would have read one after another (query, key and value; gate and up): a weight of a few
-    hundred kilobytes is read in the time that a call takes.
+    reads what three or two would have read one after another (query, key and value; gate and up): a call takes as long
+    as a hundred kilobytes take to be read.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64, on the CPU. Any strides; a contiguous last dimension is read
             in place.
-        weights: at least one, each [N_i, K], of x's dtype.
-        biases: one [N_i] for each weight, or None.
+        weights: a list or tuple of at least one, each [N_i, K], of x's dtype.
+        biases: a list or tuple of one [N_i] for each weight, or None.
 
     Returns:
         [..., N_1 + N_2 + ...], contiguous, of x's dtype; `.split([N_1, N_2, ...], -1)` takes it apart. Rounded and
@@ -76,7 +77,7 @@ def invariant_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
 
     Raises:
         ValueError: no weights, more or fewer biases than weights, or a shape, dtype or device that does not fit.
-        TypeError: an argument that is no tensor, or weights or biases that are no sequence.
+        TypeError: an argument that is no tensor, or weights or biases that are no list or tuple.
 
     Example:
         >>> query, key, value = invariant_linears(x, [w_q, w_k, w_v]).split([576, 192, 192], -1)
@@ -230,8 +231,10 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("pycore::invariant_linears")
 def _linears_fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    for each in (*weights, *biases):
-        check_devices("invariant_linears", x=x, weight=each)
+    for weight in weights:
+        check_devices("invariant_linears", x=x, weight=weight)
+    for bias in biases:
+        check_devices("invariant_linears", x=x, bias=bias)
     return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
 
 
@@ -437,8 +440,15 @@ def _linears_of_one(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     op = torch.ops.pycore.invariant_linear
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
     pairs = zip(weights, given, strict=True)
-    try:
+    with _named_linears():
         return torch.cat([op(x, weight, bias) for weight, bias in pairs], -1)
+
+
+@contextmanager
+def _named_linears() -> Iterator[None]:
+    """Messages name the op that was called."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(str(error).replace("invariant_linear:", "invariant_linears:", 1)) from None
 
@@ -498,7 +508,8 @@ def _linears_rule(info: Any, in_dims: tuple[Any, ...], x: Tensor, weights: Any, 
     if not biases:
         biases = bias_dims = [None] * len(weights)
     layers = zip(weights, biases, weight_dims, bias_dims, strict=True)
-    outs = [rule(info, (x_dim, w_dim, b_dim), x, weight, bias)[0] for weight, bias, w_dim, b_dim in layers]
+    with _named_linears():
+        outs = [rule(info, (x_dim, w_dim, b_dim), x, weight, bias)[0] for weight, bias, w_dim, b_dim in layers]
     return torch.cat(outs, -1), 0
 
 

@@ -279,18 +279,26 @@ def spoiled(model: Any, path: str, way: str) -> Iterator[None]:
         )
     elif way == "forward of its own":
         linear.forward = lambda x: type(linear).forward(linear, x) * NAN
+    elif way == "class of its own":
+        made: Any = type(linear)
+        linear.__class__ = type("Spoiled", (made,), {"forward": lambda self, x: made.forward(self, x) * NAN})
     else:
         setattr(parent, name, torch.nn.Sequential(linear, torch.nn.Threshold(torch.inf, NAN)))
-    yield
-    if way.startswith("hook"):
-        handle.remove()
-    elif way == "forward of its own":
-        del linear.forward
-    else:
-        setattr(parent, name, linear)
+    try:
+        yield
+    finally:
+        if way.startswith("hook"):
+            handle.remove()
+        elif way == "forward of its own":
+            del linear.forward
+        elif way == "class of its own":
+            linear.__class__ = type(linear).__mro__[1]
+        else:
+            setattr(parent, name, linear)
 
 
-@pytest.mark.parametrize("way", ["hook", "hook before", "hook of all modules", "forward of its own", "another module"])
+@pytest.mark.parametrize("way", ["hook", "hook before", "hook of all modules", "forward of its own", "class of its own",
+                                 "another module"])  # fmt: skip
 @pytest.mark.parametrize("path", ["self_attn.k_proj", "mlp.up_proj"])
 def test_a_step_calls_layers_that_have_more_to_do(path: str, way: str) -> None:
     model, ids = made("qwen2"), tokens(1, 9)  # with biases
@@ -306,6 +314,32 @@ def test_a_step_calls_layers_that_have_more_to_do(path: str, way: str) -> None:
     linear = model.get_submodule(f"model.layers.1.{path}")
     torch.nn.utils.parametrize.register_parametrization(linear, "weight", torch.nn.Identity())
     assert torch.equal(steps(), expected)
+
+
+class Shift(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_biases_that_are_made_anew_are_added() -> None:
+    model, ids = made("qwen2"), tokens(1, 9)
+    before = logits(model, ids)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        linear = model.get_submodule(f"model.layers.1.self_attn.{name}")
+        torch.nn.utils.parametrize.register_parametrization(linear, "bias", Shift())
+    whole = logits(model, ids)
+    assert not torch.equal(whole, before)
+    assert torch.equal(in_parts(model, ids, equal_parts(9, 1), DynamicCache(config=model.config)), whole)
+
+
+@parametrize_family
+def test_parts_of_a_few_tokens(family: str) -> None:
+    """What takes several layers at once has up to six rows, of one text or of several."""
+    model, ids = made(family), tokens(2, 40)
+    whole = logits(model, ids)
+    for rows, ends in ((1, [3, 9, 15, 22, 24, 40]), (2, [2, 5, 8, 12, 40])):
+        cache = DynamicCache(config=model.config)
+        assert torch.equal(in_parts(model, ids[:rows], ends, cache), whole[:rows])
 
 
 def test_a_step_takes_several_layers_at_once() -> None:

@@ -67,10 +67,11 @@ struct Shape {
 };
 
 struct Results {
-  Buffer out, grad_x, grad_weight, grad_bias, norm, norm_grad_x, norm_grad_weight;
+  Buffer out, beside, grad_x, grad_weight, grad_bias, norm, norm_grad_x, norm_grad_weight;
   Buffer layer, layer_grad_x, layer_grad_weight, layer_grad_bias, gated, grad_gate, grad_up;
   explicit Results(const Shape& s, int64_t rows = 0)
       : out((rows = s.outer * s.inner) * s.outs, false),
+        beside(rows * s.outs, false),
         grad_x(rows * s.ins, false),
         grad_weight(s.outs * s.ins, false),
         grad_bias(s.outs, false),
@@ -85,10 +86,11 @@ struct Results {
         grad_gate(rows * s.ins, false),
         grad_up(rows * s.ins, false) {}
   bool operator==(const Results& o) const {
-    return out == o.out && grad_x == o.grad_x && grad_weight == o.grad_weight && grad_bias == o.grad_bias &&
-           norm == o.norm && norm_grad_x == o.norm_grad_x && norm_grad_weight == o.norm_grad_weight &&
-           layer == o.layer && layer_grad_x == o.layer_grad_x && layer_grad_weight == o.layer_grad_weight &&
-           layer_grad_bias == o.layer_grad_bias && gated == o.gated && grad_gate == o.grad_gate && grad_up == o.grad_up;
+    return out == o.out && beside == o.out && grad_x == o.grad_x && grad_weight == o.grad_weight &&
+           grad_bias == o.grad_bias && norm == o.norm && norm_grad_x == o.norm_grad_x &&
+           norm_grad_weight == o.norm_grad_weight && layer == o.layer && layer_grad_x == o.layer_grad_x &&
+           layer_grad_weight == o.layer_grad_weight && layer_grad_bias == o.layer_grad_bias && gated == o.gated &&
+           grad_gate == o.grad_gate && grad_up == o.grad_up;
   }
 };
 
@@ -104,8 +106,26 @@ void run(const Shape& s, const Rows& x, const Rows& grad, const Buffer& weight, 
   forward.weight_stride = s.ins;
   forward.bias = bias.data.get();
   forward.out = results->out.data.get();
+  forward.out_stride = s.outs;
   std::unique_ptr<char[]> scratch(new char[static_cast<size_t>(pycore::linear_forward_scratch(forward, count))]);
-  failures += !pycore::linear_forward(forward, parallel, scratch.get()).ok();
+  failures += !pycore::linear_forward(&forward, 1, parallel, scratch.get()).ok();
+
+  // The same outputs by three layers side by side, one of them narrow, each with a weight of its own.
+  const int64_t cuts[] = {0, s.outs / 3, (s.outs + 4) / 3, s.outs}, size = pycore::dtype_size(dtype);
+  std::vector<Buffer> weights;
+  pycore::LinearParams layers[3];
+  for (int i = 0; i < 3; ++i) {
+    const int64_t outs = cuts[i + 1] - cuts[i];
+    weights.emplace_back(outs * s.ins, false);
+    std::memcpy(weights[i].data.get(), weight.data.get() + cuts[i] * s.ins * size,
+                static_cast<size_t>(weights[i].bytes));
+    layers[i] = forward;
+    layers[i].out_features = outs;
+    layers[i].weight = weights[i].data.get();
+    layers[i].bias = bias.data.get() + cuts[i] * size;
+    layers[i].out = results->beside.data.get() + cuts[i] * size;
+  }
+  failures += !pycore::linear_forward(layers, 3, parallel, scratch.get()).ok();
 
   pycore::LinearBackwardParams backward;
   backward.dtype = dtype;
@@ -180,10 +200,10 @@ void run(const Shape& s, const Rows& x, const Rows& grad, const Buffer& weight, 
 
 int main() {
   const pycore::CpuIsa isa = pycore::cpu_isa();
-  const Shape shapes[] = {{0, 1, 5, 7},       {1, 1, 0, 7},     {1, 1, 1, 1},     {1, 1, 257, 83},
-                          {3, 1, 17, 33},     {2, 3, 64, 64},   {7, 1, 300, 129}, {5, 5, 63, 70},
-                          {30, 13, 31, 200},  {300, 1, 9, 5},   {1, 1, 600, 530}, {4, 1, 33, 400},
-                          {270, 1, 130, 193}, {2, 1, 2100, 70}, {1, 6, 47, 65},   {2, 2, 2049, 31}};
+  const Shape shapes[] = {{0, 1, 5, 7},     {1, 1, 0, 7},     {1, 1, 1, 1},       {1, 1, 257, 83},   {3, 1, 17, 33},
+                          {2, 3, 64, 64},   {7, 1, 300, 129}, {5, 5, 63, 70},     {30, 13, 31, 200}, {300, 1, 9, 5},
+                          {1, 1, 600, 530}, {4, 1, 33, 400},  {270, 1, 130, 193}, {2, 1, 2100, 70},  {1, 6, 47, 65},
+                          {2, 2, 2049, 31}, {700, 1, 40, 530}};
   const pycore::Gate functions[] = {pycore::Gate::kSilu, pycore::Gate::kGelu, pycore::Gate::kGeluTanh};
   int which = 0;
   for (const pycore::DType each : {pycore::DType::kFloat32, pycore::DType::kBFloat16, pycore::DType::kFloat16}) {

@@ -2,9 +2,9 @@
 // The linear layer for up to kFewRows rows (decoding): bound by reading the weight, which is read once, where it lies,
 // in its own dtype. The chains are the tile product's: a lane is an output, so weight rows have to be transposed.
 //
-// That happens in registers, in squares: each line is loaded whole and once. It takes twice the shuffles of vectors
-// that are put together from parts of rows as they are loaded, and a quarter of the loads. Loads are what counts: while
-// all that a core can ask memory for is asked for, they wait, and shuffles do not.
+// That happens in registers, in squares: each line is loaded once, whole or by halves. It takes twice the shuffles of
+// vectors that are put together from parts of rows as they are loaded, and a quarter of the loads. Loads are what
+// counts: while all that a core can ask memory for is asked for, they wait, and shuffles do not.
 #pragma once
 
 #include <pycore/dtype.h>

@@ -159,21 +159,25 @@ def _side_by_side(x: Tensor, module: nn.Module, names: tuple[str, ...]) -> Tenso
     """What linear layers of a module make of x in a decoding step, in one call.
 
     None where there is more to do than that: many rows, gradients, a graph, or a layer that must be called itself
-    because it is of another kind, has hooks or a forward of its own.
+    because it is of another kind, is compiled, or has hooks, a forward, a weight or a bias made its own way.
     """
-    if torch.is_grad_enabled() or x.numel() > _FEW * x.shape[-1] or torch.compiler.is_compiling() or any(_everywhere):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(_everywhere):
+        return None
+    if x.numel() > _FEW * x.shape[-1]:  # in a graph this would be a guard
         return None
     layers = module._modules
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for name in names:
-        layer = layers[name]
+        layer = layers.get(name)
+        if not isinstance(layer, _Linear) or type(layer).forward is not _Linear.forward:
+            return None
         own = layer.__dict__
-        if not isinstance(layer, _Linear) or "forward" in own or any(map(own.__getitem__, _HOOKS)):
+        if "forward" in own or own.get("_compiled_call_impl") is not None or any(map(own.__getitem__, _HOOKS)):
             return None
         parameters = own["_parameters"]  # where a module's own look-up ends, after a good part of this call's time
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if weight is None:
+        if weight is None or "bias" not in parameters:
             return None
         weights.append(weight)
         if bias is not None:
@@ -271,18 +275,20 @@ class _Attention(_Derived):
         normalises = hasattr(self, "q_norm")
         all_heads = _side_by_side(x, self, ("q_proj", "k_proj", "v_proj"))  # type: ignore[arg-type]
         if all_heads is None:
-            query, key, value = (y(x).view(shape).transpose(1, 2) for y in (self.q_proj, self.k_proj, self.v_proj))
+            query, key, value = (y(x).view(shape) for y in (self.q_proj, self.k_proj, self.v_proj))
         else:
-            heads = all_heads.view(shape).transpose(1, 2)
+            heads = all_heads.view(shape)
             keys = self.k_proj.weight.shape[0] // self.head_dim  # type: ignore[index, operator]
-            first = heads.shape[1] - 2 * keys
+            first = heads.shape[-2] - 2 * keys
             if rotates and not normalises:  # query and key in one call
                 assert angles is not None
+                heads = heads.transpose(1, 2)
                 turned = rotate(heads[:, :-keys], *angles)
                 return turned[:, :first], turned[:, first:], heads[:, -keys:]
-            query, key, value = heads.split([first, keys, keys], 1)
+            query, key, value = heads.split([first, keys, keys], -2)
         if normalises:
             query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[attr-defined]
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if rotates:
             assert angles is not None
             query, key = rotate(query, *angles), rotate(key, *angles)

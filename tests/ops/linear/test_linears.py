@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,10 @@ def test_gradients_are_those_of_each_layer() -> None:
         assert torch.equal(ops.invariant_linears(x, weights, biases), one_by_one(x, weights, biases))
 
 
+def _float(given: Any) -> Any:
+    return [y.float() for y in given] if isinstance(given, list) else given.float()
+
+
 def test_transforms() -> None:
     x, weights, biases = made((5, 30, (8, 4)))
     torch.library.opcheck(kernel, (x, weights, []))
@@ -115,9 +120,15 @@ def test_transforms() -> None:
     assert torch.equal(torch.vmap(lambda x, w: ops.invariant_linears(x, [w, weights[1]]))(batch, more), each)
     gradient = torch.func.grad(lambda x: ops.invariant_linears(x, weights).sum())
     assert torch.equal(torch.vmap(gradient)(batch), torch.stack([gradient(a) for a in batch]))
+    halves = x.bfloat16(), [w.bfloat16() for w in weights], [b.bfloat16() for b in biases]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = ops.invariant_linears(x.bfloat16(), [w.bfloat16() for w in weights])
-    assert out.dtype == torch.float32
+        out = ops.invariant_linears(*halves)
+    assert out.dtype == torch.float32 and torch.equal(out, one_by_one(*(_float(y) for y in halves)))
+    several = torch.randn(3, 4)
+    each = torch.stack([one_by_one(x, weights, [biases[0], b]) for b in several])
+    assert torch.equal(torch.vmap(lambda b: ops.invariant_linears(x, weights, [biases[0], b]))(several), each)
+    with pytest.raises(ValueError, match="^invariant_linears: x has 29 features"):
+        torch.vmap(lambda x: ops.invariant_linears(x, weights))(batch[..., :29])
     meta = ops.invariant_linears(x.to("meta"), [w.to("meta") for w in weights])
     assert meta.is_meta and meta.shape == (5, 12)
 
@@ -139,6 +150,8 @@ def test_native() -> None:
         ),
         (lambda: native.invariant_linears(x, weights, out=out[:, :8]), ValueError, r"out has shape \[5, 8\]"),
         (lambda: native.invariant_linears(x, [3]), TypeError, "invariant_linears: weight"),
+        (lambda: native.invariant_linears(x, weights, 3), TypeError, "invariant_linears: biases must be a sequence"),
+        (lambda: native.invariant_linears(x, weights, []), ValueError, "biases has 0 tensors and must have one"),
     ):
         before = out.clone()
         with pytest.raises(error, match=sentence):
@@ -165,6 +178,7 @@ X, V, W = torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(2, 6)
         (lambda f: f(X, [V, W[0]]), ValueError, r"weight has shape \[6\] and must be \[out_features, in_fe"),
         (lambda f: f(X, [V], [V[:4, 0]]), ValueError, r"bias has shape \[4\] and must have \[5\]"),
         (lambda f: f(X, [V, W.to("meta")]), ValueError, "weight is on meta and must be on cpu, where x is"),
+        (lambda f: f(X, [V], [V[:, 0].to("meta")]), ValueError, "bias is on meta and must be on cpu, where x is"),
         (lambda f: f(X.long(), [V]), ValueError, "x has dtype int64 and must have float32"),
     ],
 )  # fmt: skip
