@@ -10,6 +10,7 @@ the model runs in any dtype. Whoever imports this module calls `load`.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -195,6 +196,15 @@ def _convert(transformers: Any, gguf: Path, folder: Path) -> None:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(at, gguf_file=name).save_pretrained(folder)
+    _say_theta_twice(folder / "config.json")
+
+
+def _say_theta_twice(path: Path) -> None:
+    """Also where transformers 4 reads the base of the rotation; it knows no rope_parameters and would take 10,000."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        path.write_text(json.dumps({"rope_theta": theta} | config, indent=2) + "\n", encoding="utf-8")
 
 
 def run(argv: list[str] | None) -> int:
