@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "vector_rows.inl.h"
+#include "few_block.inl.h"
 
 // Where the rows of one tile begin, in a dtype of their own. An absent row is some present one: what is computed from
 // it is not kept.
@@ -24,6 +24,9 @@ struct TilePointers {
     for (int64_t c = 0; c < kKeyTile; ++c) rows[c] = row_at(present >> c & 1 ? c : first);
     stride = bytes;
   }
+
+  // From a row to the one that is asked for as it is read, of rows with so many bytes.
+  PYCORE_INLINE int64_t ahead(int64_t row_bytes) const { return ahead_of(row_bytes * kKeyTile) / row_bytes * stride; }
 };
 
 // scores[m][c] = <query row m, key c> for columns begin .. end - 1, whole vectors.
@@ -64,61 +67,54 @@ __attribute__((noinline)) void score_rows(const TilePointers& keys, int64_t n, c
   }
 }
 
+// Channels d on of accumulate_rows, V vectors of them.
+template <int M, int V, DType kType>
+PYCORE_INLINE void accumulate_channels(const TilePointers& values, uint64_t bits, const float* weights, int64_t d,
+                                       int64_t ahead, float* accumulator, int64_t accumulator_row) {
+  FewBlock<M, V, kType> block;
+  block.load(accumulator + d, accumulator_row);
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
+    block.add(values.rows[k] + d * kElementBytes<kType>, ahead, weights + k, kKeyTile);
+  };
+  while (bits) {
+    const int64_t k = __builtin_ctzll(bits);
+    if ((bits >> k & 15) == 15) {  // four at a time, without looking at each
+      for (int i = 0; i < 4; ++i) add(k + i);
+      bits &= ~(uint64_t{15} << k);
+    } else {
+      add(k);
+      bits &= bits - 1;
+    }
+  }
+  block.store(accumulator + d, accumulator_row);
+}
+
 // accumulator[m] += sum over the set bits k, ascending, of weights[m][k] value k. Every row keeps the same keys.
 template <int M, DType kType>
 __attribute__((noinline)) void accumulate_rows(const TilePointers& values, uint64_t bits, const float* weights,
                                                int64_t n, float* accumulator, int64_t accumulator_row) {
   constexpr int64_t kWidth = Vec::kWidth;
-  // As many as the registers hold: each sweep reads a part of every row, so fewer sweeps read longer runs.
-  constexpr int kVectors = Vec::kProductColumns == 4 || M <= 2 ? 4 : 2;
-  const int64_t ahead = values.stride * kKeyTile;
+  constexpr int kVectors = kFewVectors<M, kType>;
+  if (n == 0) return;
+  const int64_t ahead = values.ahead(n * kElementBytes<kType>);
   int64_t d = 0;
   for (; d + kVectors * kWidth <= n; d += kVectors * kWidth) {
-    Vec acc[M][kVectors];
-    for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec::load(accumulator + m * accumulator_row + d + v * kWidth);
-    }
+    accumulate_channels<M, kVectors, kType>(values, bits, weights, d, ahead, accumulator, accumulator_row);
+  }
+  for (; d + kWidth <= n; d += kWidth) {
+    accumulate_channels<M, 1, kType>(values, bits, weights, d, ahead, accumulator, accumulator_row);
+  }
+  for (int m = 0; m < M && d < n; ++m) {
+    float* const out = accumulator + m * accumulator_row + d;
+    Vec acc = Vec::load_first(out, n - d);
     for (uint64_t left = bits; left; left &= left - 1) {
       const int64_t k = __builtin_ctzll(left);
-      Vec value[kVectors];
-      for (int v = 0; v < kVectors; ++v) value[v] = load_channels<kType>(values.rows[k], d + v * kWidth);
-      // The same of the next tile, to the second level: a row is short, and the processor guesses along rows.
-      const char* const next = values.rows[k] + ahead + d * kElementBytes<kType>;
-      for (int64_t at = 0; at < kVectors * kWidth * kElementBytes<kType>; at += 64) __builtin_prefetch(next + at, 0, 2);
-      for (int m = 0; m < M; ++m) {
-        const Vec weight = Vec::broadcast(weights[m * kKeyTile + k]);
-        for (int v = 0; v < kVectors; ++v) acc[m][v] = Vec::fma(weight, value[v], acc[m][v]);
-      }
+      acc = Vec::fma(Vec::broadcast(weights[m * kKeyTile + k]), load_channels_first<kType>(values.rows[k], d, n - d),
+                     acc);
     }
-    for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < kVectors; ++v) acc[m][v].store(accumulator + m * accumulator_row + d + v * kWidth);
-    }
-  }
-  for (; d < n; d += kWidth) {
-    const int64_t count = n - d < kWidth ? n - d : kWidth;
-    for (int m = 0; m < M; ++m) {
-      float* const out = accumulator + m * accumulator_row + d;
-      Vec acc = Vec::load_first(out, count);
-      for (uint64_t left = bits; left; left &= left - 1) {
-        const int64_t k = __builtin_ctzll(left);
-        acc = Vec::fma(Vec::broadcast(weights[m * kKeyTile + k]), load_channels_first<kType>(values.rows[k], d, count),
-                       acc);
-      }
-      acc.store_first(out, count);
-    }
+    acc.store_first(out, n - d);
   }
 }
-
-#define PYCORE_FEW_ROWS(function, ...)              \
-  switch (rows) {                                   \
-    case 1: return function<1, kType>(__VA_ARGS__); \
-    case 2: return function<2, kType>(__VA_ARGS__); \
-    case 3: return function<3, kType>(__VA_ARGS__); \
-    case 4: return function<4, kType>(__VA_ARGS__); \
-    case 5: return function<5, kType>(__VA_ARGS__); \
-    case 6: return function<6, kType>(__VA_ARGS__); \
-    default: return;                                \
-  }
 
 template <DType kType>
 PYCORE_INLINE void score_few(int64_t rows, const TilePointers& keys, int64_t n, const float* query, int64_t query_row,
@@ -130,7 +126,6 @@ template <DType kType>
 PYCORE_INLINE void accumulate_few(int64_t rows, const TilePointers& values, uint64_t bits, const float* weights,
                                   int64_t n, float* accumulator, int64_t accumulator_row){
     PYCORE_FEW_ROWS(accumulate_rows, values, bits, weights, n, accumulator, accumulator_row)}
-#undef PYCORE_FEW_ROWS
 
 PYCORE_INLINE void score_few(DType dtype, int64_t rows, const TilePointers& keys, int64_t n, const float* query,
                              int64_t query_row, int64_t begin, int64_t end, float* scores) {

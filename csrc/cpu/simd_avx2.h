@@ -65,7 +65,18 @@ struct Vec {
     const __m256i within = _mm256_shuffle_epi8(_mm256_castps_si256(v), places);
     return {_mm256_castsi256_ps(_mm256_permute4x64_epi64(within, 0xd8))};
   }
-
+  // Two vectors, one the lanes at even places of 16 numbers and one those at odd places, become the first eight and the
+  // last; and back.
+  static PYCORE_INLINE void interleave(Vec* a, Vec* b) {
+    const __m256 lo = _mm256_unpacklo_ps(a->v, b->v), hi = _mm256_unpackhi_ps(a->v, b->v);
+    a->v = _mm256_permute2f128_ps(lo, hi, 0x20);
+    b->v = _mm256_permute2f128_ps(lo, hi, 0x31);
+  }
+  static PYCORE_INLINE void part(Vec* a, Vec* b) {
+    const __m256 lo = _mm256_permute2f128_ps(a->v, b->v, 0x20), hi = _mm256_permute2f128_ps(a->v, b->v, 0x31);
+    a->v = _mm256_shuffle_ps(lo, hi, 0x88);
+    b->v = _mm256_shuffle_ps(lo, hi, 0xdd);
+  }
   // The vector is 16 of float16: its first or its last eight as float32.
   PYCORE_INLINE Vec first_float16() const { return {_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_castps_si256(v)))}; }
   PYCORE_INLINE Vec last_float16() const {

@@ -78,6 +78,22 @@ struct Vec {
                                             22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(places, _mm512_castps_si512(v)))};
   }
+  // Two vectors, one the lanes at even places of 32 numbers and one those at odd places, become the first sixteen and
+  // the last; and back.
+  static PYCORE_INLINE void interleave(Vec* a, Vec* b) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i last = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const __m512 x = _mm512_permutex2var_ps(a->v, first, b->v);
+    b->v = _mm512_permutex2var_ps(a->v, last, b->v);
+    a->v = x;
+  }
+  static PYCORE_INLINE void part(Vec* a, Vec* b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const __m512 x = _mm512_permutex2var_ps(a->v, even, b->v);
+    b->v = _mm512_permutex2var_ps(a->v, odd, b->v);
+    a->v = x;
+  }
   // The vector is 32 of float16: its first or its last sixteen as float32.
   PYCORE_INLINE Vec first_float16() const { return {_mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_castps_si512(v)))}; }
   PYCORE_INLINE Vec last_float16() const {

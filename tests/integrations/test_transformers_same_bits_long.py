@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """same_bits on SmolLM2-135M over 65,536 tokens: no bit of a logit differs, whatever it is computed with.
 
-The model is where `python examples/smollm2.py` puts it. PYCORE_SAME_BITS=1 asks for the whole test, which takes an
-hour or two on two cores: every text in one pass, in chunks, after a cached prefix and on one thread, every sixteenth
-token by token by itself, and 64 texts at once token by token. PYCORE_SAME_BITS_TOKENS says how many tokens in place of
-65,536 (an eighth of them in bfloat16). PYCORE_SAME_BITS_DONE may name a file: what has been found equal is written to
-it and not done again, and a run ends after PYCORE_SAME_BITS_SECONDS, which is a skip that says how far it is.
+The model is where `python examples/smollm2.py` puts it. PYCORE_SAME_BITS=1 asks for the whole test, which takes
+some hours on two cores: every text in one pass, in chunks, after a cached prefix and on one thread; then all texts at
+once token by token, and each text token by token by itself, with one thread and two by turns. PYCORE_SAME_BITS_TOKENS
+says how many tokens in place of 65,536 (an eighth of them in bfloat16). PYCORE_SAME_BITS_DONE may name a file: what
+has been found equal is written to it and not done again, and a run ends after PYCORE_SAME_BITS_SECONDS, which is a
+skip that says how far it is.
 
 tests/golden/same_bits_real_model.json has digests of the logits, of all texts and of the first tokens of the first
 one; the latter are checked in every run, on each instruction set of the machine. PYCORE_SAME_BITS=update puts
@@ -49,7 +50,6 @@ DONE = os.environ.get("PYCORE_SAME_BITS_DONE", "")
 SECONDS = float(os.environ.get("PYCORE_SAME_BITS_SECONDS", "inf"))
 START = time.monotonic()
 ROWS = 64  # of a batch
-ALONE = 16  # every so many texts, one is read token by token by itself too
 SINKS, WINDOW = 16, 256
 CACHES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "full": ("long_causal", lambda config: transformers.DynamicCache(config=config)),
@@ -145,7 +145,7 @@ def test_first_tokens_on_any_machine(dtype: torch.dtype, cache: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("PYCORE_SAME_BITS"), reason="PYCORE_SAME_BITS=1 asks for an hour or two of it")
+@pytest.mark.skipif(not os.environ.get("PYCORE_SAME_BITS"), reason="PYCORE_SAME_BITS=1 asks for some hours of it")
 @parametrize_cache
 @parametrize_dtype
 def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
@@ -164,6 +164,14 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
         rest = logits(model, ids[:, LENGTH // 3 :], past_key_values=held, use_cache=True)
         return torch.cat([head, rest], 1)
 
+    def token_by_token(ids: Tensor, expected: Tensor, what: str) -> None:
+        """All rows at once, on one thread and on two by turns, against digests [rows, tokens]."""
+        held = make(model.config)
+        for at in range(LENGTH):
+            torch.set_num_threads(1 + at % 2)
+            out = logits(model, ids[:, at : at + 1], past_key_values=held, use_cache=True)
+            assert torch.equal(digests(out)[:, 0], expected[:, at]), f"{what}, token {at}"
+
     key = f"{cache} {str(dtype)[6:]}"
     # Logits of 64 texts do not fit into memory: those of the pass over a whole text are kept as digests, a token each.
     found: list[list[int]] = done().get(key, [])
@@ -178,21 +186,15 @@ def test_no_bit_differs(dtype: torch.dtype, cache: str) -> None:
             assert torch.equal(prefixed(text), whole), "after a cached prefix"
             torch.set_num_threads(1)
             assert torch.equal(parts(text, [LENGTH // 2, LENGTH]), whole), "on one thread"
-            torch.set_num_threads(2)
-            if i % ALONE == 0:
-                assert torch.equal(parts(text, list(range(1, LENGTH + 1))), whole), "token by token"
             found.append(digests(whole)[0].tolist())
             keep(key, found)
-        for i in range(0, len(texts), ROWS):
-            rows, name = texts[i : i + ROWS], f"{key}, batch {i // ROWS}"
-            if name in done():
-                continue
-            out_of_time(name, 0, 1)
-            expected, batch = torch.tensor(found[i : i + ROWS]), make(model.config)
-            for at in range(LENGTH):  # all rows at once, token by token
-                out = logits(model, rows[:, at : at + 1], past_key_values=batch, use_cache=True)
-                assert torch.equal(digests(out)[:, 0], expected[:, at]), f"in a batch of {len(rows)}, token {at}"
-            keep(name, True)
+        for rows in (ROWS, 1):
+            for i in range(0, len(texts), rows):
+                name = f"{key}, token by token, {rows} from {i}"
+                if name not in done():
+                    out_of_time(name, i, len(texts))
+                    token_by_token(texts[i : i + rows], torch.tensor(found[i : i + rows]), name)
+                    keep(name, True)
     finally:
         torch.set_num_threads(threads)
     if TOKENS == WHOLE:

@@ -263,7 +263,7 @@ PYCORE_INLINE void forward_blocks(const ForwardRows& all, const KeyTile& tile, c
   for (int64_t row = 0, count, fetched = 0; row < rows; row += count) {
     count = all.map.schedule.rows_alike(all.positions[row], smaller(rows - row, kProductRows));
     // The next tile's share, so that its keys and values are under way while this tile's products run.
-    for (const int64_t until = (row + count) * kKeyTile / rows; fetched < until; ++fetched) {
+    for (const int64_t until = wanted ? (row + count) * kKeyTile / rows : 0; fetched < until; ++fetched) {
       if (wanted >> fetched & 1) loader.prefetch(next * kKeyTile + fetched);
     }
     ForwardBlock<Loader>(all, tile, loader, row, count).run();

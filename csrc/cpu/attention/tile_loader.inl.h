@@ -41,7 +41,7 @@ struct HeadTiles {
   const RowMap& map;  // of positions to rows
 
   PYCORE_INLINE TileColumns at(int64_t tile) const {
-    return {data + map.key_row(tile * kKeyTile) / kKeyTile * tile_bytes, channel_bytes, tile_bytes};
+    return {data + map.key_row(tile * kKeyTile) / kKeyTile * tile_bytes, channel_bytes, ahead_of(tile_bytes)};
   }
 };
 
@@ -181,8 +181,8 @@ class TileLoader {
     for (int64_t i = 0; i < half; ++i) {
       const int64_t first = interleaved ? 2 * i : i, second = interleaved ? first + 1 : half + i;
       if (few_) {  // several blocks fetch the next tile themselves
-        prefetch_columns(channel(first), held_.ahead, kKeyTile * kElementBytes<kType>);
-        prefetch_columns(channel(second), held_.ahead, kKeyTile * kElementBytes<kType>);
+        prefetch_lines(channel(first) + held_.ahead, kKeyTile * kElementBytes<kType>);
+        prefetch_lines(channel(second) + held_.ahead, kKeyTile * kElementBytes<kType>);
       }
       for (int64_t c = 0; c < kKeyTile; c += Vec::kWidth) {
         const Vec a = load_channels<kType>(channel(first), c), b = load_channels<kType>(channel(second), c);
