@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.case import Case, Options, Outputs, largest_error
+from bench.case import Case, Options, Outputs, Prepare, largest_error, through_layers
 
 HEADS, KV_HEADS, HEAD_DIM, SINK = 32, 8, 128, 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
@@ -21,7 +21,6 @@ GROUP = f"Λ decode on caches (1 token through layers of 64 MB, {HEADS} heads ov
 
 # The query, key and value of one new token, and the keys and values before it.
 Inputs = tuple[torch.Tensor, ...]
-Prepare = Callable[[Inputs], Callable[[], Outputs]]
 
 
 def _inputs(batch: int, window: int, dtype: torch.dtype, device: str) -> Inputs:
@@ -91,14 +90,6 @@ def _ring(window: int) -> Prepare:
     return prepare
 
 
-def _layers(layers: int, one: Prepare) -> Prepare:
-    def prepare(tensors: Inputs) -> Callable[[], Outputs]:
-        steps = [one(tensors) for _ in range(layers)]
-        return lambda: [out for step in steps for out in step()]
-
-    return prepare
-
-
 def _check(tensors: Inputs) -> Callable[[Outputs], float]:
     """The first step, after which the oldest token of the window has left."""
     query, key, value, *before = (x.double() for x in tensors)
@@ -123,7 +114,7 @@ def step_case(name: str, window: int, dtype: torch.dtype, batch: int = 1, device
         name=name,
         group=GROUP,
         inputs=lambda: _inputs(batch, window, dtype, device),
-        contenders={name: _layers(layers, one) for name, one in contenders.items()},
+        contenders={name: through_layers(layers, one) for name, one in contenders.items()},
         check=_check,
         tolerance=TOLERANCE[dtype],
         bytes=float(layers * layer_bytes),

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode: one query row against a long cache, where reading keys and values is the limit, not the arithmetic."""
+"""Decode: one query row against a long cache, where reading keys and values is the limit, not the arithmetic.
+
+A query goes through the keys and values of several layers, one after another: a single call would be timed with its
+threads asleep, and one layer again and again with its keys at hand.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import captured
-from bench.case import Case, Options, Outputs, largest_error
+from bench.case import Case, Options, Outputs, Prepare, largest_error, through_layers
 from bench.inputs import RANDOM
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # Of the largest output: twenty rounding units of float32, three of the rounded bfloat16 result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
+
+LAYERS_BYTES = 256 * 2**20  # of keys and values on the CPU; a GPU's clock sees to its cache, and has one layer
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -70,10 +75,15 @@ def _grouped_sdpa(tensors: Inputs) -> Callable[[], Outputs]:
     return lambda: (scaled_dot_product_attention(query, key, value, enable_gqa=True),)
 
 
+def _own(one: Prepare) -> Prepare:
+    """On keys and values of its own."""
+    return lambda tensors: one((tensors[0], *(x.clone() for x in tensors[1:])))
+
+
 def _check(tensors: Inputs) -> Callable[[Outputs], float]:
     query, key, value = (tensor.double() for tensor in tensors)
     reference = scaled_dot_product_attention(_folded(query, key), key, value).view_as(query)
-    return lambda outputs: largest_error(outputs, [reference])
+    return lambda outputs: largest_error(outputs, [reference] * len(outputs))
 
 
 def decode_case(
@@ -89,7 +99,9 @@ def decode_case(
 ) -> Case:
     """One query a batch row against `length` keys; `cached`: those of a KVCache."""
     channels = batch * (captured.KV_HEADS * captured.HEAD_DIM if source == captured.NAME else KV_HEADS * HEAD_DIM)
-    contenders: dict[str, Callable[[Any], Callable[[], Outputs]]] = {
+    layer_bytes = 2 * channels * length * dtype.itemsize
+    layers = max(1, round(LAYERS_BYTES / layer_bytes)) if device == "cpu" else 1
+    contenders: dict[str, Prepare] = {
         "pycore": _pycore_tiles if cached else _pycore,
         "pycore, keys in rows": _pycore,
         "SDPA, heads folded": _folded_sdpa,
@@ -99,10 +111,10 @@ def decode_case(
         name=name,
         group=group,
         inputs=lambda: _inputs(batch, length, dtype, device, source),
-        contenders={name: contenders[name] for name in ("pycore", *peer_names)},
+        contenders={name: through_layers(layers, _own(contenders[name])) for name in ("pycore", *peer_names)},
         check=_check,
         tolerance=TOLERANCE[dtype],
-        bytes=2.0 * channels * length * dtype.itemsize,
+        bytes=float(layers * layer_bytes),
         device=device,
     )
 
@@ -113,11 +125,12 @@ def cases(options: Options) -> Iterable[Case]:
         return
     peers = ("SDPA, heads folded",) if options.quick else ("SDPA, heads folded", "SDPA, enable_gqa")
     for cached in (False, True):
+        what = "decode on a KVCache" if cached else "decode"
         for dtype in (torch.float32, torch.bfloat16):
             for length in (4096, 32768):
                 yield decode_case(
-                    f"decode{' on a KVCache' if cached else ''}, {length} keys, {str(dtype).removeprefix('torch.')}",
-                    f"decode{' on a KVCache' if cached else ''} (1 query, 32 heads over 8, D 128)",
+                    f"{what}, {length} keys, {str(dtype).removeprefix('torch.')}",
+                    f"{what} (1 query through layers of 256 MB, 32 heads over 8, D 128)",
                     length,
                     dtype,
                     ("pycore, keys in rows", *peers) if cached else peers,
@@ -128,7 +141,8 @@ def cases(options: Options) -> Iterable[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             yield decode_case(
                 f"decode on a KVCache, {captured.NAME}, {str(dtype).removeprefix('torch.')}",
-                f"decode on a KVCache ({captured.NAME}: B{batch}, 9 heads over 3, D 64, {captured.TOKENS} keys)",
+                f"decode on a KVCache, layers of 256 MB ({captured.NAME}: B{batch}, 9 heads over 3, D 64, "
+                f"{captured.TOKENS} keys)",
                 captured.TOKENS,
                 dtype,
                 ("pycore, keys in rows", *peers),

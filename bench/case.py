@@ -16,6 +16,16 @@ Outputs = Sequence[torch.Tensor]
 Prepare = Callable[[Any], Callable[[], Outputs]]
 
 
+def through_layers(layers: int, one: Prepare) -> Prepare:
+    """As a model's layers, one after another, each prepared anew."""
+
+    def prepare(inputs: Any) -> Callable[[], Outputs]:
+        steps = [one(inputs) for _ in range(layers)]
+        return lambda: [out for step in steps for out in step()]
+
+    return prepare
+
+
 @dataclass(frozen=True)
 class Options:
     """What cases(options) may depend on."""

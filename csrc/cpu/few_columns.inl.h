@@ -45,7 +45,7 @@ __attribute__((noinline)) void score_column_rows(const TileColumns& keys, int64_
 template <DType kType>
 PYCORE_INLINE void score_few_columns(int64_t rows, const TileColumns& keys, int64_t n, const float* query,
                                      int64_t query_row, int64_t begin, int64_t end, float* scores) {
-  PYCORE_FEW_ROWS(score_column_rows, keys, n, query, query_row, begin, end, scores)
+  PYCORE_FEW_ROWS(score_column_rows, keys, n, query, query_row, begin, end, scores);
 }
 
 PYCORE_INLINE void score_few_columns(DType dtype, int64_t rows, const TileColumns& keys, int64_t n, const float* query,

@@ -119,13 +119,14 @@ __attribute__((noinline)) void accumulate_rows(const TilePointers& values, uint6
 template <DType kType>
 PYCORE_INLINE void score_few(int64_t rows, const TilePointers& keys, int64_t n, const float* query, int64_t query_row,
                              int64_t begin, int64_t end, float* scores) {
-  PYCORE_FEW_ROWS(score_rows, keys, n, query, query_row, begin, end, scores)
+  PYCORE_FEW_ROWS(score_rows, keys, n, query, query_row, begin, end, scores);
 }
 
 template <DType kType>
 PYCORE_INLINE void accumulate_few(int64_t rows, const TilePointers& values, uint64_t bits, const float* weights,
-                                  int64_t n, float* accumulator, int64_t accumulator_row){
-    PYCORE_FEW_ROWS(accumulate_rows, values, bits, weights, n, accumulator, accumulator_row)}
+                                  int64_t n, float* accumulator, int64_t accumulator_row) {
+  PYCORE_FEW_ROWS(accumulate_rows, values, bits, weights, n, accumulator, accumulator_row);
+}
 
 PYCORE_INLINE void score_few(DType dtype, int64_t rows, const TilePointers& keys, int64_t n, const float* query,
                              int64_t query_row, int64_t begin, int64_t end, float* scores) {
