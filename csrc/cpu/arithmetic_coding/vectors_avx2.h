@@ -58,26 +58,34 @@ inline int64_t count_at_most(const int32_t* entries, int64_t count, uint32_t val
 
 constexpr int64_t kCountBlock = 64;
 
+// Below +inf is what is no NaN and leaves the highest below it.
 inline bool highest_logit(const float* logits, int64_t count, float* highest) {
-  const __m256 infinity = _mm256_set1_ps(__builtin_inff());
-  __m256 most = _mm256_set1_ps(-__builtin_inff()), good = _mm256_cmp_ps(most, infinity, _CMP_LT_OQ);
+  __m256 most[4], nan = _mm256_setzero_ps();
+  for (__m256& x : most) x = _mm256_set1_ps(-__builtin_inff());
   int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    __m256 x[4];
+    for (int k = 0; k < 4; ++k) x[k] = _mm256_loadu_ps(logits + i + 8 * k);
+    for (int k = 0; k < 4; k += 2) nan = _mm256_or_ps(nan, _mm256_cmp_ps(x[k], x[k + 1], _CMP_UNORD_Q));
+    for (int k = 0; k < 4; ++k) most[k] = _mm256_max_ps(most[k], x[k]);
+  }
   for (; i + 8 <= count; i += 8) {
     const __m256 x = _mm256_loadu_ps(logits + i);
-    good = _mm256_and_ps(good, _mm256_cmp_ps(x, infinity, _CMP_LT_OQ));
-    most = _mm256_max_ps(most, x);
+    nan = _mm256_or_ps(nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    most[0] = _mm256_max_ps(most[0], x);
   }
-  __m128 top = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+  const __m256 all = _mm256_max_ps(_mm256_max_ps(most[0], most[1]), _mm256_max_ps(most[2], most[3]));
+  __m128 top = _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
   top = _mm_max_ps(top, _mm_movehl_ps(top, top));
   top = _mm_max_ss(top, _mm_shuffle_ps(top, top, 1));
   float best = _mm_cvtss_f32(top);
-  bool fine = _mm256_movemask_ps(good) == 255;
+  bool fine = _mm256_movemask_ps(nan) == 0;
   for (; i < count; ++i) {
-    fine &= logits[i] < __builtin_inff();
+    fine &= logits[i] == logits[i];
     best = logits[i] > best ? logits[i] : best;
   }
   *highest = best;
-  return fine;
+  return fine && best < __builtin_inff();
 }
 
 struct Powers {
@@ -90,11 +98,12 @@ inline Powers logit_powers() {
   return {load256(powers), load256(powers + 8)};
 }
 
-// The counts of eight logits: logit_count(top - logit_point(x)).
+// The counts of eight logits: logit_count(top - logit_point(x)). kFree: points_are_free(top).
+template <bool kFree>
 inline __m256i eight_counts(const float* logits, __m256i top, const Powers& powers) {
-  const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(logits), _mm256_set1_ps(kLogitScale));
-  const __m256 held = _mm256_min_ps(_mm256_max_ps(y, _mm256_set1_ps(-kLogitBound)), _mm256_set1_ps(kLogitBound));
-  const __m256i distance = _mm256_sub_epi32(top, _mm256_cvtps_epi32(held));
+  __m256 y = _mm256_mul_ps(_mm256_loadu_ps(logits), _mm256_set1_ps(kLogitScale));
+  if (!kFree) y = _mm256_min_ps(_mm256_max_ps(y, _mm256_set1_ps(-kLogitBound)), _mm256_set1_ps(kLogitBound));
+  const __m256i distance = _mm256_sub_epi32(top, _mm256_cvtps_epi32(y));  // of what no integer holds, about 2^31
   const __m256i first = _mm256_permutevar8x32_epi32(powers.few, distance);
   const __m256i second = _mm256_permutevar8x32_epi32(powers.many, distance);
   const __m256i upper = _mm256_slli_epi32(distance, 28);  // bit 3 of the index becomes the sign
@@ -113,7 +122,8 @@ inline uint64_t sum_lanes(__m256i sums) {  // of 32 bits
 // Lanes of 32 bits hold 255 counts of up to 2^24; 128 are added before they move on.
 constexpr int64_t kLaneBlock = 128 * 8;
 
-inline uint64_t logit_sums(const float* logits, int64_t count, int32_t highest, int64_t split, uint64_t* before) {
+template <bool kFree>
+uint64_t sums_below(const float* logits, int64_t count, int32_t highest, int64_t split, uint64_t* before) {
   const Powers powers = logit_powers();
   const __m256i top = _mm256_set1_epi32(highest), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   uint64_t sum = 0, first = 0;
@@ -122,16 +132,16 @@ inline uint64_t logit_sums(const float* logits, int64_t count, int32_t highest, 
     __m256i all = _mm256_setzero_si256(), part = all;
     const int64_t stop = end - i < kLaneBlock ? end : i + kLaneBlock;
     const int64_t whole = split / 8 * 8 < stop ? split / 8 * 8 : stop;
-    for (; i < whole; i += 8) all = _mm256_add_epi32(all, eight_counts(logits + i, top, powers));
+    for (; i < whole; i += 8) all = _mm256_add_epi32(all, eight_counts<kFree>(logits + i, top, powers));
     part = all;
     if (i < stop && i < split) {
-      const __m256i x = eight_counts(logits + i, top, powers);
+      const __m256i x = eight_counts<kFree>(logits + i, top, powers);
       const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(split - i)), lanes);
       all = _mm256_add_epi32(all, x);
       part = _mm256_add_epi32(part, _mm256_and_si256(x, mask));
       i += 8;
     }
-    for (; i < stop; i += 8) all = _mm256_add_epi32(all, eight_counts(logits + i, top, powers));
+    for (; i < stop; i += 8) all = _mm256_add_epi32(all, eight_counts<kFree>(logits + i, top, powers));
     sum += sum_lanes(all);
     first += sum_lanes(part);
   }
@@ -144,7 +154,13 @@ inline uint64_t logit_sums(const float* logits, int64_t count, int32_t highest, 
   return sum;
 }
 
-inline uint64_t logit_counts(const float* logits, int64_t count, int32_t highest, uint32_t* counts, uint64_t* blocks) {
+inline uint64_t logit_sums(const float* logits, int64_t count, int32_t highest, int64_t split, uint64_t* before) {
+  return points_are_free(highest) ? sums_below<true>(logits, count, highest, split, before)
+                                  : sums_below<false>(logits, count, highest, split, before);
+}
+
+template <bool kFree>
+uint64_t counts_below(const float* logits, int64_t count, int32_t highest, uint32_t* counts, uint64_t* blocks) {
   const Powers powers = logit_powers();
   const __m256i top = _mm256_set1_epi32(highest);
   uint64_t sum = 0;
@@ -152,7 +168,7 @@ inline uint64_t logit_counts(const float* logits, int64_t count, int32_t highest
     const int64_t stop = count - i < kCountBlock ? count : i + kCountBlock;
     __m256i all = _mm256_setzero_si256();
     for (; i + 8 <= stop; i += 8) {
-      const __m256i x = eight_counts(logits + i, top, powers);
+      const __m256i x = eight_counts<kFree>(logits + i, top, powers);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts + i), x);
       all = _mm256_add_epi32(all, x);
     }
@@ -162,6 +178,11 @@ inline uint64_t logit_counts(const float* logits, int64_t count, int32_t highest
     sum += block;
   }
   return sum;
+}
+
+inline uint64_t logit_counts(const float* logits, int64_t count, int32_t highest, uint32_t* counts, uint64_t* blocks) {
+  return points_are_free(highest) ? counts_below<true>(logits, count, highest, counts, blocks)
+                                  : counts_below<false>(logits, count, highest, counts, blocks);
 }
 
 inline uint64_t sum_of_sixteen(const uint32_t* counts) {

@@ -80,6 +80,35 @@ def test_rounding_of_logits(isa: str) -> None:
         assert ops.quantize_cdf(logits=logits, precision=24).tolist() == expected
 
 
+@pytest.mark.parametrize("highest", [-90852.5, -90852, -90840, -90834.9, -90834.7, -90830, 0, 90852, 90853, 3e38])
+def test_rows_near_the_bounds_of_the_grid(isa: str, highest: float) -> None:
+    """What is held at a bound counts from there; whether that can matter depends on the row's highest logit."""
+    below = torch.tensor([0, 0.04, 1, 5, 12, 16, 17.3, 17.5, 100, 1e6, 9.4e7, 1e8, 1e30, math.inf])
+    logits = (highest - below.repeat(6)).float()[:77]
+    if highest < -reference.LOGIT_BOUND / reference.LOGIT_SCALE:
+        with pytest.raises(ValueError, match="logits has nothing above -90852"):
+            ops.quantize_cdf(logits=logits)
+        return
+    counts = reference.counts_of_logits(logits.tolist())
+    expected = reference.cdf_of_counts(counts, 24)
+    assert ops.quantize_cdf(logits=logits, precision=24).tolist() == expected
+    rows, symbols = logits.expand(77, 77), torch.arange(77)
+    streams = ops.ac_encode_logits(symbols[None], rows[None], precision=24)
+    assert streams.to_bytes() == ops.ac_encode(symbols[None], torch.tensor(expected, dtype=torch.int32)).to_bytes()
+    assert torch.equal(ops.ac_decode_logits(streams, rows[None], precision=24)[0], symbols)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
+def test_what_is_no_logit_is_found_in_every_place(isa: str, value: float) -> None:
+    for place in range(75):
+        logits = torch.randn(75)
+        logits[place] = value
+        with pytest.raises(ValueError, match=r"logits has NaN or \+infinity in row 0 and must not"):
+            ops.quantize_cdf(logits=logits)
+        with pytest.raises(ValueError, match=r"logits\[0, 0\] has NaN or \+infinity and must not"):
+            ops.ac_encode_logits(torch.tensor([[3]]), logits[None, None])
+
+
 def test_quantized_distributions_are_close() -> None:
     """The grid costs less than 2e-4 bits a symbol; the least share of 2^-16, at 256 symbols, 0.0056 at the most."""
     logits = torch.randn(64, 256, dtype=torch.float64) * 4
