@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import os
 import pathlib
 import platform
@@ -117,16 +118,30 @@ def limits(device: str = "cpu", rounds: int = 7) -> dict[str, Any]:
         with ThreadPoolExecutor(threads) as pool:
             seconds = median_seconds(lambda: list(pool.map(library.fma_chains, [steps] * threads)), rounds)
             measured["fma_gflops"] = 2.0 * 12 * (width // 4) * steps * threads / seconds / 1e9
-            data = torch.ones(threads, 32 * 2**20)
-            vectors = data.shape[1] * 4 // width
-            addresses = [row.data_ptr() for row in data]
-            counts = [vectors] * threads
-            seconds = median_seconds(lambda: list(pool.map(library.read_sum, addresses, counts)), rounds)
-            measured["read_gbs"] = data.numel() * 4 / seconds / 1e9
-    else:
-        data = torch.ones(threads * 32 * 2**20)
-        measured["read_gbs"] = data.numel() * 4 / median_seconds(data.sum, rounds) / 1e9
+    measured["read_gbs"] = read_bytes() / median_seconds(memory_read(), rounds) / 1e9
     return measured
+
+
+def read_bytes() -> int:
+    """What `memory_read` reads: 128 MiB a thread."""
+    return torch.get_num_threads() * 128 * 2**20
+
+
+def memory_read() -> Callable[[], Any]:
+    """One read of a block of memory on all threads; the limit that work bound by bytes is held against."""
+    data = torch.ones(torch.get_num_threads(), read_bytes() // torch.get_num_threads() // 4)
+    probe = _probe()
+    if probe is None:
+        return data.sum
+    library, width = probe
+    addresses = [row.data_ptr() for row in data]
+    counts = [data.shape[1] * 4 // width] * len(data)
+    pool = ThreadPoolExecutor(len(data))
+
+    def read(held: torch.Tensor = data) -> Any:
+        return list(pool.map(library.read_sum, addresses, counts))
+
+    return read
 
 
 def _cuda_limits(rounds: int) -> dict[str, Any]:
@@ -145,6 +160,7 @@ def _cuda_limits(rounds: int) -> dict[str, Any]:
     return measured
 
 
+@functools.cache
 def _probe() -> tuple[ctypes.CDLL, int] | None:
     """The C probe, compiled for this processor, and its vector width in bytes; None without a C compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")

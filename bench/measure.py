@@ -71,7 +71,8 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
     """Checks and times every contender of a case and returns its record.
 
     The subject is timed by pytest-benchmark's pedantic mode; each of its rounds is preceded, outside the clock, by the
-    turns of its peers, in another order each time, and one matrix product, the machine's limit at that moment.
+    turns of its peers, in another order each time, and one matrix product or one read of memory, the machine's limit at
+    that moment.
 
     Raises:
         AssertionError: the subject's output is off by more than the tolerance, or nothing could run. (A peer that is
@@ -107,14 +108,15 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
     assert timers, f"{case.name}: no contender could run: {skipped}"
     if subject not in timers:
         subject = next(iter(timers))
-    if case.device == "cpu" and case.flops:
-        timers["(gemm)"] = Timer(machine.sgemm(), "cpu")
-        timers["(gemm)"]()
+    bounds = {"(gemm)": machine.sgemm} if case.flops else {"(read)": machine.memory_read} if case.bytes else {}
+    for name, prepare_bound in bounds.items() if case.device == "cpu" else ():
+        timers[name] = Timer(prepare_bound(), "cpu")
+        timers[name]()
     for timer in timers.values():
         if timer.seconds[-1] <= SLOW_SECONDS:
             timer()  # the first call may have compiled or grown pools; the second one says how many rounds fit
     rounds = {name: rounds_for(timer.seconds[-1], effort) for name, timer in timers.items()}
-    total = max(count for name, count in rounds.items() if name != "(gemm)")
+    total = max(count for name, count in rounds.items() if name not in bounds)
     rounds = {name: min(count, total) for name, count in rounds.items()} | {subject: total}
     for timer in timers.values():
         timer.seconds.clear()
@@ -134,7 +136,10 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
         benchmark.pedantic(timers[subject], setup=peers_turn, rounds=total)
     finally:
         gc.enable()
-    gemm = timers.pop("(gemm)", None)
+    bound_ms = {
+        name: [round(s * 1e3, 4) for s in timers.pop(name).seconds] if name in timers else None
+        for name in ("(gemm)", "(read)")
+    }
     return {
         "name": case.name,
         "group": case.group,
@@ -146,7 +151,8 @@ def run_case(case: Case, benchmark: Any, effort: Effort, peers_only: bool = Fals
         "tolerance": case.tolerance,
         "error_is": case.error,
         "subject": subject,
-        "gemm_ms": [round(s * 1e3, 4) for s in gemm.seconds] if gemm else None,
+        "gemm_ms": bound_ms["(gemm)"],
+        "read_ms": bound_ms["(read)"],
         "results": {
             name: {"error": errors[name], "ms": [round(s * 1e3, 4) for s in timer.seconds]}
             for name, timer in timers.items()

@@ -57,9 +57,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def rows(run: Mapping[str, Any]) -> list[Row]:
     """Every measured contender of a run, in the order of the cases."""
     limits = run["limits"]
-    read = limits.get("read_gbs") or limits.get("copy_gbs")  # a GPU's reads are held against its copies
     found = []
     for case in run["cases"]:
+        read = limits.get("read_gbs") or limits.get("copy_gbs")  # a GPU's reads are held against its copies
+        if case.get("read_ms"):
+            read = run["read_bytes"] / statistics.median(case["read_ms"]) / 1e6
         gemm = limits.get(case.get("limit", "gemm_gflops"))
         if case.get("gemm_ms"):
             gemm = run["gemm_flops"] / statistics.median(case["gemm_ms"]) / 1e6

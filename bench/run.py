@@ -132,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": about,
         "limits": {name: round(value, 2) for name, value in limits.items()},
         "gemm_flops": machine.GEMM_FLOPS,
+        "read_bytes": machine.read_bytes(),
         "cases": collector.records,
         "failures": collector.failures,
     }

@@ -76,6 +76,8 @@ def test_where_bytes_are_the_limit_the_share_is_of_memory_reads() -> None:
     run["cases"][0] |= {"flops": 0.0, "bytes": 3e8}
     ours = report.rows(run)[0]
     assert ours.gflops is None and ours.gbs == pytest.approx(15.0) and ours.share == pytest.approx(0.5)
+    run["read_bytes"], run["cases"][0]["read_ms"] = 1.2e9, [10.0, 20.0, 30.0]  # 60 GB/s in that case
+    assert report.rows(run)[0].share == pytest.approx(0.25)
 
 
 def test_on_a_gpu_the_limits_are_copying_and_the_matrix_product_of_the_dtype() -> None:

@@ -77,9 +77,7 @@ PYCORE_CODER uint32_t logit_count(int32_t distance) {
 
 // Whether, for this highest point, it is all one whether other points are held at the bounds: none is above it, and
 // what lies as far below as -kLogitBound, 25 octaves and more, has no count.
-PYCORE_CODER bool points_are_free(int32_t highest) {
-  return highest < kLogitBound && highest >= 25 * 16 - kLogitBound;
-}
+PYCORE_CODER bool points_are_free(int32_t highest) { return highest < kLogitBound && highest >= 25 * 16 - kLogitBound; }
 
 // ---- counts to cumulative frequencies -------------------------------------------------------------------------------
 
