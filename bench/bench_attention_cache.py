@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step of decoding on evicting caches: one token in, one query answered, where reading the window is the limit.
 
-A token goes through the caches of several layers, one after another, which together are larger than a processor's
-caches: a single call would be timed with its threads asleep, and one layer again and again with its keys at hand.
+A token goes through the caches of several layers (`bench.case.through_layers` says why).
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.case import Case, Options, Outputs, Prepare, largest_error, through_layers
+from bench.case import Case, Options, Outputs, Prepare, largest_error, layers_of, through_layers
 
 HEADS, KV_HEADS, HEAD_DIM, SINK = 32, 8, 128, 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
-LAYERS_BYTES = 64 * 2**20  # of keys and values on the CPU; a GPU's clock sees to its cache, and has one layer
+LAYERS_BYTES = 64 * 2**20  # of keys and values of all layers: many small ones, as a window has them
 GROUP = f"Λ decode on caches (1 token through layers of 64 MB, {HEADS} heads over {KV_HEADS}, D {HEAD_DIM})"
 
 # The query, key and value of one new token, and the keys and values before it.
@@ -104,7 +103,7 @@ def _check(tensors: Inputs) -> Callable[[Outputs], float]:
 def step_case(name: str, window: int, dtype: torch.dtype, batch: int = 1, device: str = "cpu") -> Case:
     """A step whose window is full, so that with every token one leaves."""
     layer_bytes = 2 * batch * KV_HEADS * (SINK + window) * HEAD_DIM * dtype.itemsize
-    layers = max(1, round(LAYERS_BYTES / layer_bytes)) if device == "cpu" else 1
+    layers = layers_of(LAYERS_BYTES, layer_bytes) if device == "cpu" else 1
     contenders = {
         "pycore": _pycore(window),
         "ring + SDPA, heads folded": _ring(window),

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode: one query row against a long cache, where reading keys and values is the limit, not the arithmetic.
 
-A query goes through the keys and values of several layers, one after another: a single call would be timed with its
-threads asleep, and one layer again and again with its keys at hand.
+A query goes through the keys and values of several layers (`bench.case.through_layers` says why).
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import captured
-from bench.case import Case, Options, Outputs, Prepare, largest_error, through_layers
+from bench.case import Case, Options, Outputs, Prepare, largest_error, layers_of, through_layers
 from bench.inputs import RANDOM
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # Of the largest output: twenty rounding units of float32, three of the rounded bfloat16 result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 
-LAYERS_BYTES = 256 * 2**20  # of keys and values on the CPU; a GPU's clock sees to its cache, and has one layer
+LAYERS_BYTES = 256 * 2**20  # of keys and values of all layers
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -96,11 +95,10 @@ def decode_case(
     device: str = "cpu",
     cached: bool = False,
     source: str = RANDOM,
+    layers: int = 1,
 ) -> Case:
-    """One query a batch row against `length` keys; `cached`: those of a KVCache."""
+    """One query a batch row against `length` keys in each layer; `cached`: those of a KVCache."""
     channels = batch * (captured.KV_HEADS * captured.HEAD_DIM if source == captured.NAME else KV_HEADS * HEAD_DIM)
-    layer_bytes = 2 * channels * length * dtype.itemsize
-    layers = max(1, round(LAYERS_BYTES / layer_bytes)) if device == "cpu" else 1
     contenders: dict[str, Prepare] = {
         "pycore": _pycore_tiles if cached else _pycore,
         "pycore, keys in rows": _pycore,
@@ -114,7 +112,7 @@ def decode_case(
         contenders={name: through_layers(layers, _own(contenders[name])) for name in ("pycore", *peer_names)},
         check=_check,
         tolerance=TOLERANCE[dtype],
-        bytes=float(layers * layer_bytes),
+        bytes=2.0 * layers * channels * length * dtype.itemsize,
         device=device,
     )
 
@@ -128,27 +126,31 @@ def cases(options: Options) -> Iterable[Case]:
         what = "decode on a KVCache" if cached else "decode"
         for dtype in (torch.float32, torch.bfloat16):
             for length in (4096, 32768):
+                layers = layers_of(LAYERS_BYTES, 2 * KV_HEADS * HEAD_DIM * length * dtype.itemsize)
                 yield decode_case(
-                    f"{what}, {length} keys, {str(dtype).removeprefix('torch.')}",
-                    f"{what} (1 query through layers of 256 MB, 32 heads over 8, D 128)",
+                    f"{what}, {layers} layers of {length} keys, {str(dtype).removeprefix('torch.')}",
+                    f"{what} (1 query, 32 heads over 8, D 128)",
                     length,
                     dtype,
                     ("pycore, keys in rows", *peers) if cached else peers,
                     cached=cached,
+                    layers=layers,
                 )
     if captured.present():
         batch = len(captured.LAYERS)
+        channels = batch * captured.KV_HEADS * captured.HEAD_DIM
         for dtype in (torch.float32, torch.bfloat16):
+            layers = layers_of(LAYERS_BYTES, 2 * channels * captured.TOKENS * dtype.itemsize)
             yield decode_case(
-                f"decode on a KVCache, {captured.NAME}, {str(dtype).removeprefix('torch.')}",
-                f"decode on a KVCache, layers of 256 MB ({captured.NAME}: B{batch}, 9 heads over 3, D 64, "
-                f"{captured.TOKENS} keys)",
+                f"decode on a KVCache, {layers} times {captured.NAME}, {str(dtype).removeprefix('torch.')}",
+                f"decode on a KVCache ({captured.NAME}: B{batch}, 9 heads over 3, D 64, {captured.TOKENS} keys)",
                 captured.TOKENS,
                 dtype,
                 ("pycore, keys in rows", *peers),
                 batch,
                 cached=True,
                 source=captured.NAME,
+                layers=layers,
             )
 
 

@@ -16,8 +16,17 @@ Outputs = Sequence[torch.Tensor]
 Prepare = Callable[[Any], Callable[[], Outputs]]
 
 
+def layers_of(total_bytes: int, layer_bytes: int) -> int:
+    """How many layers take about so many bytes together; two at least."""
+    return max(2, round(total_bytes / layer_bytes))
+
+
 def through_layers(layers: int, one: Prepare) -> Prepare:
-    """As a model's layers, one after another, each prepared anew."""
+    """As a model's layers, one after another, each prepared anew.
+
+    A single call would be timed with its threads asleep, and one layer again and again with its numbers in the
+    processor's caches. On a GPU the clock sees to both, and one layer will do.
+    """
 
     def prepare(inputs: Any) -> Callable[[], Outputs]:
         steps = [one(inputs) for _ in range(layers)]

@@ -134,14 +134,8 @@ def memory_read() -> Callable[[], Any]:
     if probe is None:
         return data.sum
     library, width = probe
-    addresses = [row.data_ptr() for row in data]
-    counts = [data.shape[1] * 4 // width] * len(data)
-    pool = ThreadPoolExecutor(len(data))
-
-    def read(held: torch.Tensor = data) -> Any:
-        return list(pool.map(library.read_sum, addresses, counts))
-
-    return read
+    vectors, pool = data.shape[1] * 4 // width, ThreadPoolExecutor(len(data))
+    return lambda: list(pool.map(lambda row: library.read_sum(row.data_ptr(), vectors), data))
 
 
 def _cuda_limits(rounds: int) -> dict[str, Any]:

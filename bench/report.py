@@ -249,7 +249,7 @@ HIGHLIGHTS = {
         "with its gradients, over 4096 tokens, {masked SDPA} as fast as SDPA with the mask and {chunked SDPA} as fast "
         "as SDPA in chunks with gathered keys;"
     ),
-    "decode, 32768 keys, bfloat16": (
+    "decode, 2 layers of 32768 keys, bfloat16": (
         "a decoding step over 32,768 keys is {SDPA, heads folded} as fast as SDPA with the heads folded by hand."
     ),
 }
@@ -258,7 +258,7 @@ SUMMARY = (
     "causal forward, L 8192",
     "Λ forward and backward, L 4096",
     "Λ forward, L 8192, bfloat16",
-    "decode, 32768 keys, bfloat16",
+    "decode, 2 layers of 32768 keys, bfloat16",
     "Λ decode, window 4096, float32",
     "coder, decode, one model, 262144 symbols",
     "linear forward and backward, 2048 rows, 512 to 512",

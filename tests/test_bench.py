@@ -148,6 +148,19 @@ def test_rounds_are_spread_evenly_and_fit_the_effort() -> None:
     assert sum(taken) == 3 and taken[3] and taken[7] and taken[10]
 
 
+class Rounds:
+    """What run_case needs of pytest-benchmark."""
+
+    def __init__(self, start: Any = None) -> None:
+        self.start = start or (lambda: None)
+
+    def pedantic(self, call: Any, setup: Any, rounds: int) -> None:
+        self.start()
+        for _ in range(rounds):
+            setup()
+            call()
+
+
 def test_peers_take_turns_in_other_orders_and_steps_follow_steps() -> None:
     """Each turn is one call outside the clock and one inside it; another peer comes before the subject."""
     calls: list[str] = []
@@ -159,14 +172,6 @@ def test_peers_take_turns_in_other_orders_and_steps_follow_steps() -> None:
 
         return lambda _: call
 
-    class Benchmark:
-        @staticmethod
-        def pedantic(call: Any, setup: Any, rounds: int) -> None:
-            calls.clear()
-            for _ in range(rounds):
-                setup()
-                call()
-
     names = ["subject", "a", "b", "c"]
     given = case.Case(
         "steps",
@@ -177,12 +182,38 @@ def test_peers_take_turns_in_other_orders_and_steps_follow_steps() -> None:
         1.0,
         before=1,
     )
-    record = measure.run_case(given, Benchmark, measure.Effort(seconds=1.0, least=12, most=12))
+    record = measure.run_case(given, Rounds(calls.clear), measure.Effort(seconds=1.0, least=12, most=12))
     assert {name: len(result["ms"]) for name, result in record["results"].items()} == dict.fromkeys(names, 12)
     assert calls[::2] == calls[1::2]
     turns = [calls[at : at + 8 : 2] for at in range(0, len(calls), 8)]
     assert all(sorted(turn) == sorted(names) and turn[-1] == "subject" for turn in turns)
     assert {turn[-2] for turn in turns} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(("flops", "moved"), [(0.0, 8.0), (8.0, 0.0), (0.0, 0.0)])
+def test_the_limit_takes_turns_with_the_contenders(flops: float, moved: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(measure.machine, "sgemm", lambda: lambda: called.append("gemm"))
+    monkeypatch.setattr(measure.machine, "memory_read", lambda: lambda: called.append("read"))
+    monkeypatch.setattr(measure, "SETTLE_SECONDS", 0.0)
+    x = torch.ones(2)
+    work = case.Case(
+        name="copy",
+        group="copies",
+        inputs=lambda: x,
+        contenders={"pycore": lambda given: lambda: (given,), "peer": lambda given: lambda: (given.clone(),)},
+        check=lambda given: lambda outputs: case.largest_error(outputs, [given]),
+        tolerance=0.0,
+        flops=flops,
+        bytes=moved,
+        device="cpu",
+    )
+    record = measure.run_case(work, Rounds(), measure.Effort(seconds=1.0, least=3, most=3))
+    limit = {8.0: "gemm"}.get(flops, "read" if moved else None)
+    assert set(record["results"]) == {"pycore", "peer"} and set(called) == ({limit} if limit else set())
+    for name in ("gemm", "read"):
+        assert (record[f"{name}_ms"] is not None) == (name == limit)
+    assert limit is None or len(record[f"{limit}_ms"]) == len(record["results"]["pycore"]["ms"]) == 3
 
 
 def test_largest_error_refuses_nan_and_wrong_shapes() -> None:

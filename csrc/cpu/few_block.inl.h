@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // FewBlock: M rows by V vectors of accumulators, for products of a few rows with a matrix that memory brings once
-// (decoding). Each element is one chain of FMAs, ascending, as in tile_product.inl.h.
-// 16-bit numbers are loaded a whole vector at a time, whose halves become two vectors in registers.
+// (decoding). Each element is one chain of FMAs, ascending, as in tile_product.inl.h. 16-bit numbers are loaded a whole
+// vector at a time, which becomes two in registers.
 #pragma once
 
 #include <pycore/dtype.h>
@@ -11,9 +11,9 @@
 
 #include "vector_rows.inl.h"
 
-// V vectors of numbers that lie side by side. 16-bit ones come two vectors at a time, and bfloat16, whose halves are a
-// shift and a mask, as those at even places and those at odd ones: in_order puts results in order, as_loaded takes
-// numbers out of it.
+// V vectors of numbers that lie side by side, in float32. Where 16-bit ones come two vectors at a time, the two are of
+// float16 the first and the last numbers, and of bfloat16, by a shift and a mask, those at even and those at odd
+// places: as_loaded brings accumulators into that order, in_order back.
 template <DType kType, int V>
 constexpr bool kTwoByTwo = kType != DType::kFloat32 && V % 2 == 0;
 
@@ -38,17 +38,17 @@ PYCORE_INLINE void in_order(Vec (&x)[V]) {
 template <DType kType, int V>
 PYCORE_INLINE void as_loaded(Vec (&x)[V]) {
   if constexpr (kTwoByTwo<kType, V> && kType == DType::kBFloat16) {
-    for (int v = 0; v < V; v += 2) Vec::part(&x[v], &x[v + 1]);
+    for (int v = 0; v < V; v += 2) Vec::deinterleave(&x[v], &x[v + 1]);
   }
 }
 
-// How far ahead, in bytes, what is read next is asked for, of a matrix that comes in tiles of `tile_bytes`. A sweep of
-// sixteen lanes goes from line to line, and soon has the next ones, which wait in the first cache. Narrower vectors
-// sweep over a tile several times: what they ask for lies at the same place of the next one.
+// How far ahead, in bytes, what is read next is asked for, of a matrix that comes in tiles of `tile_bytes`, one behind
+// the other. With sixteen lanes lines are read nearly in the order of their addresses, and as many as this wait in the
+// first cache; nearer and farther was slower. With eight, a tile is swept several times, a part of each line a time:
+// what a sweep asks for is the same place of the next tile.
 constexpr int64_t kMostAhead = 12288;
 PYCORE_INLINE int64_t ahead_of(int64_t tile_bytes) {
-  const bool once = Vec::kProductColumns * Vec::kWidth == kKeyTile;
-  return once ? smaller(kMostAhead, tile_bytes / 4 * 3) : tile_bytes;
+  return Vec::kWidth == 16 ? smaller(kMostAhead, tile_bytes / 4 * 3) : tile_bytes;
 }
 
 PYCORE_INLINE void prefetch_lines(const char* x, int64_t bytes) {
@@ -70,6 +70,7 @@ struct FewBlock {
       as_loaded<kType>(acc[m]);
     }
   }
+  // The end of the block: its accumulators are in another order then.
   PYCORE_INLINE void store(float* to, int64_t row) {
     for (int m = 0; m < M; ++m) {
       in_order<kType>(acc[m]);
@@ -94,7 +95,29 @@ template <int M, DType kType>
 constexpr int kFewVectors =
     Vec::kProductColumns == 4 || M <= 2 || (M == 3 && kType == DType::kFloat32) ? 4 : Vec::kProductColumns;
 
-// function<M, kType>(...) for the number of rows at run time.
+// f(d, vectors) for pieces of `begin` .. `end` - 1, as wide as M rows have them and then two vectors and one; returns
+// where whole vectors end. `vectors` is a number in a type.
+template <int V>
+struct Vectors {
+  static constexpr int kCount = V;
+};
+template <int M, DType kType, class F>
+PYCORE_INLINE int64_t in_vectors(int64_t begin, int64_t end, const F& f) {
+  constexpr int kMost = kFewVectors<M, kType>;
+  int64_t d = begin;
+  for (; d + kMost * Vec::kWidth <= end; d += kMost * Vec::kWidth) f(d, Vectors<kMost>{});
+  if (kMost > 2 && d + 2 * Vec::kWidth <= end) {
+    f(d, Vectors<2>{});
+    d += 2 * Vec::kWidth;
+  }
+  if (d + Vec::kWidth <= end) {
+    f(d, Vectors<1>{});
+    d += Vec::kWidth;
+  }
+  return d;
+}
+
+// return function<M, kType>(...), M being `rows`; where both are in scope.
 #define PYCORE_FEW_ROWS(function, ...)              \
   switch (rows) {                                   \
     case 1: return function<1, kType>(__VA_ARGS__); \

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "few_block.inl.h"
+#include "vector_rows.inl.h"
 
 // The channels of one tile of keys, one behind the other: channel d of key c is element c of row d.
 struct TileColumns {
@@ -33,13 +34,9 @@ PYCORE_INLINE void score_columns(const TileColumns& keys, int64_t n, const float
 template <int M, DType kType>
 __attribute__((noinline)) void score_column_rows(const TileColumns& keys, int64_t n, const float* query,
                                                  int64_t query_row, int64_t begin, int64_t end, float* scores) {
-  constexpr int64_t kWidth = Vec::kWidth;
-  constexpr int kVectors = kFewVectors<M, kType>;
-  int64_t c = begin;
-  for (; c + kVectors * kWidth <= end; c += kVectors * kWidth) {
-    score_columns<M, kVectors, kType>(keys, n, query, query_row, c, scores);
-  }
-  for (; c < end; c += kWidth) score_columns<M, 1, kType>(keys, n, query, query_row, c, scores);
+  in_vectors<M, kType>(begin, end, [&](int64_t c, auto vectors) __attribute__((always_inline)) {
+    score_columns<M, decltype(vectors)::kCount, kType>(keys, n, query, query_row, c, scores);
+  });
 }
 
 template <DType kType>

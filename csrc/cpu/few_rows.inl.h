@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "few_block.inl.h"
+#include "vector_rows.inl.h"
 
 // Where the rows of one tile begin, in a dtype of their own. An absent row is some present one: what is computed from
 // it is not kept.
@@ -26,7 +27,10 @@ struct TilePointers {
   }
 
   // From a row to the one that is asked for as it is read, of rows with so many bytes.
-  PYCORE_INLINE int64_t ahead(int64_t row_bytes) const { return ahead_of(row_bytes * kKeyTile) / row_bytes * stride; }
+  PYCORE_INLINE int64_t ahead(int64_t row_bytes) const {
+    const int64_t rows_ahead = ahead_of(row_bytes * kKeyTile) / row_bytes;
+    return (rows_ahead > 0 ? rows_ahead : 1) * stride;
+  }
 };
 
 // scores[m][c] = <query row m, key c> for columns begin .. end - 1, whole vectors.
@@ -44,7 +48,7 @@ __attribute__((noinline)) void score_rows(const TilePointers& keys, int64_t n, c
       Vec block[kWidth];
       for (int i = 0; i < kWidth; ++i) {
         block[i] = load_channels<kType>(rows[i], d);
-        __builtin_prefetch(rows[i] + ahead + d * (kType == DType::kFloat32 ? 4 : 2));
+        __builtin_prefetch(rows[i] + ahead + d * kElementBytes<kType>);
       }
       transpose(block);
       for (int i = 0; i < kWidth; ++i) {
@@ -93,17 +97,12 @@ PYCORE_INLINE void accumulate_channels(const TilePointers& values, uint64_t bits
 template <int M, DType kType>
 __attribute__((noinline)) void accumulate_rows(const TilePointers& values, uint64_t bits, const float* weights,
                                                int64_t n, float* accumulator, int64_t accumulator_row) {
-  constexpr int64_t kWidth = Vec::kWidth;
-  constexpr int kVectors = kFewVectors<M, kType>;
   if (n == 0) return;
   const int64_t ahead = values.ahead(n * kElementBytes<kType>);
-  int64_t d = 0;
-  for (; d + kVectors * kWidth <= n; d += kVectors * kWidth) {
-    accumulate_channels<M, kVectors, kType>(values, bits, weights, d, ahead, accumulator, accumulator_row);
-  }
-  for (; d + kWidth <= n; d += kWidth) {
-    accumulate_channels<M, 1, kType>(values, bits, weights, d, ahead, accumulator, accumulator_row);
-  }
+  const int64_t d = in_vectors<M, kType>(0, n, [&](int64_t at, auto vectors) __attribute__((always_inline)) {
+    accumulate_channels<M, decltype(vectors)::kCount, kType>(values, bits, weights, at, ahead, accumulator,
+                                                             accumulator_row);
+  });
   for (int m = 0; m < M && d < n; ++m) {
     float* const out = accumulator + m * accumulator_row + d;
     Vec acc = Vec::load_first(out, n - d);

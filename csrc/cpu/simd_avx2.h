@@ -72,7 +72,7 @@ struct Vec {
     a->v = _mm256_permute2f128_ps(lo, hi, 0x20);
     b->v = _mm256_permute2f128_ps(lo, hi, 0x31);
   }
-  static PYCORE_INLINE void part(Vec* a, Vec* b) {
+  static PYCORE_INLINE void deinterleave(Vec* a, Vec* b) {
     const __m256 lo = _mm256_permute2f128_ps(a->v, b->v, 0x20), hi = _mm256_permute2f128_ps(a->v, b->v, 0x31);
     a->v = _mm256_shuffle_ps(lo, hi, 0x88);
     b->v = _mm256_shuffle_ps(lo, hi, 0xdd);

@@ -58,7 +58,7 @@ inline int64_t count_at_most(const int32_t* entries, int64_t count, uint32_t val
 
 constexpr int64_t kCountBlock = 64;
 
-// Below +inf is what is no NaN and leaves the highest below it.
+// False if something is NaN or +inf. One comparison looks for NaN in two vectors; +inf would be the highest.
 inline bool highest_logit(const float* logits, int64_t count, float* highest) {
   __m256 most[4], nan = _mm256_setzero_ps();
   for (__m256& x : most) x = _mm256_set1_ps(-__builtin_inff());
@@ -98,11 +98,15 @@ inline Powers logit_powers() {
   return {load256(powers), load256(powers + 8)};
 }
 
-// The counts of eight logits: logit_count(top - logit_point(x)). kFree: points_are_free(top).
-template <bool kFree>
+// Whether, for this highest point, holding the others at the grid's bounds can change a count: none lies above it, and
+// what lies 25 octaves below has no count.
+inline bool bounds_matter(int32_t highest) { return highest >= kLogitBound || highest < 25 * 16 - kLogitBound; }
+
+// The counts of eight logits: logit_count(top - logit_point(x)). kHeld: bounds_matter(top).
+template <bool kHeld>
 inline __m256i eight_counts(const float* logits, __m256i top, const Powers& powers) {
   __m256 y = _mm256_mul_ps(_mm256_loadu_ps(logits), _mm256_set1_ps(kLogitScale));
-  if (!kFree) y = _mm256_min_ps(_mm256_max_ps(y, _mm256_set1_ps(-kLogitBound)), _mm256_set1_ps(kLogitBound));
+  if (kHeld) y = _mm256_min_ps(_mm256_max_ps(y, _mm256_set1_ps(-kLogitBound)), _mm256_set1_ps(kLogitBound));
   const __m256i distance = _mm256_sub_epi32(top, _mm256_cvtps_epi32(y));  // of what no integer holds, about 2^31
   const __m256i first = _mm256_permutevar8x32_epi32(powers.few, distance);
   const __m256i second = _mm256_permutevar8x32_epi32(powers.many, distance);
@@ -122,8 +126,8 @@ inline uint64_t sum_lanes(__m256i sums) {  // of 32 bits
 // Lanes of 32 bits hold 255 counts of up to 2^24; 128 are added before they move on.
 constexpr int64_t kLaneBlock = 128 * 8;
 
-template <bool kFree>
-uint64_t sums_below(const float* logits, int64_t count, int32_t highest, int64_t split, uint64_t* before) {
+template <bool kHeld>
+uint64_t logit_sums_held(const float* logits, int64_t count, int32_t highest, int64_t split, uint64_t* before) {
   const Powers powers = logit_powers();
   const __m256i top = _mm256_set1_epi32(highest), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   uint64_t sum = 0, first = 0;
@@ -132,16 +136,16 @@ uint64_t sums_below(const float* logits, int64_t count, int32_t highest, int64_t
     __m256i all = _mm256_setzero_si256(), part = all;
     const int64_t stop = end - i < kLaneBlock ? end : i + kLaneBlock;
     const int64_t whole = split / 8 * 8 < stop ? split / 8 * 8 : stop;
-    for (; i < whole; i += 8) all = _mm256_add_epi32(all, eight_counts<kFree>(logits + i, top, powers));
+    for (; i < whole; i += 8) all = _mm256_add_epi32(all, eight_counts<kHeld>(logits + i, top, powers));
     part = all;
     if (i < stop && i < split) {
-      const __m256i x = eight_counts<kFree>(logits + i, top, powers);
+      const __m256i x = eight_counts<kHeld>(logits + i, top, powers);
       const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(split - i)), lanes);
       all = _mm256_add_epi32(all, x);
       part = _mm256_add_epi32(part, _mm256_and_si256(x, mask));
       i += 8;
     }
-    for (; i < stop; i += 8) all = _mm256_add_epi32(all, eight_counts<kFree>(logits + i, top, powers));
+    for (; i < stop; i += 8) all = _mm256_add_epi32(all, eight_counts<kHeld>(logits + i, top, powers));
     sum += sum_lanes(all);
     first += sum_lanes(part);
   }
@@ -155,12 +159,12 @@ uint64_t sums_below(const float* logits, int64_t count, int32_t highest, int64_t
 }
 
 inline uint64_t logit_sums(const float* logits, int64_t count, int32_t highest, int64_t split, uint64_t* before) {
-  return points_are_free(highest) ? sums_below<true>(logits, count, highest, split, before)
-                                  : sums_below<false>(logits, count, highest, split, before);
+  return bounds_matter(highest) ? logit_sums_held<true>(logits, count, highest, split, before)
+                                : logit_sums_held<false>(logits, count, highest, split, before);
 }
 
-template <bool kFree>
-uint64_t counts_below(const float* logits, int64_t count, int32_t highest, uint32_t* counts, uint64_t* blocks) {
+template <bool kHeld>
+uint64_t logit_counts_held(const float* logits, int64_t count, int32_t highest, uint32_t* counts, uint64_t* blocks) {
   const Powers powers = logit_powers();
   const __m256i top = _mm256_set1_epi32(highest);
   uint64_t sum = 0;
@@ -168,7 +172,7 @@ uint64_t counts_below(const float* logits, int64_t count, int32_t highest, uint3
     const int64_t stop = count - i < kCountBlock ? count : i + kCountBlock;
     __m256i all = _mm256_setzero_si256();
     for (; i + 8 <= stop; i += 8) {
-      const __m256i x = eight_counts<kFree>(logits + i, top, powers);
+      const __m256i x = eight_counts<kHeld>(logits + i, top, powers);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts + i), x);
       all = _mm256_add_epi32(all, x);
     }
@@ -181,8 +185,8 @@ uint64_t counts_below(const float* logits, int64_t count, int32_t highest, uint3
 }
 
 inline uint64_t logit_counts(const float* logits, int64_t count, int32_t highest, uint32_t* counts, uint64_t* blocks) {
-  return points_are_free(highest) ? counts_below<true>(logits, count, highest, counts, blocks)
-                                  : counts_below<false>(logits, count, highest, counts, blocks);
+  return bounds_matter(highest) ? logit_counts_held<true>(logits, count, highest, counts, blocks)
+                                : logit_counts_held<false>(logits, count, highest, counts, blocks);
 }
 
 inline uint64_t sum_of_sixteen(const uint32_t* counts) {

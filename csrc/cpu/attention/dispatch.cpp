@@ -109,6 +109,12 @@ int64_t forward_scratch(const AttentionKernels* kernels, const AttentionParams& 
   return size_sum(size_product({threads, plan.slot_bytes}), shared);
 }
 
+// The item of a claim, such that threads that claim by turns go through items that follow one another: what is asked
+// for ahead at the end of one is then where the thread's next one begins.
+int64_t side_by_side(int64_t claim, int64_t items, int64_t threads) {
+  return threads > 1 && items % threads == 0 ? claim % threads * (items / threads) + claim / threads : claim;
+}
+
 void forward(const AttentionKernels* kernels, const AttentionParams& params, const Parallel& given, void* scratch) {
   if (query_rows(params) == 0) return;
   const Parallel parallel = limited(given, forward_work(params), kSerialWork);
@@ -117,8 +123,10 @@ void forward(const AttentionKernels* kernels, const AttentionParams& params, con
   auto* const segments = reinterpret_cast<SegmentRange*>(partials + plan.items() * plan.partial_bytes);
   const auto slot_scratch = [&](int64_t slot) { return static_cast<char*>(scratch) + slot * plan.slot_bytes; };
   if (plan.segments == 1) {
-    for_each_item(parallel, plan.tiles, [&](int64_t slot, int64_t item) {
+    for_each_item(parallel, plan.tiles, [&](int64_t slot, int64_t claim) {
       RowMap map;
+      // Where there are several query tiles, those that cost most come first.
+      const int64_t item = plan.query_tiles == 1 ? side_by_side(claim, plan.tiles, parallel.threads) : claim;
       const QueryTile tile = plan.tile(item, &map);
       if (tile.count > 0) kernels->forward(params, map, tile, {}, slot_scratch(slot), nullptr);
     });
@@ -132,7 +140,8 @@ void forward(const AttentionKernels* kernels, const AttentionParams& params, con
       if (tile.count <= 0) return;
       list_segments(map, p_lo, p_lo + tile.count - 1, plan.segments, segments + item * plan.segments);
     });
-    for_each_item(parallel, plan.items(), [&](int64_t slot, int64_t item) {
+    for_each_item(parallel, plan.items(), [&](int64_t slot, int64_t claim) {
+      const int64_t item = side_by_side(claim, plan.items(), parallel.threads);
       RowMap map;
       const QueryTile tile = plan.tile(item / plan.segments, &map);
       if (tile.count <= 0) return;

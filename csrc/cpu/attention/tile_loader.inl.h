@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "../few_block.inl.h"
 #include "../few_columns.inl.h"
 #include "../few_rows.inl.h"
 #include "../kept_product.inl.h"
@@ -38,17 +39,24 @@ struct HeadTiles {
   DType dtype;
   const char* data;  // of row 0
   int64_t tile_bytes, channel_bytes;
+  int64_t ahead;      // bytes to what is asked for as a tile is read
   const RowMap& map;  // of positions to rows
 
   PYCORE_INLINE TileColumns at(int64_t tile) const {
-    return {data + map.key_row(tile * kKeyTile) / kKeyTile * tile_bytes, channel_bytes, ahead_of(tile_bytes)};
+    return {data + map.key_row(tile * kKeyTile) / kKeyTile * tile_bytes, channel_bytes, ahead};
   }
 };
 
 PYCORE_INLINE HeadTiles key_tiles_of(const AttentionParams& params, int64_t b, int64_t kv_head, const RowMap& map) {
   const int64_t size = dtype_size(params.dtype);
-  return {params.dtype, row_of(params, params.key, params.key_strides, b, kv_head, 0), params.key_strides.row * size,
-          params.key_channel_stride * size, map};
+  const int64_t tile_bytes = params.key_strides.row * size, channel_bytes = params.key_channel_stride * size;
+  const bool dense = channel_bytes == kKeyTile * size && tile_bytes == params.head_dim * channel_bytes;
+  return {params.dtype,
+          row_of(params, params.key, params.key_strides, b, kv_head, 0),
+          tile_bytes,
+          channel_bytes,
+          dense ? ahead_of(tile_bytes) : tile_bytes,
+          map};
 }
 
 class TileLoader {
@@ -181,8 +189,8 @@ class TileLoader {
     for (int64_t i = 0; i < half; ++i) {
       const int64_t first = interleaved ? 2 * i : i, second = interleaved ? first + 1 : half + i;
       if (few_) {  // several blocks fetch the next tile themselves
-        prefetch_lines(channel(first) + held_.ahead, kKeyTile * kElementBytes<kType>);
-        prefetch_lines(channel(second) + held_.ahead, kKeyTile * kElementBytes<kType>);
+        prefetch_lines(channel(first) + keys_.tile_bytes, kKeyTile * kElementBytes<kType>);
+        prefetch_lines(channel(second) + keys_.tile_bytes, kKeyTile * kElementBytes<kType>);
       }
       for (int64_t c = 0; c < kKeyTile; c += Vec::kWidth) {
         const Vec a = load_channels<kType>(channel(first), c), b = load_channels<kType>(channel(second), c);

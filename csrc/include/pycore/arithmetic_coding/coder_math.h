@@ -75,10 +75,6 @@ PYCORE_CODER uint32_t logit_count(int32_t distance) {
   return octaves > 24 ? 0 : logit_power(distance & 15) >> octaves;
 }
 
-// Whether, for this highest point, it is all one whether other points are held at the bounds: none is above it, and
-// what lies as far below as -kLogitBound, 25 octaves and more, has no count.
-PYCORE_CODER bool points_are_free(int32_t highest) { return highest < kLogitBound && highest >= 25 * 16 - kLogitBound; }
-
 // ---- counts to cumulative frequencies -------------------------------------------------------------------------------
 
 // floor(a b / divisor) for a <= divisor, without overflow; the result is at most b.
